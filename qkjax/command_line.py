@@ -1,0 +1,71 @@
+"""What every command of this project shares: flags, --help, --debug, exit codes.
+
+A command defines its flags with absl, then ends with `command_line.run(main)`. Exit codes: 0 done;
+1 internal error; 2 usage, config, data or checkpoint mistake; 3 non-finite training; 4 disk;
+130 / 143 stopped by SIGINT / SIGTERM.
+"""
+
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+from qkjax import errors
+
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+_HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses sys.argv, calls `main()` and exits with its code (None counts as 0).
+
+    Heavy imports belong inside `main`, so that --help and flag errors answer at once.
+    """
+    sys.exit(_run(main, sys.argv))
+
+
+def _run(main: Callable[[], int | None], argv: list[str]) -> int:
+    if any(argument in _HELP for argument in argv[1:]):
+        print(_help_text())
+        return 0
+    try:
+        positionals = flags.FLAGS(argv)[1:]
+        if positionals:
+            raise errors.UsageError(
+                f"{positionals[0]}: a stray argument, which nothing reads. "
+                "Write options as --name=value, with '=' and without spaces."
+            )
+        return main() or 0
+    except (flags.Error, errors.QkjaxError, OSError, KeyboardInterrupt) as error:
+        if _debug_wanted(argv):
+            raise
+        code, text = _describe(error)
+        print(f"ERROR: {text}", file=sys.stderr, flush=True)
+        return code
+
+
+def _debug_wanted(argv: list[str]) -> bool:
+    return "--debug" in argv or (flags.FLAGS.is_parsed() and _DEBUG.value)
+
+
+def _describe(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, errors.QkjaxError):
+        return error.exit_code, str(error)
+    if isinstance(error, flags.Error):
+        return errors.UsageError.exit_code, f"{error} See --help."
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped by SIGINT"
+    return errors.StorageError.exit_code, f"{type(error).__name__}: {error}"
+
+
+def _help_text() -> str:
+    main_module = sys.modules["__main__"]
+    return "\n".join(
+        part
+        for part in (
+            (main_module.__doc__ or "").strip(),
+            flags.FLAGS.main_module_help(),
+            flags.FLAGS.module_help(sys.modules[__name__]),
+        )
+        if part
+    )

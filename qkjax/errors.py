@@ -1,0 +1,28 @@
+"""The failures that a user can mend, and the exit code of each.
+
+Every message has the form `<file or field>: <what is wrong, expected vs found>. <how to mend>`.
+"""
+
+
+class QkjaxError(Exception):
+    """A failure with a message for the user: one ERROR line, no traceback unless --debug."""
+
+    exit_code = 1
+
+
+class UsageError(QkjaxError):
+    """A wrong flag, config field, dataset or checkpoint: the user has to change something."""
+
+    exit_code = 2
+
+
+class NonFiniteError(QkjaxError):
+    """Loss or gradient became NaN or infinite: the run is recorded as diverged."""
+
+    exit_code = 3
+
+
+class StorageError(QkjaxError):
+    """The disk or the file system failed: full, not writable, a file in place of a folder."""
+
+    exit_code = 4
