@@ -1,0 +1,210 @@
+"""The decoder as a pure function of its parameters: `init`, `apply`, and a probe into its heads.
+
+This module alone knows flax. Blocks are scanned over stacked parameters [N, in, out]; every
+kernel is stored [in, out]. Parameter names are the contract that `optimizer.py` and the exporter
+read: see `parameter_shapes`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qkjax import attention
+from qkjax.config import ModelConfig
+
+Params = dict[str, Any]
+_normal = nn.initializers.normal(stddev=0.02)
+
+
+class HeadVectors(NamedTuple):
+    """What a probe sees of one layer: float32, from the projections' float32 accumulators."""
+
+    query_pre_BTHK: jax.Array  # after QK-Norm, before RoPE
+    query_post_BTHK: jax.Array  # as they enter the attention
+    key_pre_BTGK: jax.Array
+    key_post_BTGK: jax.Array
+    value_BTGK: jax.Array
+
+
+Probe = Callable[[HeadVectors], Any]
+
+
+def init(key: jax.Array, config: ModelConfig) -> Params:
+    """Fresh float32 parameters: N(0, 0.02) for every matrix, 1 for every gamma.
+
+    A parameter's values depend on the key and on its own name alone, so the arms of a seed share
+    the initial values of every tensor that they have in common.
+    """
+    return _decoder(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def parameter_shapes(config: ModelConfig) -> Params:
+    """The tree of `init` as jax.ShapeDtypeStruct, without computing it."""
+    return jax.eval_shape(lambda: init(jax.random.key(0), config))
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters, the tied embedding counted once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
+
+
+def apply(params: Params, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """Final hidden states [B, T, D] in the compute dtype; logits are hidden @ embedding^T."""
+    return _decoder(config).apply({"params": params}, tokens_BT)[0]
+
+
+def apply_with_probe(
+    params: Params, tokens_BT: jax.Array, config: ModelConfig, probe: Probe
+) -> tuple[jax.Array, Any]:
+    """As `apply`, and what `probe` returns for every layer, stacked on a leading axis [N, ...].
+
+    The probe runs inside the layer loop, so what it reduces is never held for all layers.
+    """
+    return _decoder(config, probe).apply({"params": params}, tokens_BT)
+
+
+def logits(params: Params, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """Next-token logits [B, T, V] float32. For short inputs: training never holds them all."""
+    hidden = apply(params, tokens_BT, config)
+    table = params["embedding"].astype(hidden.dtype)
+    return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+
+
+def _decoder(config: ModelConfig, probe: Probe | None = None) -> "_Decoder":
+    return _Decoder(config, probe)
+
+
+class _RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * gamma over the last axis, in float32 (Zhang & Sennrich 2019)."""
+
+    eps: float
+    trained: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gamma = self.param("gamma", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        if not self.trained:  # no gradient: a frozen gamma also stays out of the clip norm
+            gamma = jax.lax.stop_gradient(gamma)
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * gamma
+
+
+class _Linear(nn.Module):
+    """x @ kernel in the compute dtype, without bias."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, out_dtype: Any = None) -> jax.Array:
+        kernel = self.param("kernel", _normal, (x.shape[-1], self.features), jnp.float32)
+        # A float32 output of bfloat16 inputs would run the backward products in float32, so only
+        # the probe asks for it.
+        return jnp.dot(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            preferred_element_type=out_dtype or self.dtype,
+        )
+
+
+class _Attention(nn.Module):
+    config: ModelConfig
+    probe: Probe | None
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, Any]:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        query = _Linear(c.num_heads * c.head_dim, dtype, name="query")
+        key = _Linear(c.num_kv_heads * c.head_dim, dtype, name="key")
+        value = _Linear(c.num_kv_heads * c.head_dim, dtype, name="value")
+        if c.qk_norm == "none":
+            query_norm = key_norm = _to_float32
+        else:
+            trained = c.qk_norm == "learned"
+            query_norm = _RMSNorm(c.norm_eps, trained, name="query_norm")
+            key_norm = _RMSNorm(c.norm_eps, trained, name="key_norm")
+
+        def vectors(out_dtype: Any) -> HeadVectors:
+            q = query_norm(_split_heads(query(x_BTD, out_dtype), c.head_dim))
+            k = key_norm(_split_heads(key(x_BTD, out_dtype), c.head_dim))
+            v = _split_heads(value(x_BTD, out_dtype), c.head_dim)
+            q_post = attention.apply_rotary(q, *rotary)
+            k_post = attention.apply_rotary(k, *rotary)
+            return HeadVectors(q, q_post, k, k_post, v)
+
+        seen = vectors(dtype)
+        out_BTHK = attention.causal_attention(
+            seen.query_post_BTHK.astype(dtype), seen.key_post_BTGK.astype(dtype), seen.value_BTGK
+        )
+        out = _Linear(c.d_model, dtype, name="output")(out_BTHK.reshape(*x_BTD.shape[:2], -1))
+        probed = None if self.probe is None else self.probe(vectors(jnp.float32))
+        return out, probed
+
+
+class _MLP(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        up_BTF = _Linear(c.d_ff, dtype, name="up")(x_BTD)
+        if c.mlp == "swiglu":  # Shazeer 2020
+            hidden_BTF = nn.silu(_Linear(c.d_ff, dtype, name="gate")(x_BTD)) * up_BTF
+        else:  # relu2: So et al. 2021 (Primer)
+            hidden_BTF = jnp.square(nn.relu(up_BTF))
+        return _Linear(c.d_model, dtype, name="down")(hidden_BTF)
+
+
+class _Block(nn.Module):
+    config: ModelConfig
+    probe: Probe | None
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, Any]:
+        eps = self.config.norm_eps
+        normed = _RMSNorm(eps, name="attention_norm")(x_BTD)
+        attended, probed = _Attention(self.config, self.probe, name="attention")(normed, rotary)
+        x_BTD = x_BTD + attended
+        normed = _RMSNorm(eps, name="mlp_norm")(x_BTD)
+        return x_BTD + _MLP(self.config, name="mlp")(normed), probed
+
+
+class _Decoder(nn.Module):
+    config: ModelConfig
+    probe: Probe | None
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> tuple[jax.Array, Any]:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        embedding = self.param("embedding", _normal, (c.vocab_size, c.d_model), jnp.float32)
+        x_BTD = (embedding[tokens_BT] * math.sqrt(c.d_model)).astype(dtype)
+        rotary = attention.rotary_tables(tokens_BT.shape[1], c.head_dim, c.rope_base)
+        blocks = nn.scan(
+            _Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
+            unroll=min(c.unroll, c.num_layers),
+        )(c, self.probe, name="blocks")
+        x_BTD, probed = blocks(x_BTD, rotary)
+        return _RMSNorm(c.norm_eps, name="final_norm")(x_BTD).astype(dtype), probed
+
+
+def _split_heads(x: jax.Array, head_dim: int) -> jax.Array:
+    return x.reshape(*x.shape[:2], -1, head_dim)
+
+
+def _to_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)

@@ -1,0 +1,57 @@
+"""The data-parallel mesh: one axis `data` over all devices; parameters on every device."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from qkjax import errors
+
+DATA_AXIS = "data"
+
+
+def make_mesh() -> Mesh:
+    """A mesh of every device of every process along the axis `data`."""
+    return jax.make_mesh((jax.device_count(),), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of parameters, optimiser state and metrics: a whole copy on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: its leading axis is cut over `data`."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def put_batch(mesh: Mesh, local: np.ndarray) -> jax.Array:
+    """Joins each process's rows [B_local, ...] into one global array [B, ...] over `data`."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), local)
+
+
+def round_up_to_devices(mesh: Mesh, sequences: int) -> int:
+    """The least multiple of the mesh's size that holds `sequences`."""
+    return -(-sequences // mesh.size) * mesh.size
+
+
+def microbatches(mesh: Mesh, sequences_per_step: int, microbatch_sequences: int) -> int:
+    """Passes that a step is cut into, for at most `microbatch_sequences` (0 = all) per device.
+
+    Raises:
+        UsageError: the devices cannot share the step, or a device's share the passes, evenly.
+    """
+    devices = mesh.size
+    if sequences_per_step % devices:
+        nearest = round_up_to_devices(mesh, sequences_per_step)
+        raise errors.UsageError(
+            f"train.tokens_per_step: {sequences_per_step} sequences a step do not divide over "
+            f"{devices} devices. The next step that does has {nearest} sequences."
+        )
+    share = sequences_per_step // devices
+    size = min(microbatch_sequences or share, share)
+    if share % size:
+        raise errors.UsageError(
+            f"train.microbatch_sequences: {size} does not divide the {share} sequences of each of "
+            f"{devices} devices. Use one of {[n for n in range(1, share + 1) if share % n == 0]}."
+        )
+    return share // size
