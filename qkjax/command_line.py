@@ -16,20 +16,28 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(
+    main: Callable[[], int | None], parse: Callable[[list[str]], list[str]] = flags.FLAGS
+) -> None:
     """Parses sys.argv, calls `main()` and exits with its code (None counts as 0).
 
     Heavy imports belong inside `main`, so that --help and flag errors answer at once.
+
+    Args:
+        parse: reads the flags and returns argv[0] and what is left; `config_flag.parse` where
+            the command takes a --config.
     """
-    sys.exit(_run(main, sys.argv))
+    sys.exit(_run(main, parse, sys.argv))
 
 
-def _run(main: Callable[[], int | None], argv: list[str]) -> int:
+def _run(
+    main: Callable[[], int | None], parse: Callable[[list[str]], list[str]], argv: list[str]
+) -> int:
     if any(argument in _HELP for argument in argv[1:]):
         print(_help_text())
         return 0
     try:
-        positionals = flags.FLAGS(argv)[1:]
+        positionals = parse(argv)[1:]
         if positionals:
             raise errors.UsageError(
                 f"{positionals[0]}: a stray argument, which nothing reads. "
@@ -59,13 +67,6 @@ def _describe(error: BaseException) -> tuple[int, str]:
 
 
 def _help_text() -> str:
-    main_module = sys.modules["__main__"]
-    return "\n".join(
-        part
-        for part in (
-            (main_module.__doc__ or "").strip(),
-            flags.FLAGS.main_module_help(),
-            flags.FLAGS.module_help(sys.modules[__name__]),
-        )
-        if part
-    )
+    doc = (sys.modules["__main__"].__doc__ or "").strip()
+    modules = [name for name in flags.FLAGS.flags_by_module_dict() if not name.startswith("absl")]
+    return "\n".join([doc, *(flags.FLAGS.module_help(name) for name in modules)])

@@ -1,0 +1,18 @@
+"""Muon with QK-Norm: does normalisation cost Muon its high-rank keys?
+
+    python -m qkjax.main --config=configs/muon_qk.py:tiny --workdir=runs/muon_qk
+    python -m qkjax.main --config=configs/muon_qk.py --config.data.dir=DATASET --workdir=DIR
+    python -m qkjax.main --config=configs/muon_qk.py:tiny,decayed --workdir=runs/muon_qk_decayed
+
+The first line trains 400k tokens of the embedded corpus on a CPU, the second 300M tokens. Words
+after the colon: qkjax/presets.py.
+"""
+
+import ml_collections
+
+from qkjax import config
+
+
+def get_config(words: str = "") -> ml_collections.ConfigDict:
+    """The arm at the scale, recipe and controls that `words` name."""
+    return config.base(optimizer="muon", qk_norm="learned", words=words)

@@ -1,0 +1,283 @@
+"""Checkpoints: Orbax items params / opt_state / meta, and a digest of every leaf.
+
+Orbax stores arrays without checksums: a flipped byte restores silently. So `meta` holds dtype,
+shape and sha256 of every leaf, and nothing is restored that does not match them.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint import checkpoint_managers
+
+from qkjax import errors
+
+FORMAT_VERSION = 1
+_ITEMS = ("params", "opt_state", "meta")
+
+
+class Restored(NamedTuple):
+    """One verified checkpoint, as numpy arrays on the host."""
+
+    params: Any
+    opt_state: Any
+    meta: dict[str, Any]
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """The '/'-joined path of every leaf, in the order of jax.tree.leaves."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+
+
+def digests(tree: Any) -> tuple[dict[str, dict[str, Any]], str]:
+    """dtype, shape and sha256 of each leaf by name, and one sha256 over all of them.
+
+    The hash takes, for the leaves sorted by name: name, dtype name, shape as JSON, and the
+    little-endian bytes in C order.
+    """
+    leaves = dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+    total = hashlib.sha256()
+    records = {}
+    for name in sorted(leaves):
+        array = np.asarray(leaves[name])
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        head = f"{name}{array.dtype.name}{json.dumps(list(array.shape))}".encode()
+        one = hashlib.sha256(head)
+        total.update(head)
+        data = little.reshape(-1).view(np.uint8)
+        one.update(data)
+        total.update(data)
+        records[name] = {
+            "dtype": array.dtype.name,
+            "shape": list(array.shape),
+            "sha256": one.hexdigest(),
+        }
+    return records, total.hexdigest()
+
+
+def to_host(tree: Any) -> Any:
+    """A copy of every leaf in host memory, safe from donation of the device's buffers."""
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
+
+
+class Checkpoints:
+    """The directory `checkpoints/` of a run."""
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, keep_all: bool = False, read_only: bool = False
+    ) -> None:
+        """Opens the directory; read_only never writes, whoever else is at work in it.
+
+        Args:
+            keep_all: keep every step instead of step 0 and the latest two.
+        """
+        self._directory = pathlib.Path(directory).absolute()
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [checkpoint_managers.CustomSteps([0]), checkpoint_managers.LatestN(2)]
+        )
+        if not read_only:
+            self._set_incomplete_aside()
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=(checkpoint_managers.LatestN(None) if keep_all else policy),
+                read_only=read_only,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+            ),
+            item_names=_ITEMS,
+        )
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames every later checkpoint, so that the run can go on from `step`; loses nothing."""
+        for path in self._step_directories():
+            if int(path.name) > step:
+                path.rename(path.with_name(f"set-aside-{path.name}-{os.getpid()}"))
+        self._manager.reload()
+
+    def _set_incomplete_aside(self) -> None:
+        """Orbax would count an empty step directory as the latest checkpoint."""
+        for path in self._step_directories():
+            if not _is_complete(path):
+                aside = path.with_name(f"incomplete-{path.name}-{os.getpid()}")
+                logging.warning("%s: an incomplete checkpoint, moved to %s", path, aside.name)
+                path.rename(aside)
+
+    def _step_directories(self) -> list[pathlib.Path]:
+        if not self._directory.is_dir():
+            return []
+        return [path for path in self._directory.iterdir() if path.name.isdigit()]
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(int(path.name) for path in self._step_directories() if _is_complete(path))
+
+    def save(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any]) -> str:
+        """Starts to write a checkpoint; an error of an earlier one surfaces here.
+
+        Args:
+            params, opt_state: trees of arrays; copied before this returns.
+            meta: facts of the run, as JSON; digests and format version are added.
+        Returns:
+            params_sha256.
+        Raises:
+            StorageError: this or an earlier checkpoint could not be written.
+        """
+        params, opt_state = to_host(params), to_host(opt_state)
+        params_leaves, params_sha256 = digests(params)
+        opt_state_leaves, opt_state_sha256 = digests(opt_state)
+        record = {
+            **meta,
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "params_sha256": params_sha256,
+            "opt_state_sha256": opt_state_sha256,
+            "params": params_leaves,
+            "opt_state": opt_state_leaves,
+        }
+        with self._storage_errors():
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    opt_state=ocp.args.StandardSave(_named(opt_state)),
+                    meta=ocp.args.JsonSave(record),
+                ),
+                force=True,
+            )
+        if not saved:
+            raise errors.StorageError(
+                f"{self._directory / str(step)}: Orbax did not write this checkpoint. "
+                "Look for a directory of that name and move it away."
+            )
+        return params_sha256
+
+    def wait(self) -> None:
+        """Returns when every checkpoint is on disk.
+
+        Raises:
+            StorageError: one of them could not be written.
+        """
+        with self._storage_errors():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Releases Orbax's threads; call after `wait`."""
+        self._manager.close()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON record of a step: digests, config, dataset fingerprint, whatever save got."""
+        try:
+            record = self._manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+            )["meta"]
+        except Exception as error:
+            raise self._unusable(step, "meta cannot be read", error) from error
+        if record["format_version"] > FORMAT_VERSION:
+            raise errors.UsageError(
+                f"{self._directory / str(step)}: written by a newer qkjax (checkpoint format "
+                f"{record['format_version']}, this one reads up to {FORMAT_VERSION}). Update qkjax."
+            )
+        return record
+
+    def restore_params(self, step: int, shapes: Any) -> Any:
+        """The verified parameters of a step as numpy arrays.
+
+        Args:
+            shapes: the tree expected, of jax.ShapeDtypeStruct.
+        Raises:
+            UsageError: another tree, shape or dtype than expected, or damaged bytes; names the
+                leaf and the steps that may be used instead.
+        """
+        return self._restore_item(step, "params", shapes, self.meta(step))
+
+    def restore(self, step: int, params_shapes: Any, opt_state_shapes: Any) -> Restored:
+        """Parameters, optimiser state and meta of a step, all verified; errors as above."""
+        meta = self.meta(step)
+        params = self._restore_item(step, "params", params_shapes, meta)
+        named = self._restore_item(step, "opt_state", _named(opt_state_shapes), meta)
+        structure = jax.tree.structure(opt_state_shapes)
+        opt_state = jax.tree.unflatten(
+            structure, [named[name] for name in leaf_names(opt_state_shapes)]
+        )
+        return Restored(params, opt_state, meta)
+
+    def _restore_item(self, step: int, item: str, shapes: Any, meta: dict[str, Any]) -> Any:
+        self._check_expected(step, item, shapes, meta)
+        targets = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+        arguments = ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)})
+        try:
+            tree = self._manager.restore(step, args=arguments)[item]
+        except Exception as error:
+            raise self._unusable(step, f"{item} cannot be read", error) from error
+        for name, record in digests(tree)[0].items():
+            if record != meta[item][name]:
+                raise self._unusable(step, f"{item}/{name} does not match its sha256", None)
+        return tree
+
+    def _check_expected(self, step: int, item: str, shapes: Any, meta: dict[str, Any]) -> None:
+        expected = {
+            name: (leaf.dtype.name, list(leaf.shape))
+            for name, leaf in zip(leaf_names(shapes), jax.tree.leaves(shapes), strict=True)
+        }
+        found = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in meta[item].items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise errors.UsageError(
+                    f"{self._directory / str(step)}: {item}/{name} is "
+                    f"{_shape_text(found.get(name))} in the checkpoint and "
+                    f"{_shape_text(expected.get(name))} in this config. "
+                    "Use the config that the checkpoint was made with, or another --workdir."
+                )
+
+    def _unusable(self, step: int, what: str, error: Exception | None) -> errors.UsageError:
+        others = [other for other in self.steps() if other != step]
+        mend = (
+            f"Steps that can be tried: {others}; --restore_step={others[-1]} continues from there"
+            if others
+            else "No other step is there: begin again in another --workdir"
+        )
+        why = "" if error is None else f" ({_first_line(error)})"
+        return errors.UsageError(
+            f"{self._directory / str(step)}: damaged checkpoint, {what}{why}. {mend}."
+        )
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        """Turns what Orbax raises while it writes into one StorageError."""
+        try:
+            yield
+        except Exception as error:
+            usage = os.statvfs(self._directory)
+            raise errors.StorageError(
+                f"{self._directory}: a checkpoint could not be written ({_first_line(error)}; "
+                f"{usage.f_bavail * usage.f_frsize / 1e9:.2f} GB free). "
+                f"Sound checkpoints: {self.steps()}. Make room and run the same command again."
+            ) from error
+
+
+def _is_complete(path: pathlib.Path) -> bool:
+    return all((path / item).is_dir() for item in _ITEMS)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """{name: leaf}: optimiser states are NamedTuples, which Orbax would restore by position."""
+    return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _shape_text(leaf: tuple[str, list[int]] | None) -> str:
+    return "absent" if leaf is None else f"{leaf[0]}{leaf[1]}"

@@ -1,0 +1,71 @@
+"""The dataset that a config asks for, checked before anything is computed."""
+
+import dataclasses
+import pathlib
+
+from absl import logging
+
+from qkjax import errors
+from qkjax.config import Config
+from qkjax.data import manifest as manifests
+from qkjax.data import prepare
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A directory of shards and what is in it."""
+
+    directory: pathlib.Path
+    manifest: manifests.Manifest
+
+
+def open_dataset(config: Config) -> Dataset:
+    """The dataset of the config, checked against the model, the recipe and the budget.
+
+    Raises:
+        UsageError: no dataset, a damaged one, or one that does not fit the config.
+    """
+    if config.data.dir:
+        directory = pathlib.Path(config.data.dir)
+    elif config.scale == "tiny":
+        name = "embedded" if config.data.end_of_text else "embedded-without-end-of-text"
+        directory = prepare.prepare_embedded(
+            _REPOSITORY / "data" / name, end_of_text=config.data.end_of_text
+        )
+    else:
+        raise errors.UsageError(
+            f"data.dir: scale {config.scale} needs a prepared dataset. Make one with `python "
+            "tools/prepare_data.py --source=NAME --tokenizer=FILE "
+            f"--sequence_length={config.model.sequence_length} --out=DIR`, then pass "
+            "--config.data.dir=DIR."
+        )
+    manifest = manifests.load(directory)
+    manifests.verify_files(manifest, directory)
+    where = directory / "dataset.json"
+    for field, wanted, found in (
+        ("model.sequence_length", config.model.sequence_length, manifest.sequence_length),
+        ("model.vocab_size", config.model.vocab_size, manifest.tokenizer.vocab_size),
+        ("data.end_of_text", config.data.end_of_text, manifest.end_of_text),
+    ):
+        if wanted != found:
+            raise errors.UsageError(
+                f"{where}: {field.split('.')[1]} is {found}, and the config's {field} is {wanted}. "
+                f"Prepare another dataset or pass --config.{field}={found}."
+            )
+    passes = passes_over_data(config, manifest, config.train.num_steps)
+    if passes > config.data.max_epochs:
+        raise errors.UsageError(
+            f"train.tokens: {config.train.tokens} tokens are {passes:.2f} passes over the "
+            f"{manifest.splits['train'].num_tokens} training tokens of {where}. Prepare more "
+            "text, train fewer tokens, or raise data.max_epochs."
+        )
+    if passes > 1:
+        logging.warning("%s: this run passes %.2f times over its training split", where, passes)
+    return Dataset(directory, manifest)
+
+
+def passes_over_data(config: Config, manifest: manifests.Manifest, steps: int) -> float:
+    """How often `steps` steps go through the training split."""
+    return steps * config.train.sequences_per_step / manifest.splits["train"].num_sequences

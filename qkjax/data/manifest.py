@@ -1,0 +1,311 @@
+"""dataset.json: what the shards of a dataset are, and the proof that they are still the same.
+
+A dataset directory holds tokenizer.json, the shards of its splits, one table of documents a split,
+and dataset.json, which is written last: a directory without it is no dataset.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from qkjax import errors
+
+FILE_NAME = "dataset.json"
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+ITEM_BYTES = {"uint16": 2, "uint32": 4}
+_REBUILD = "Rebuild it with tools/prepare_data.py into a new directory."
+_READ_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One ArrayRecord file: its name in the dataset directory, digest, size and record count."""
+
+    file: str
+    sha256: str
+    num_bytes: int
+    num_records: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One token stream: num_sequences records of T+1 ids, num_tokens = num_sequences * T."""
+
+    num_sequences: int
+    num_tokens: int
+    shards: tuple[Shard, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that made the ids: all of them are below vocab_size."""
+
+    file: str
+    sha256: str
+    vocab_size: int
+    eos_id: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentsRecord:
+    """The table of a split's documents (npz: hash64, first_token, length), for check_data."""
+
+    file: str
+    sha256: str
+    num_documents: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The content of dataset.json.
+
+    `sources`: per source its name, weight, training documents and tokens, and what it was read
+    from. `split`: the rule that chose the validation documents. `dropped`: how many documents
+    were left out, by reason. `request`: the options of the command that made the dataset.
+    """
+
+    name: str
+    sequence_length: int
+    dtype: str
+    end_of_text: bool
+    tokenizer: TokenizerRecord
+    sources: tuple[dict[str, Any], ...]
+    split: dict[str, Any]
+    dropped: dict[str, int]
+    splits: dict[str, Split]
+    documents: dict[str, DocumentsRecord] = dataclasses.field(default_factory=dict)
+    request: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 hex of what training reads: the name, the sources and the paths stay out of it."""
+        content = _as_json(self)
+        keys = ("splits", "tokenizer", "dtype", "sequence_length", "end_of_text")
+        canonical = json.dumps(
+            {key: content[key] for key in keys}, sort_keys=True, separators=(",", ":")
+        )
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one record: T+1 ids."""
+        return (self.sequence_length + 1) * ITEM_BYTES[self.dtype]
+
+
+def load(directory: str | Path) -> Manifest:
+    """Reads and checks dataset.json of `directory`; the shards themselves are not opened.
+
+    Raises UsageError where it is missing, not JSON, of another format_version, lacks a field or
+    contradicts itself; the message names the file and how to rebuild it.
+    """
+    path = Path(directory) / FILE_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise errors.UsageError(
+            f"{path}: missing, so {path.parent} is no finished dataset. {_REBUILD}"
+        ) from None
+    except ValueError as error:
+        raise errors.UsageError(f"{path}: not valid JSON ({error}). {_REBUILD}") from None
+    reader = _Reader(path)
+    if not isinstance(content, dict):
+        raise reader.error(f"expected a JSON object, found {type(content).__name__}")
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise reader.error(f"format_version: expected {FORMAT_VERSION}, found {version}")
+    result = reader.manifest(content)
+    reader.check(result)
+    return result
+
+
+def write(manifest: Manifest, directory: str | Path) -> None:
+    """Writes dataset.json atomically: it is either absent or whole."""
+    folder = Path(directory)
+    temporary = folder / f".{FILE_NAME}.{os.getpid()}"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(_as_json(manifest), file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / FILE_NAME)
+    sync_directory(folder)
+
+
+def verify_files(manifest: Manifest, directory: str | Path) -> list[str]:
+    """Checks that every listed shard exists with its recorded size, without reading it.
+
+    Returns the names of *.array_record files that the manifest does not list: nothing reads them.
+    Raises UsageError that lists all missing shards, or names the first of another size.
+    """
+    folder = Path(directory)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    missing = [shard.file for shard in shards if not (folder / shard.file).is_file()]
+    if missing:
+        raise errors.UsageError(
+            f"{folder}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}. "
+            f"Bring them back, or rebuild the dataset with tools/prepare_data.py."
+        )
+    for shard in shards:
+        size = (folder / shard.file).stat().st_size
+        if size != shard.num_bytes:
+            problem = "truncated" if size < shard.num_bytes else "too long"
+            raise errors.UsageError(
+                f"{folder / shard.file}: {problem}, expected {shard.num_bytes} bytes, "
+                f"found {size}. {_REBUILD}"
+            )
+    listed = {shard.file for shard in shards}
+    return sorted(p.name for p in folder.glob("*.array_record") if p.name not in listed)
+
+
+def verify_digests(manifest: Manifest, directory: str | Path) -> None:
+    """Checks the sha256 of every shard, of the tokenizer and of the document tables.
+
+    Raises UsageError that names the first file that is missing or differs.
+    """
+    folder = Path(directory)
+    verify_files(manifest, folder)
+    expected = {manifest.tokenizer.file: manifest.tokenizer.sha256}
+    expected |= {record.file: record.sha256 for record in manifest.documents.values()}
+    for split in manifest.splits.values():
+        expected |= {shard.file: shard.sha256 for shard in split.shards}
+    for name, digest in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise errors.UsageError(f"{path}: missing. {_REBUILD}")
+        found = file_sha256(path)
+        if found != digest:
+            raise errors.UsageError(f"{path}: expected sha256 {digest}, found {found}. {_REBUILD}")
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_directory(directory: str | Path) -> None:
+    """Makes renames inside `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _as_json(manifest: Manifest) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
+
+
+class _Reader:
+    """Turns the parsed JSON into a Manifest; every complaint names the file and the field."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def error(self, problem: str) -> errors.UsageError:
+        return errors.UsageError(f"{self._path}: {problem}. {_REBUILD}")
+
+    def manifest(self, content: dict[str, Any]) -> Manifest:
+        splits = self._get(content, "splits", dict)
+        documents = self._get(content, "documents", dict)
+        return Manifest(
+            name=self._get(content, "name", str),
+            sequence_length=self._get(content, "sequence_length", int),
+            dtype=self._get(content, "dtype", str),
+            end_of_text=self._get(content, "end_of_text", bool),
+            tokenizer=self._record(
+                TokenizerRecord, self._get(content, "tokenizer", dict), "tokenizer"
+            ),
+            sources=tuple(self._get(content, "sources", list)),
+            split=self._get(content, "split", dict),
+            dropped=self._get(content, "dropped", dict),
+            splits={
+                name: self._split(self._get(splits, name, dict, "splits"), f"splits.{name}")
+                for name in (*SPLITS, *(name for name in splits if name not in SPLITS))
+            },
+            documents={
+                name: self._record(
+                    DocumentsRecord,
+                    self._get(documents, name, dict, "documents"),
+                    f"documents.{name}",
+                )
+                for name in documents
+            },
+            request=self._get(content, "request", dict),
+        )
+
+    def check(self, manifest: Manifest) -> None:
+        if manifest.dtype not in ITEM_BYTES:
+            raise self.error(f"dtype: expected uint16 or uint32, found {manifest.dtype}")
+        if manifest.sequence_length < 1:
+            raise self.error(
+                f"sequence_length: expected at least 1, found {manifest.sequence_length}"
+            )
+        tokenizer = manifest.tokenizer
+        if not 0 < tokenizer.vocab_size <= 1 << 8 * ITEM_BYTES[manifest.dtype]:
+            raise self.error(
+                f"tokenizer.vocab_size: {tokenizer.vocab_size} ids do not fit {manifest.dtype}"
+            )
+        if not 0 <= tokenizer.eos_id < tokenizer.vocab_size:
+            raise self.error(
+                f"tokenizer.eos_id: expected below {tokenizer.vocab_size}, found {tokenizer.eos_id}"
+            )
+        files = [tokenizer.file, *(record.file for record in manifest.documents.values())]
+        for name, split in manifest.splits.items():
+            files += [shard.file for shard in split.shards]
+            records = sum(shard.num_records for shard in split.shards)
+            if split.num_sequences != records or split.num_sequences < 1:
+                raise self.error(
+                    f"splits.{name}.num_sequences: expected the {records} records of its shards "
+                    f"(at least one), found {split.num_sequences}"
+                )
+            if split.num_tokens != records * manifest.sequence_length:
+                raise self.error(
+                    f"splits.{name}.num_tokens: expected {records} * {manifest.sequence_length}, "
+                    f"found {split.num_tokens}"
+                )
+        self._check_names(files)
+
+    def _check_names(self, files: list[str]) -> None:
+        for file in files:
+            # A dataset reads nothing outside its own directory, whatever its manifest says.
+            if file in ("", ".", "..") or "/" in file or "\0" in file:
+                raise self.error(f"file: expected a plain name, found {file!r}")
+            if files.count(file) > 1:
+                raise self.error(f"file: {file} is listed twice")
+
+    def _split(self, content: dict[str, Any], where: str) -> Split:
+        shards = self._get(content, "shards", list, where)
+        return Split(
+            num_sequences=self._get(content, "num_sequences", int, where),
+            num_tokens=self._get(content, "num_tokens", int, where),
+            shards=tuple(
+                self._record(Shard, shard, f"{where}.shards[{i}]") for i, shard in enumerate(shards)
+            ),
+        )
+
+    def _record(self, kind: type, content: Any, where: str) -> Any:
+        if not isinstance(content, dict):
+            raise self.error(f"{where}: expected an object, found {type(content).__name__}")
+        values = {
+            field.name: self._get(content, field.name, field.type, where)
+            for field in dataclasses.fields(kind)
+        }
+        return kind(**values)
+
+    def _get(self, content: dict[str, Any], key: str, kind: Any, where: str = "") -> Any:
+        name = f"{where}.{key}" if where else key
+        if key not in content:
+            raise self.error(f"the field {name} is missing")
+        value = content[key]
+        # bool is a subclass of int: a true is no count.
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self.error(f"{name}: expected {kind.__name__}, found {value!r}")
+        return value

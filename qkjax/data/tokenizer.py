@@ -1,0 +1,175 @@
+"""Text to token ids and back: a byte-level BPE that is trained here, or a tokenizer.json.
+
+Text never becomes a special token: a literal "<|endoftext|>" in a document is encoded as the
+characters that it is.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from qkjax import errors
+from qkjax.data import holdout
+
+FILE_NAME = "tokenizer.json"
+KINDS = ("train:SIZE", "FILE (a tokenizer.json)")
+EOS_TOKENS = ("<|endoftext|>", "</s>", "<eos>")
+_BYTES = 256
+# What a tokenizer must give back unchanged, up to the normalisation under which documents are
+# compared: check_data proves the hold-out on decoded text.
+_AWKWARD = "  Ünïcödé e\u0301 中文 👩‍👩‍👧\t\x00\x7f\r\n\n [UNK] <unk> don't 0123 ﷽ \ufeff  end "
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer with its end-of-text token.
+
+    Attributes:
+        content: the bytes of its tokenizer.json.
+        vocab_size: every id is below it.
+        eos_token, eos_id: the end-of-text token, which no text encodes to.
+    """
+
+    def __init__(self, content: bytes, *, eos_token: str = "", name: str = FILE_NAME) -> None:
+        """Reads a tokenizer.json.
+
+        Args:
+            content: its bytes.
+            eos_token: the end-of-text token; "" looks for one of EOS_TOKENS.
+            name: what error messages call it.
+        Raises: UsageError where it is not one, has no such token, or loses text.
+        """
+        self.content = content
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library raises bare Exception
+            raise errors.UsageError(
+                f"{name}: not a tokenizer.json ({' '.join(str(error).split())[:200]}). "
+                "Pass the file that tokenizers' Tokenizer.save writes."
+            ) from None
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.eos_token, self.eos_id = _find_eos(vocabulary, eos_token, name)
+        self._treat_special_text_as_text()
+        self._check(name)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of every text, uint32 [length], without special tokens; uses all cores."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of [length] ids; special tokens are shown."""
+        return self._backend.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+
+    def decode_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
+        """The text of every [length] array of ids; uses all cores."""
+        return self._backend.decode_batch(
+            [ids.tolist() for ids in batch], skip_special_tokens=False
+        )
+
+    def _treat_special_text_as_text(self) -> None:
+        # Tokens that the file adds without the mark "special" are matched in text even so. The
+        # end-of-text token must not be: mark it.
+        added = self._backend.get_added_tokens_decoder().get(self.eos_id)
+        if added is not None and not added.special:
+            added.special = True
+            self._backend.add_special_tokens([added])
+        self._backend.encode_special_tokens = True
+
+    def _check(self, name: str) -> None:
+        added = self._backend.get_added_tokens_decoder()
+        special = {i: str(token.content) for i, token in added.items() if token.special}
+        special[self.eos_id] = self.eos_token
+        for token_id, literal in special.items():
+            if token_id in self.encode_batch([f"a {literal} b {literal}"])[0]:
+                raise errors.UsageError(
+                    f"{name}: the text {literal!r} becomes the special token {token_id}, expected "
+                    "ordinary tokens. Use a byte-level BPE tokenizer."
+                )
+        text = _AWKWARD + self.eos_token
+        decoded = self.decode(self.encode_batch([text])[0])
+        if holdout.normalise(decoded) != holdout.normalise(text):
+            raise errors.UsageError(
+                f"{name}: loses text, {text!r} comes back as {decoded!r}. "
+                "Use a byte-level BPE tokenizer."
+            )
+
+
+def load(path: str | Path, *, eos_token: str = "") -> Tokenizer:
+    """The tokenizer of a tokenizer.json file; UsageError where it cannot be used."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise errors.UsageError(
+            f"{path}: no such tokenizer file. Tokenizers are: {' or '.join(KINDS)}."
+        ) from None
+    return Tokenizer(content, eos_token=eos_token, name=str(path))
+
+
+def train(texts: Iterable[str], vocab_size: int, *, eos_token: str = "") -> Tokenizer:
+    """Trains a byte-level BPE of exactly vocab_size tokens; the end-of-text token is id 0.
+
+    The same texts give the same bytes. Pre-tokenisation as in GPT-2, digits one by one.
+    Raises: UsageError where vocab_size is too small for the bytes, or too large for the texts.
+    Source: Sennrich et al. 2016; byte-level form of Radford et al. 2019.
+    """
+    smallest = _BYTES + 1
+    if vocab_size < smallest:
+        raise errors.UsageError(
+            f"--tokenizer=train:{vocab_size}: expected at least {smallest} "
+            f"(256 bytes and end-of-text). Ask for more tokens."
+        )
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Digits(individual_digits=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[eos_token or EOS_TOKENS[0]],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    found = backend.get_vocab_size(with_added_tokens=True)
+    if found != vocab_size:
+        raise errors.UsageError(
+            f"--tokenizer=train:{vocab_size}: the training documents give only {found} tokens, "
+            f"expected {vocab_size}. Ask for at most {found}, or bring more text."
+        )
+    return Tokenizer(backend.to_str(pretty=True).encode(), eos_token=eos_token)
+
+
+def trained_size(spec: str) -> int | None:
+    """SIZE of `train:SIZE`, None where `spec` names a file; UsageError for another kind."""
+    kind, colon, rest = spec.partition(":")
+    if kind == "train" and colon:
+        if not rest.isascii() or not rest.isdigit():
+            raise errors.UsageError(
+                f"--tokenizer={spec}: SIZE: expected a whole number, found {rest!r}. "
+                "Write for example --tokenizer=train:4096."
+            )
+        return int(rest)
+    if not spec or (colon and "/" not in kind and not Path(spec).exists()):
+        raise errors.UsageError(
+            f"--tokenizer={spec}: unknown tokenizer. Known are: {', '.join(KINDS)}."
+        )
+    return None
+
+
+def _find_eos(vocabulary: dict[str, int], eos_token: str, name: str) -> tuple[str, int]:
+    for token in [eos_token] if eos_token else EOS_TOKENS:
+        if token in vocabulary:
+            return token, vocabulary[token]
+    wanted = repr(eos_token) if eos_token else f"any of {', '.join(EOS_TOKENS)}"
+    raise errors.UsageError(
+        f"{name}: its vocabulary has no end-of-text token, expected {wanted}. "
+        "Name one of its tokens with --eos_token=TOKEN."
+    )

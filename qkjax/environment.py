@@ -1,0 +1,119 @@
+"""What a run ran on: versions, devices, source tree, command line; no secrets."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_PACKAGES = (
+    "qkjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "clu",
+    "numpy",
+)  # fmt: skip
+# Never the whole environment: it holds tokens (FAULTS.md H7).
+_VARIABLES = re.compile(r"XLA_FLAGS|CUDA_VISIBLE_DEVICES|JAX_\w+|TPU_\w+")
+
+_MASK = "***"
+_SECRET = r"(?:token|secret|password|passwd|(?:api_?)?key|credentials?|auth)"
+_SECRET_NAME = re.compile(rf"(?:.*[-_.])?{_SECRET}", re.IGNORECASE)
+# What is kept before and after the secret is in groups 1 and 2.
+_SECRET_VALUES = (
+    re.compile(r"()\b(?:hf|gh[pousr]|github_pat)_[A-Za-z0-9_]{8,}()"),
+    re.compile(r"()\bsk-[A-Za-z0-9_-]{8,}()"),
+    re.compile(rf"([?&;](?:\w*[-_])?{_SECRET}=)[^&;\s]+()", re.IGNORECASE),
+    re.compile(r"(://[^/\s:@]*:)[^/\s@]+(@)"),
+)
+
+
+def describe(command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Everything that environment.json records of one start but the dataset and the time.
+
+    Args:
+        command: the command line; None is this process's own. Secrets in it are masked.
+    """
+    import jax
+
+    devices = jax.devices()
+    return {
+        "command": mask_secrets(sys.orig_argv if command is None else command),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "process_count": jax.process_count(),
+        },
+        "variables": _variables(os.environ),
+        "jax_threefry_partitionable": bool(
+            jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
+        ),
+        "cpu_count": os.cpu_count(),
+        "git": git_state(pathlib.Path(__file__).resolve().parent.parent),
+    }
+
+
+def mask_secrets(command: Sequence[str]) -> list[str]:
+    """The arguments with every value that looks like a token, key or password replaced by ***.
+
+    A value is masked for the name before its "=" (or, after a --name alone, as the next argument):
+    one that ends in token, key, secret, password, credentials or auth; and for its own form.
+    """
+    masked, next_is_secret = [], False
+    for argument in command:
+        name, equals, value = argument.partition("=")
+        secret_name = bool(_SECRET_NAME.fullmatch(name.lstrip("-")))
+        if next_is_secret and not argument.startswith("-"):
+            argument = _MASK
+        elif equals and secret_name and value:
+            argument = f"{name}={_MASK}"
+        else:
+            argument = _mask_values(argument)
+        next_is_secret = not equals and secret_name and name.startswith("-")
+        masked.append(argument)
+    return masked
+
+
+def _mask_values(text: str) -> str:
+    for pattern in _SECRET_VALUES:
+        text = pattern.sub(rf"\g<1>{_MASK}\g<2>", text)
+    return text
+
+
+def _variables(environment: Mapping[str, str]) -> dict[str, str]:
+    chosen = sorted(name for name in environment if _VARIABLES.fullmatch(name))
+    masked = mask_secrets([f"{name}={environment[name]}" for name in chosen])
+    return {name: pair.partition("=")[2] for name, pair in zip(chosen, masked, strict=True)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_state(directory: pathlib.Path) -> dict[str, Any]:
+    """Commit of the checkout in `directory`, and whether files differ from it.
+
+    Both are None where there is no git, or where `directory` is not the top of a checkout (an
+    installed package may lie inside a repository that is not its own).
+    """
+
+    def git(*arguments: str) -> str:
+        # --no-optional-locks: asking for the state must not write the index.
+        command = ["git", "--no-optional-locks", "-C", str(directory), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    try:
+        if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != directory.resolve():
+            return {"sha": None, "dirty": None}
+        return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"sha": None, "dirty": None}

@@ -1,0 +1,31 @@
+"""Floating-point work per token, and what the chips can do: the two halves of MFU."""
+
+from qkjax.config import ModelConfig
+
+# Dense bfloat16 peaks from the makers' datasheets, FLOP/s, by jax's `device_kind`.
+_PEAKS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 peak of one device in FLOP/s; None where it is not known (CPUs)."""
+    return _PEAKS.get(device_kind)
+
+
+def training_flops_per_token(config: ModelConfig, num_parameters: int) -> float:
+    """Forward and backward FLOP per trained token: 6 N + 12 N_layers H K T.
+
+    The convention of PaLM (Chowdhery et al. 2022, appendix B): all parameters (here the tied
+    embedding once, as the output head), and attention over the full T x T square, though causal.
+    """
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim
+    return 6.0 * num_parameters + attention * config.sequence_length

@@ -1,0 +1,86 @@
+"""What a run shows on the terminal: a banner, a line now and then, a line per evaluation."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from qkjax import flops
+from qkjax.config import Config
+
+PR = "pr/key/post_rope/raw"  # the number that the original study published
+
+
+class Progress:
+    """Rates of the running process, and the lines that show them."""
+
+    def __init__(
+        self, config: Config, num_parameters: int, device_kind: str, num_devices: int
+    ) -> None:
+        self._config = config
+        self._work = flops.training_flops_per_token(config.model, num_parameters)
+        peak = flops.peak_flops(device_kind)
+        self._peak = None if peak is None else peak * num_devices
+        self._first_step: int | None = None
+        self._first_time = self._mark = time.monotonic()
+        self._shown = -math.inf
+        self._pr: float | None = None
+
+    def restart_clock(self) -> None:
+        """Leaves out of the next rate whatever happened up to now (an evaluation, a save)."""
+        self._mark = time.monotonic()
+
+    def rates(self, data_wait: float) -> dict[str, float | None]:
+        """perf/* of the step that has just been read; data_wait in seconds."""
+        now = time.monotonic()
+        elapsed, self._mark = max(now - self._mark, 1e-9), now
+        speed = self._config.train.tokens_per_step / elapsed
+        return {
+            "perf/tokens_per_second": speed,
+            "perf/mfu": None if self._peak is None else speed * self._work / self._peak,
+            "perf/data_wait": min(1.0, data_wait / elapsed),
+        }
+
+    def show_step(self, step: int, row: Mapping[str, Any]) -> None:
+        """One line every `log.every_seconds`, and after the last step."""
+        now = time.monotonic()
+        if self._first_step is None:
+            self._first_step, self._first_time = step, now
+        last = step == self._config.train.num_steps
+        if now - self._shown < self._config.log.every_seconds and not last:
+            return
+        self._shown = now
+        mfu = row["perf/mfu"]
+        pr = "-" if self._pr is None else f"{self._pr:.1f}"
+        print(
+            f"step {step}/{self._config.train.num_steps}  "
+            f"tokens {row['tokens']:,}  loss {_number(row['train/loss'], 4)}  PR {pr}  "
+            f"{row['perf/tokens_per_second']:,.0f} tokens/s  "
+            f"MFU (PaLM) {'null' if mfu is None else f'{mfu:.1%}'}  {self._left(step, now)}",
+            flush=True,
+        )
+
+    def show_evaluation(self, step: int, row: Mapping[str, Any]) -> None:
+        """One line an evaluation."""
+        self._pr = row[PR]
+        print(
+            f"eval {step}/{self._config.train.num_steps}  "
+            f"val/loss {_number(row['val/loss'], 4)}  "
+            f"PR of keys: post-RoPE raw {_number(row[PR], 2)}, "
+            f"pre-RoPE centred {_number(row['pr/key/pre_rope/centred'], 2)} "
+            f"of {self._config.model.head_dim}  ({row['perf/eval_seconds']:.1f} s)",
+            flush=True,
+        )
+
+    def _left(self, step: int, now: float) -> str:
+        """Time left, at the average pace since the first step (evaluations included)."""
+        assert self._first_step is not None
+        if step == self._first_step:
+            return "time left unknown"
+        pace = (now - self._first_time) / (step - self._first_step)
+        seconds = round(pace * (self._config.train.num_steps - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "null" if value is None else f"{value:.{digits}f}"

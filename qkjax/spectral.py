@@ -1,0 +1,229 @@
+"""Spectra of keys, queries and values: streaming factors, singular values, measures.
+
+The n vectors of one head form an [n, K] matrix that is never stored. A `Factor` holds count, mean
+and the triangular R of the QR factorisation of the centred vectors: all that both spectra, raw and
+centred, need. Factors of batches are merged pairwise (Chan, Golub & LeVeque 1983, with R in place
+of the sum of squares), in float32, without loss where a Gram matrix or a downdated mean would
+lose half of the digits. Everything is pure, jit- and vmap-able, and needs no float64.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_HOLDS = 0.9  # the share of r90
+_TIE = 1e-6  # float32 sums: 9 of 10 equal directions do hold 90%
+_UNDEFINED_ABOVE = 0.95  # axis alignment: a nearly isotropic covariance has no orientation
+
+
+class Factor(NamedTuple):
+    """Count, mean and centred triangular factor of a set of vectors, per leading index.
+
+    R^T R / count is the covariance of the vectors. Leading axes (layers, heads) are arbitrary.
+    The mean is anchor + offset. The anchor is near the mean and is carried along unchanged, so
+    that all arithmetic happens at the size of the spread. A mean in one float drifts over
+    hundreds of merges by as much as the spread of collapsed keys far from the origin.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # [...] int32 vectors seen; hides tuple.count
+    anchor: jax.Array  # [..., K] float32
+    offset: jax.Array  # [..., K] float32
+    r: jax.Array  # [..., K, K] float32, upper triangular up to signs
+
+    @property
+    def mean(self) -> jax.Array:
+        """[..., K] float32 mean of the vectors; 0 where there are none."""
+        return self.anchor + self.offset
+
+
+def empty_factor(batch_shape: tuple[int, ...], dim: int) -> Factor:
+    """The factor of no vectors: the start of a stream.
+
+    Args:
+        batch_shape: leading axes, for instance (layers, heads).
+        dim: K, the length of the vectors.
+    """
+    return Factor(
+        count=jnp.zeros(batch_shape, jnp.int32),
+        anchor=jnp.zeros((*batch_shape, dim), jnp.float32),
+        offset=jnp.zeros((*batch_shape, dim), jnp.float32),
+        r=jnp.zeros((*batch_shape, dim, dim), jnp.float32),
+    )
+
+
+def factor(vectors: jax.Array, mask: jax.Array | None = None) -> Factor:
+    """The factor of one batch of vectors.
+
+    Args:
+        vectors: [..., n, K], n of any size, also below K.
+        mask: bool [n] or [..., n], broadcast against vectors; False rows are neither counted nor
+            read (they may hold NaN). None: every row counts.
+    Returns:
+        Factor with leading axes [...]; with no valid row, the same as `empty_factor`.
+    """
+    vectors = vectors.astype(jnp.float32)
+    *batch_shape, num_rows, _ = vectors.shape
+    mask = jnp.ones(num_rows, bool) if mask is None else mask.astype(bool)
+    valid = jnp.broadcast_to(mask, (*batch_shape, num_rows))
+    count = valid.sum(axis=-1, dtype=jnp.int32)
+    divisor = jnp.maximum(count, 1).astype(jnp.float32)[..., None]
+
+    def masked(values: jax.Array) -> jax.Array:
+        return jnp.where(valid[..., None], values, 0.0)
+
+    mean = masked(vectors).sum(axis=-2) / divisor
+    # Rounded to 12 bits, the anchor is one number wherever the compiler computes it anew: a full
+    # float would differ from fusion to fusion in its last bit (a * b + c contracted or not).
+    anchor = jax.lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=12)
+    residues = masked(vectors - anchor[..., None, :])
+    offset = residues.sum(axis=-2) / divisor
+    return Factor(count, anchor, offset, _triangular(masked(residues - offset[..., None, :])))
+
+
+def merge(a: Factor, b: Factor) -> Factor:
+    """The factor of the union of two disjoint sets of vectors; exact where one is empty.
+
+    Args:
+        a, b: factors with equal leading axes and K.
+    """
+    count_a, count_b = a.count.astype(jnp.float32), b.count.astype(jnp.float32)
+    share_b = count_b / jnp.maximum(count_a + count_b, 1.0)
+    difference = (b.anchor - a.anchor) + (b.offset - a.offset)
+    # count_a * count_b would overflow int32 and waste float32's exactness.
+    between = jnp.sqrt(count_a * share_b)[..., None] * difference
+    r = _triangular(jnp.concatenate([a.r, b.r, between[..., None, :]], axis=-2))
+    merged = Factor(a.count + b.count, a.anchor, a.offset + difference * share_b[..., None], r)
+    return _where(b.count == 0, a, _where(a.count == 0, b, merged))
+
+
+def _where(condition: jax.Array, yes: Factor, no: Factor) -> Factor:
+    def choose(yes_leaf: jax.Array, no_leaf: jax.Array) -> jax.Array:
+        trailing = (1,) * (yes_leaf.ndim - condition.ndim)
+        return jnp.where(condition.reshape(condition.shape + trailing), yes_leaf, no_leaf)
+
+    return jax.tree.map(choose, yes, no)
+
+
+def merge_leading_axis(factors: Factor) -> Factor:
+    """Merges the factors along the leading axis by a pairwise tree.
+
+    Args:
+        factors: with leading axes [M, ...], M at least 1; for instance one factor per sequence
+            of a batch. Neighbours are merged first: sharded over devices, they are local.
+    Returns:
+        Factor with leading axes [...].
+    """
+    size = factors.count.shape[0]
+    while size > 1:
+        half = size // 2
+        evens, odds, rest = (
+            jax.tree.map(lambda leaf, cut=cut: leaf[cut], factors)
+            for cut in (
+                slice(0, 2 * half, 2),
+                slice(1, 2 * half, 2),
+                slice(2 * half, size),
+            )
+        )
+        merged = merge(evens, odds)
+        factors = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), merged, rest)
+        size = half + size % 2
+    return jax.tree.map(lambda leaf: leaf[0], factors)
+
+
+def singular_values(f: Factor, centred: bool) -> jax.Array:
+    """Singular values of the [n, K] matrix of all vectors seen, or of the vectors minus their mean.
+
+    Args:
+        f: factor with leading axes [...].
+        centred: True: the mean is removed; False: the vectors as they are.
+    Returns:
+        [..., K] float32, descending; zeros fill up where n < K. NaN where a vector was not finite.
+    """
+    r = f.r
+    if not centred:
+        root = jnp.sqrt(f.count.astype(jnp.float32))
+        row = (root[..., None] * f.mean)[..., None, :]
+        r = _triangular(jnp.concatenate([r, row], axis=-2))
+    with jax.default_matmul_precision("highest"):
+        return jnp.linalg.svd(r, full_matrices=False, compute_uv=False)
+
+
+def _triangular(rows: jax.Array) -> jax.Array:
+    """R [..., K, K] of the QR factorisation of [..., n, K]; zero rows fill up where n < K."""
+    num_rows, dim = rows.shape[-2:]
+    if num_rows < dim:
+        widths = [(0, 0)] * (rows.ndim - 2) + [(0, dim - num_rows), (0, 0)]
+        rows = jnp.pad(rows, widths)
+    with jax.default_matmul_precision("highest"):
+        return jnp.linalg.qr(rows, mode="r")
+
+
+def _over_largest(sigma_S: jax.Array) -> jax.Array:
+    """Singular values divided by the largest, so that no square under- or overflows; 0/0 is NaN."""
+    sigma_S = sigma_S.astype(jnp.float32)
+    return sigma_S / jnp.max(sigma_S, axis=-1, keepdims=True)
+
+
+def participation_ratio(sigma_S: jax.Array) -> jax.Array:
+    """Effective number of directions in use: (sum s)^2 / sum s^2.
+
+    Args:
+        sigma_S: [..., S] singular values, any order, non-negative.
+    Returns:
+        [...] float32 in [1, S]; NaN where every singular value is 0 or one is not finite.
+    Source: the QK-Norm study's PR (`pr`); for the covariance form see `participation_ratio_cov`.
+    """
+    s = _over_largest(sigma_S)
+    return s.sum(axis=-1) ** 2 / (s**2).sum(axis=-1)
+
+
+def participation_ratio_cov(sigma_S: jax.Array) -> jax.Array:
+    """Participation ratio of the covariance's eigenvalues: (sum s^2)^2 / sum s^4.
+
+    Args and returns: as `participation_ratio`.
+    Source: the usual PR of the literature (Gao et al. 2017), `pr_cov`.
+    """
+    return participation_ratio(_over_largest(sigma_S) ** 2)
+
+
+def effective_rank(sigma_S: jax.Array) -> jax.Array:
+    """Exponential of the entropy of the normalised singular values.
+
+    Args and returns: as `participation_ratio`.
+    Source: Roy & Vetterli 2007; RankMe (Garrido et al. 2023), `erank`.
+    """
+    s = _over_largest(sigma_S)
+    p = s / s.sum(axis=-1, keepdims=True)
+    return jnp.exp(jax.scipy.special.entr(p).sum(axis=-1))
+
+
+def stable_rank(sigma_S: jax.Array) -> jax.Array:
+    """Squared Frobenius norm over squared spectral norm: sum s^2 / max s^2.
+
+    Args and returns: as `participation_ratio`.
+    Source: Rudelson & Vershynin 2007, `srank`.
+    """
+    return (_over_largest(sigma_S) ** 2).sum(axis=-1)
+
+
+def r90(sigma_S: jax.Array) -> jax.Array:
+    """Fewest directions that hold 90% of sum s^2.
+
+    Args and returns: as `participation_ratio`; whole numbers. A tie within 1e-6 counts as held.
+    """
+    energy = jnp.sort(_over_largest(sigma_S) ** 2, axis=-1, descending=True)
+    held = jnp.cumsum(energy, axis=-1)
+    total = held[..., -1:]
+    short = (held < (_HOLDS - _TIE) * total).sum(axis=-1).astype(jnp.float32)
+    return jnp.where(jnp.isfinite(total[..., 0]), short + 1.0, jnp.nan)
+
+
+MEASURES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "pr": participation_ratio,
+    "pr_cov": participation_ratio_cov,
+    "erank": effective_rank,
+    "srank": stable_rank,
+    "r90": r90,
+}

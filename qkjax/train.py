@@ -1,0 +1,377 @@
+"""The training run: set up, restore, loop, finish."""
+
+import os
+import pathlib
+import time
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from qkjax import (
+    checkpoint,
+    errors,
+    evaluation,
+    model,
+    optimizer,
+    progress,
+    run_directory,
+    sharding,
+    signals,
+    train_step,
+    writers,
+)
+from qkjax.config import Config
+from qkjax.data import dataset as datasets
+from qkjax.data import pipeline
+
+
+def train_and_evaluate(
+    config: Config,
+    workdir: str | os.PathLike[str],
+    *,
+    restore_step: int | None = None,
+    allow_config_change: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Trains one arm in `workdir`, or goes on where an earlier call was stopped.
+
+    Args:
+        config: a resolved config; dtypes "auto" are settled for the devices at hand.
+        workdir: the run directory (DESIGN.md section 4).
+        restore_step: go on from this checkpoint instead of the latest.
+        allow_config_change: fields that may differ from the directory's config.json.
+    Returns:
+        The summary, as summary.json holds it.
+    Raises:
+        UsageError: dataset, config or checkpoint do not fit; before anything is computed.
+        NonFiniteError: the run diverged; its last finite state is saved.
+        StorageError: the disk failed; earlier checkpoints stay.
+        Stopped: SIGTERM or SIGINT; a checkpoint was saved.
+    """
+    config = config.for_platform(jax.default_backend())
+    directory = run_directory.make_workdir(workdir)
+    with run_directory.lock(directory), signals.StopRequest() as stop:
+        dataset = datasets.open_dataset(config)
+        run = _Run(config, directory, dataset, stop)
+        fingerprint = dataset.manifest.fingerprint
+        run_directory.settle_config(directory, config, fingerprint, allow_config_change)
+        summary = run_directory.read_summary(directory)
+        if summary is not None:
+            return _already_finished(directory, summary)
+        run_directory.write_environment(directory, fingerprint)
+        routes = optimizer.routing_table(model.parameter_shapes(config.model), config)
+        table = optimizer.format_routing_table(routes)
+        (directory / "parameters.txt").write_text(table + "\n")
+        print(f"{run.banner()}\n\n{table}\n", flush=True)
+        return run.execute(restore_step)
+
+
+def initialisation_key(seed: int) -> jax.Array:
+    """The key of a seed's initial parameters; data order has its own, derived by another name."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"initialisation"))
+
+
+def _already_finished(directory: pathlib.Path, summary: dict[str, Any]) -> dict[str, Any]:
+    if summary["diverged"]:
+        raise errors.NonFiniteError(
+            f"{directory}: this run diverged at step {summary['diverged_step']}. "
+            "Nothing was computed; use another --workdir for another config."
+        )
+    print(f"{directory}: already complete at step {summary['step']}; nothing to do", flush=True)
+    return summary
+
+
+class _Pending(NamedTuple):
+    """A dispatched step whose metrics are still on the device."""
+
+    step: int  # updates done after it
+    metrics: train_step.StepMetrics
+    batch: pipeline.Batch
+    data_wait: float  # seconds
+
+
+class _NonFiniteStep(Exception):
+    """The step that has just been read has a non-finite loss or gradient."""
+
+    def __init__(self, pending: _Pending, where: str) -> None:
+        super().__init__(where)
+        self.pending = pending
+        self.where = where
+
+
+class _Run:
+    """One run, from its set-up to its summary."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: pathlib.Path,
+        dataset: datasets.Dataset,
+        stop: signals.StopRequest,
+    ) -> None:
+        self.config = config
+        self.directory = directory
+        self.dataset = dataset
+        self.stop = stop
+        self.mesh = sharding.make_mesh()
+        self.transformation: optax.GradientTransformation = optimizer.make_optimizer(
+            config, model.parameter_shapes(config.model)
+        )
+        self.train_step = train_step.make_train_step(config, self.transformation, self.mesh)
+        self.evaluate = evaluation.Evaluator(config, self.mesh)
+        self.rate = optimizer.learning_rate(config.schedule, config.optimizer.learning_rate)
+        self.num_parameters = model.count_parameters(config.model)
+        self.progress = progress.Progress(
+            config, self.num_parameters, jax.devices()[0].device_kind, jax.device_count()
+        )
+        self.data_order = pipeline.fingerprint(
+            dataset.manifest, seed=config.seed, sequences_per_step=config.train.sequences_per_step
+        )
+        self.latest: dict[str, Any] = {}  # the last value of every metric
+        self.saved_sha256: dict[int, str] = {}  # step -> params_sha256
+        self.begun = time.monotonic()
+        self.earlier_seconds = 0.0
+        self.checkpoints: checkpoint.Checkpoints
+        self.writer: writers.CompositeWriter
+
+    def banner(self) -> str:
+        """What is about to be trained, in a few lines; the treatment first."""
+        c, device = self.config, jax.devices()[0]
+        total = c.train.num_steps * c.train.tokens_per_step
+        return "\n".join(
+            (
+                f"arm        {c.arm}: qk_norm {c.model.qk_norm}, optimiser {c.optimizer.name}",
+                f"scale      {c.scale}, recipe {c.recipe}, seed {c.seed}",
+                f"model      {self.num_parameters:,} parameters, {c.model.mlp}, {c.model.dtype}",
+                f"devices    {jax.device_count()} x {device.device_kind} ({device.platform})",
+                f"data       {self.dataset.manifest.name}, fingerprint "
+                f"{self.dataset.manifest.fingerprint[:12]}",
+                f"budget     {c.train.num_steps} steps x {c.train.tokens_per_step:,} tokens = "
+                f"{total:,}",
+                f"workdir    {self.directory}",
+            )
+        )
+
+    def execute(self, restore_step: int | None) -> dict[str, Any]:
+        """Everything from the restored or fresh state to the summary."""
+        self.checkpoints = checkpoint.Checkpoints(self.directory / "checkpoints")
+        state = self._restore_or_init(restore_step)
+        try:
+            return self._finish(self._train(state))
+        finally:
+            self.writer.close()
+            self.checkpoints.close()
+
+    def _restore_or_init(self, restore_step: int | None) -> train_step.TrainState:
+        steps = self.checkpoints.steps()
+        if restore_step is not None:
+            if restore_step not in steps:
+                raise errors.UsageError(
+                    f"--restore_step: {self.directory} has no checkpoint of step {restore_step}. "
+                    f"It has {steps}."
+                )
+            self.checkpoints.set_aside_after(restore_step)
+            steps = [step for step in steps if step <= restore_step]
+        if not steps:
+            self.writer = writers.create_run_writer(self.directory, resume_step=-1)
+            return train_step.init_state(
+                initialisation_key(self.config.seed), self.config, self.transformation, self.mesh
+            )
+        step = steps[-1]
+        shapes = train_step.state_shapes(self.config, self.transformation)
+        restored = self.checkpoints.restore(step, shapes.params, shapes.opt_state)
+        if restored.meta["data_order"] != self.data_order:
+            raise errors.UsageError(
+                f"{self.directory}: checkpoint {step} was trained on another data order "
+                f"({restored.meta['data_order']}, now {self.data_order}). Use another --workdir."
+            )
+        self.earlier_seconds = restored.meta["wall_seconds"]
+        self.saved_sha256[step] = restored.meta["params_sha256"]
+        self.writer = writers.create_run_writer(self.directory, resume_step=step)
+        for row in writers.read_metrics(self.directory / "metrics.jsonl"):
+            self.latest.update(row)
+        print(f"resume     from step {step}", flush=True)
+        state = train_step.TrainState(
+            np.int32(step), restored.params, restored.opt_state, np.bool_(True)
+        )
+        return jax.device_put(state, sharding.replicated(self.mesh))
+
+    def _train(self, state: train_step.TrainState) -> train_step.TrainState:
+        """Runs the steps that are left."""
+        start = int(state.step)
+        row = self.writer.last_row() or {"step": 0, "tokens": 0}
+        self._settle(state, start, row)
+        batches = self._batches(start)
+        boundaries = {*self.config.eval.steps, *self.config.checkpoint.steps}
+        pending: _Pending | None = None
+        try:
+            for step in range(start + 1, self.config.train.num_steps + 1):
+                waiting = time.monotonic()
+                batch = next(batches)
+                data_wait = time.monotonic() - waiting
+                tokens = sharding.put_batch(self.mesh, batch.tokens)
+                state, metrics = self.train_step(state, tokens)
+                if pending is not None:  # one step late, so that the device never waits
+                    self._write(self._read(pending))
+                pending = _Pending(step, metrics, batch, data_wait)
+                if step in boundaries or self.stop.signum is not None:
+                    row, pending = self._read(pending), None
+                    self._settle(state, step, row)
+        except _NonFiniteStep as bad:
+            self._record_divergence(state, bad)
+        return state
+
+    def _batches(self, start: int) -> Iterator[pipeline.Batch]:
+        return iter(
+            pipeline.TrainLoader(
+                self.dataset.directory,
+                self.dataset.manifest,
+                seed=self.config.seed,
+                sequences_per_step=self.config.train.sequences_per_step,
+                start_step=start,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+        )
+
+    def _settle(self, state: train_step.TrainState, step: int, row: dict[str, Any]) -> None:
+        """Evaluation, row and checkpoint of a step, as far as each is due and not done yet.
+
+        A signal is never kept waiting by an evaluation: the checkpoint is saved without it, and
+        the resumed run makes up for it.
+        """
+        if step in self.config.eval.steps and "val/loss" not in row:
+            measured = self._measure(state.params, self.config.eval.tokens)
+            if measured is not None:
+                self._write_arrays(f"step_{step:08d}.npz", measured)
+                row = {**row, **measured.metrics}
+                self.progress.show_evaluation(step, row)
+        self._write(row)
+        if step in self.config.checkpoint.steps or self.stop.signum is not None:
+            self._save(state, step)
+        if self.stop.signum is not None:
+            self._stop(f"after step {step}, which is saved")
+        self.progress.restart_clock()
+
+    def _stop(self, where: str) -> None:
+        self.checkpoints.wait()
+        assert self.stop.signum is not None
+        raise signals.Stopped(
+            self.stop.signum,
+            f"{self.directory}: stopped {where}. Run the same command again to go on.",
+        )
+
+    def _measure(self, params: model.Params, tokens: int) -> evaluation.Evaluation | None:
+        """One pass over the first `tokens` of the validation split (0 = all); None: interrupted."""
+        sequences = pipeline.read_validation(
+            self.dataset.directory, self.dataset.manifest, num_tokens=tokens
+        )
+        return self.evaluate(params, sequences, lambda: self.stop.signum is not None)
+
+    def _write_arrays(self, name: str, measured: evaluation.Evaluation) -> None:
+        writers.write_arrays(self.directory / "spectra" / name, measured.spectra)
+        writers.write_arrays(self.directory / "validation" / name, measured.validation)
+
+    def _read(self, pending: _Pending) -> dict[str, Any]:
+        """Waits for a step and makes its row.
+
+        Raises:
+            _NonFiniteStep: its loss or gradient is not finite.
+        """
+        metrics = jax.device_get(pending.metrics)
+        row = {
+            "step": pending.step,
+            "tokens": pending.step * self.config.train.tokens_per_step,
+            "train/loss": float(metrics.loss),
+            "train/grad_norm": float(metrics.grad_norm),
+            "train/learning_rate": float(self.rate(pending.step - 1)),
+            "train/epoch": pending.batch.epoch,
+            **self.progress.rates(pending.data_wait),
+        }
+        if not metrics.finite:
+            self._write(row)
+            names = checkpoint.leaf_names(model.parameter_shapes(self.config.model))
+            bad = [name for name, ok in zip(names, metrics.leaf_finite, strict=True) if not ok]
+            raise _NonFiniteStep(pending, f"the gradient of {bad[0]}" if bad else "the loss")
+        self.progress.show_step(pending.step, row)
+        return row
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.writer.write_row(row)
+        self.latest.update(row)
+
+    def _save(self, state: train_step.TrainState, step: int) -> None:
+        """Checkpoints a step unless it is there; everything written before it is on disk first."""
+        if step in self.saved_sha256:
+            return
+        self.writer.flush()
+        self.saved_sha256[step] = self.checkpoints.save(
+            step,
+            state.params,
+            state.opt_state,
+            {
+                "config": self.config.to_dict(),
+                "dataset_fingerprint": self.dataset.manifest.fingerprint,
+                "data_order": self.data_order,
+                "wall_seconds": self._wall_seconds(),
+            },
+        )
+
+    def _wall_seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self.begun
+
+    def _record_divergence(self, state: train_step.TrainState, bad: _NonFiniteStep) -> None:
+        """Saves the last finite state, writes the summary, and raises."""
+        step = int(state.step)
+        self._save(state, step)
+        self.checkpoints.wait()
+        self._write_summary(step, diverged_step=bad.pending.step)
+        ids = ", ".join(str(i) for i in bad.pending.batch.record_ids)
+        raise errors.NonFiniteError(
+            f"{self.directory}: step {bad.pending.step} is not finite, first in {bad.where}; its "
+            f"batch has the training records {ids}. The state after step {step} is saved. "
+            "The run counts as diverged: lower the learning rate, in another --workdir."
+        )
+
+    def _finish(self, state: train_step.TrainState) -> dict[str, Any]:
+        """The final pass, if there is one, and the summary that marks the run as finished."""
+        step = int(state.step)
+        self.checkpoints.wait()
+        if self.config.eval.final_tokens >= 0:
+            measured = self._measure(state.params, self.config.eval.final_tokens)
+            if measured is None:
+                self._stop("in the final pass; training is complete and saved")
+                raise AssertionError("_stop raises")
+            self._write_arrays("final.npz", measured)
+            self.progress.show_evaluation(step, measured.metrics)
+            self.latest |= {_final_name(name): v for name, v in measured.metrics.items()}
+        self.writer.flush()
+        summary = self._write_summary(step, diverged_step=None)
+        print(f"done       {self.directory / 'summary.json'}", flush=True)
+        return summary
+
+    def _write_summary(self, step: int, diverged_step: int | None) -> dict[str, Any]:
+        passes = datasets.passes_over_data(self.config, self.dataset.manifest, step)
+        summary = {
+            **self.latest,
+            "arm": self.config.arm,
+            "seed": self.config.seed,
+            "step": step,
+            "tokens": step * self.config.train.tokens_per_step,
+            "epochs": passes,
+            "params_sha256": self.saved_sha256[step],
+            "diverged": diverged_step is not None,
+            "diverged_step": diverged_step,
+            "wall_seconds": self._wall_seconds(),
+        }
+        run_directory.write_summary(self.directory, summary)
+        return summary
+
+
+def _final_name(metric: str) -> str:
+    """val/loss -> val_final/loss: the name of a metric of the final pass."""
+    family, _, rest = metric.partition("/")
+    return f"{family}_final/{rest}"

@@ -1,0 +1,128 @@
+"""One update as a pure function: (state, batch) -> (state, metrics)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from qkjax import losses, model, sharding
+from qkjax.config import Config
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step."""
+
+    step: jax.Array  # [] int32: finished updates
+    params: model.Params
+    opt_state: Any
+    finite: jax.Array  # [] bool: False from the first non-finite step on, which changes nothing
+
+
+class StepMetrics(NamedTuple):
+    """What one step reports; it stays on the device until it is read."""
+
+    loss: jax.Array  # [] float32, nats per predicted token of this batch
+    grad_norm: jax.Array  # [] float32, before clipping
+    finite: jax.Array  # [] bool: loss and gradient of this step, and all steps before it
+    leaf_finite: jax.Array  # [leaves] bool, gradients in the order of jax.tree.leaves
+
+
+TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]]
+
+
+def init_state(
+    key: jax.Array, config: Config, transformation: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state before the first update, made on the devices, with a copy on each."""
+
+    def init() -> TrainState:
+        params = model.init(key, config.model)
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, transformation.init(params), jnp.ones((), bool)
+        )
+
+    return jax.jit(init, out_shardings=sharding.replicated(mesh))()
+
+
+def state_shapes(config: Config, transformation: optax.GradientTransformation) -> TrainState:
+    """The tree of `init_state` as jax.ShapeDtypeStruct."""
+    params = model.parameter_shapes(config.model)
+    return TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        params,
+        jax.eval_shape(transformation.init, params),
+        jax.ShapeDtypeStruct((), jnp.bool_),
+    )
+
+
+def make_train_step(
+    config: Config, transformation: optax.GradientTransformation, mesh: Mesh
+) -> TrainStep:
+    """Compiles `step(state, tokens [B, T+1] int32, sharded over `data`)`; the state is donated.
+
+    Raises:
+        UsageError: the batch does not divide over the devices and their passes.
+    """
+    passes = sharding.microbatches(
+        mesh, config.train.sequences_per_step, config.train.microbatch_sequences
+    )
+
+    def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, StepMetrics]:
+        loss, gradients = _loss_and_gradients(state.params, tokens, config, passes, mesh)
+        leaf_finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradients)])
+        finite = state.finite & jnp.isfinite(loss) & leaf_finite.all()
+        updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
+        updated = TrainState(
+            state.step + 1, optax.apply_updates(state.params, updates), opt_state, finite
+        )
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        grad_norm = optax.global_norm(gradients)
+        return kept._replace(finite=finite), StepMetrics(loss, grad_norm, finite, leaf_finite)
+
+    replicated = sharding.replicated(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(replicated, sharding.batch_sharding(mesh)),
+        out_shardings=(replicated, replicated),
+        donate_argnums=0,
+    )
+
+
+def _loss_and_gradients(
+    params: model.Params, tokens: jax.Array, config: Config, passes: int, mesh: Mesh
+) -> tuple[jax.Array, model.Params]:
+    """Mean loss and its gradient, in `passes` forward-backward passes of equal size."""
+
+    def summed_loss(params: model.Params, tokens: jax.Array) -> jax.Array:
+        hidden = model.apply(params, tokens[:, :-1], config.model)
+        return losses.next_token_loss(
+            hidden,
+            params["embedding"],
+            tokens[:, 1:],
+            chunk_tokens=config.train.loss_chunk_tokens * mesh.size,
+        )
+
+    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
+    if passes == 1:
+        loss, gradients = jax.value_and_grad(summed_loss)(params, tokens)
+    else:
+
+        def add_pass(carry: Any, tokens: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(
+                jnp.add, carry, jax.value_and_grad(summed_loss)(params, tokens)
+            ), None
+
+        start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        (loss, gradients), _ = jax.lax.scan(add_pass, start, _cut(tokens, passes, mesh))
+    return jax.tree.map(lambda x: x / predicted, (loss, gradients))
+
+
+def _cut(tokens: jax.Array, passes: int, mesh: Mesh) -> jax.Array:
+    """[B, T+1] to [passes, B / passes, T+1], each device keeping the rows that it holds."""
+    rows = tokens.reshape(mesh.size, passes, -1, tokens.shape[-1]).swapaxes(0, 1)
+    rows = rows.reshape(passes, -1, tokens.shape[-1])
+    over_rows = jax.sharding.NamedSharding(mesh, PartitionSpec(None, sharding.DATA_AXIS))
+    return jax.lax.with_sharding_constraint(rows, over_rows)

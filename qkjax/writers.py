@@ -1,0 +1,345 @@
+"""What a run writes as it goes: metrics.jsonl, TensorBoard event files, npz arrays.
+
+The writers have the interface of CLU's `metric_writers.MetricWriter`. metrics.jsonl is the record
+of truth: an error there stops the run. TensorBoard is a convenience: an error is a warning.
+"""
+
+import io
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from qkjax import run_directory, tensorboard
+from qkjax.run_directory import read_metrics
+from qkjax.tensorboard import MetricWriter
+
+__all__ = [
+    "CompositeWriter",
+    "JsonlWriter",
+    "create_run_writer",
+    "read_metrics",
+    "write_arrays",
+]
+
+
+class JsonlWriter(MetricWriter):
+    """metrics.jsonl: one JSON object a line, `step` first, steps ascending.
+
+    Each row goes to the operating system as it is written, and to the disk at `flush`. What the
+    disk refused stays in memory and is tried again at the next row or flush.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume_step: int = -1) -> None:
+        """Opens the file behind the rows up to `resume_step`; later ones and a torn one are cut.
+
+        Args:
+            resume_step: step of the restored checkpoint; -1 where nothing was restored.
+        Raises:
+            UsageError: a line that is not the last is damaged.
+            StorageError: the file cannot be read or written.
+        """
+        self.path = pathlib.Path(path)
+        try:
+            # A device or a pipe has no rows to read back.
+            content = self.path.read_bytes() if self.path.is_file() else b""
+            rows = run_directory.read_rows(self.path) if content else []
+        except OSError as error:
+            raise run_directory.storage_error(self.path, error) from error
+        kept = [(line, row) for line, row in rows if row["step"] <= resume_step]
+        self._last = kept[-1][1] if kept else None
+        last_step = kept[-1][1]["step"] if kept else None
+        if resume_step >= 0 and last_step != resume_step:
+            logging.warning(
+                "%s: its last row is of step %s, the checkpoint of step %d: rows are missing",
+                self.path,
+                last_step,
+                resume_step,
+            )
+        wanted = b"".join(line + b"\n" for line, _ in kept)
+        if content != wanted:
+            run_directory.write_bytes(self.path, wanted)
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self._file = open(self.path, "ab")
+        except OSError as error:
+            raise run_directory.storage_error(self.path, error) from error
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Appends the row of a step; non-finite numbers and None become null.
+
+        Raises:
+            ValueError: the step is not above the last one, or a scalar is named `step`.
+            OSError: the disk refused the row; it stays in memory.
+        """
+        if self._last is not None and step <= self._last["step"]:
+            raise ValueError(
+                f"{self.path}: a row of step {step} after one of step {self._last['step']}"
+            )
+        row = self._row(step, scalars)
+        self._file.write(_line(row))
+        self._last = row
+        self._file.flush()
+
+    def last_row(self) -> dict[str, Any] | None:
+        """A copy of the last row, with its `step`; None where there is no row."""
+        return None if self._last is None else dict(self._last)
+
+    def rewrite_last(self, row: Mapping[str, Any]) -> None:
+        """Replaces the last row, on the disk and atomically; `row` has the same `step`.
+
+        Raises:
+            ValueError: there is no row, or it has another step.
+            StorageError: the disk failed; the old row stays.
+        """
+        if self._last is None or row.get("step") != self._last["step"]:
+            raise ValueError(f"{self.path}: {row.get('step')} is not the step of the last row")
+        new = self._row(row["step"], {name: v for name, v in row.items() if name != "step"})
+        if new == self._last:
+            return
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise run_directory.storage_error(self.path, error) from error
+        lines = [line for line, _ in run_directory.read_rows(self.path)[:-1]]
+        run_directory.write_bytes(self.path, b"".join(line + b"\n" for line in lines) + _line(new))
+        self._last = new
+        self._file.close()  # the replaced file
+        self._open()
+
+    def _row(self, step: int, scalars: Mapping[str, Any]) -> dict[str, Any]:
+        if "step" in scalars:
+            raise ValueError(f"{self.path}: a scalar is named `step`")
+        return {"step": int(step), **run_directory.plain(scalars)}
+
+    def flush(self) -> None:
+        """Brings every row to the disk.
+
+        Raises:
+            OSError: the disk is full or fails.
+        """
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Flushes and closes the file.
+
+        Raises:
+            OSError: the disk is full or fails.
+        """
+        if self._file.closed:
+            return
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+
+    # metrics.jsonl holds scalars; everything else is left to the other writers.
+
+    def write_summaries(
+        self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Does nothing."""
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
+        """Does nothing."""
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Does nothing."""
+
+    def write_histograms(
+        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
+    ) -> None:
+        """Does nothing."""
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Does nothing: config.json has them."""
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row, allow_nan=False) + "\n").encode()
+
+
+class CompositeWriter(MetricWriter):
+    """Calls several writers; what one of them cannot write, the others still do.
+
+    An error of metrics.jsonl is raised, once all writers were called: as StorageError where the
+    disk failed. The first error of any other writer is a warning, and all are kept in `errors()`.
+    """
+
+    def __init__(self, jsonl: JsonlWriter, others: Sequence[MetricWriter] = ()) -> None:
+        """Args: the essential writer, and those whose failure does not stop a run."""
+        self.jsonl = jsonl
+        self._others = tuple(others)
+        self._errors: dict[str, list[Exception]] = {}
+        self._resumed_step = (jsonl.last_row() or {"step": None})["step"]
+
+    def errors(self) -> dict[str, list[Exception]]:
+        """Every error so far, by the class name of its writer; empty where all is well."""
+        return {name: list(found) for name, found in self._errors.items()}
+
+    def _call(self, call: Callable[[Any], None]) -> None:
+        for writer in self._others:
+            error = self._try(writer, call)
+            name = type(writer).__name__
+            if error is not None and len(self._errors[name]) == 1:
+                logging.warning(
+                    "%s failed: %r. Training and metrics.jsonl go on without it.", name, error
+                )
+        fatal = self._try(self.jsonl, call)
+        if isinstance(fatal, OSError):
+            raise run_directory.storage_error(self.jsonl.path, fatal) from fatal
+        if fatal is not None:
+            raise fatal
+
+    def _try(self, writer: MetricWriter, call: Callable[[Any], None]) -> Exception | None:
+        try:
+            call(writer)
+        except Exception as error:  # whatever it is, the other writers come first
+            self._errors.setdefault(type(writer).__name__, []).append(error)
+            return error
+        return None
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes the row of a step.
+
+        Raises:
+            StorageError: metrics.jsonl could not be written.
+            ValueError: the step is not above the last one.
+        """
+        self._call(lambda writer: writer.write_scalars(step, scalars))
+
+    def last_row(self) -> dict[str, Any] | None:
+        """A copy of the last row of metrics.jsonl; None where there is none."""
+        return self.jsonl.last_row()
+
+    def write_row(self, row: Mapping[str, Any]) -> None:
+        """Writes a whole row, `step` and all.
+
+        The row of the step that a run resumed from may be written again, once it has what the
+        stopped run had no time to measure; then metrics.jsonl has the new row in its place.
+
+        Raises:
+            StorageError: metrics.jsonl could not be written.
+            ValueError: the step is not above the last one.
+        """
+        step = row["step"]
+        scalars = {name: value for name, value in row.items() if name != "step"}
+        last = self.jsonl.last_row() or {}
+        if step != self._resumed_step or step != last["step"]:
+            return self.write_scalars(step, scalars)
+        # TensorBoard keeps both of two values of a step: only new names go there. They are on the
+        # disk before the row is, whose names a later resume takes for written.
+        added = {name: value for name, value in scalars.items() if name not in last}
+
+        def replace(writer: Any) -> None:
+            if writer is self.jsonl:
+                writer.rewrite_last(row)
+            elif added:
+                writer.write_scalars(step, added)
+                writer.flush()
+
+        return self._call(replace)
+
+    def write_summaries(
+        self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes tensors, where a writer takes them."""
+        self._call(lambda writer: writer.write_summaries(step, values, metadata))
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+        """Writes images [H, W, C] or [N, H, W, C]."""
+        self._call(lambda writer: writer.write_images(step, images))
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        """Writes videos, where a writer takes them."""
+        self._call(lambda writer: writer.write_videos(step, videos))
+
+    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
+        """Writes sounds, where a writer takes them."""
+        self._call(lambda writer: writer.write_audios(step, audios, sample_rate=sample_rate))
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Writes texts."""
+        self._call(lambda writer: writer.write_texts(step, texts))
+
+    def write_histograms(
+        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
+    ) -> None:
+        """Writes histograms."""
+        self._call(lambda writer: writer.write_histograms(step, arrays, num_buckets))
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Writes a flat mapping of options; call it once."""
+        self._call(lambda writer: writer.write_hparams(hparams))
+
+    def flush(self) -> None:
+        """Brings everything to the disk.
+
+        Raises:
+            StorageError: metrics.jsonl could not be written.
+        """
+        self._call(lambda writer: writer.flush())
+
+    def close(self) -> None:
+        """Flushes and closes every writer.
+
+        Raises:
+            StorageError: metrics.jsonl could not be written.
+        """
+        self._call(lambda writer: writer.close())
+
+
+def create_run_writer(workdir: str | os.PathLike[str], resume_step: int = -1) -> CompositeWriter:
+    """The writer of a run directory: metrics.jsonl, and TensorBoard where it can be had.
+
+    Args:
+        resume_step: step of the restored checkpoint, what lies behind it is cut; -1 for none.
+    Raises:
+        UsageError: metrics.jsonl is damaged.
+        StorageError: metrics.jsonl cannot be read or written.
+    """
+    jsonl = JsonlWriter(pathlib.Path(workdir) / "metrics.jsonl", resume_step)
+    try:
+        return CompositeWriter(jsonl, [tensorboard.SummaryWriter(workdir, resume_step)])
+    except ImportError as error:
+        logging.warning(
+            "no TensorBoard files (%s); metrics.jsonl has everything. "
+            "To have them: pip install tensorboardX",
+            error,
+        )
+    except OSError as error:
+        logging.warning("no TensorBoard files (%s); metrics.jsonl has everything", error)
+    return CompositeWriter(jsonl)
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
+    """Replaces an npz file atomically; floats as float32, integers as they are, sorted by name.
+
+    Equal arrays give equal bytes. `np.load(path, allow_pickle=False)` reads it.
+
+    Raises:
+        TypeError: something that is not an array of numbers.
+        StorageError: the disk is full or fails; the old file stays.
+    """
+    converted: dict[str, Any] = {}
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name])
+        if array.dtype.kind in "OUSMmc":
+            raise TypeError(f"{path}: {name} has dtype {array.dtype}, expected numbers")
+        converted[name] = array if array.dtype.kind in "biu" else array.astype(np.float32)
+    buffer = io.BytesIO()
+    np.savez(buffer, **converted)  # stamps every member with 1980-01-01, not with the time
+    run_directory.write_bytes(pathlib.Path(path), buffer.getvalue())

@@ -1,0 +1,39 @@
+"""Fixtures that several test files share."""
+
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """Reference vectors and real text, beside the repository; not part of the product."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip(f"no reference data at {path.name}/ beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def on_devices() -> Callable[[str, int], str]:
+    """Runs Python code in a process with so many virtual CPU devices; returns what it printed."""
+
+    def run(code: str, devices: int) -> str:
+        forced = f"--xla_force_host_platform_device_count={devices}"
+        env = {**os.environ, "XLA_FLAGS": forced, "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return run

@@ -1,0 +1,192 @@
+"""model.py and attention.py: counts, the numpy reference, causality, every qk_norm, bfloat16."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_model
+
+from qkjax import attention, config, model
+
+SMALL = dataclasses.replace(
+    config.resolve(config.base("muon", "none", "tiny")).for_platform("cpu").model,
+    num_layers=2,
+    d_model=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    d_ff=40,
+    vocab_size=97,
+    sequence_length=32,
+)
+
+
+def small(**changes) -> config.ModelConfig:
+    return dataclasses.replace(SMALL, **changes)
+
+
+def random_params(c: config.ModelConfig, seed: int = 0) -> model.Params:
+    """Parameters at which every part matters: larger matrices than at initialisation, gammas
+    away from 1."""
+    params = model.init(jax.random.key(seed), c)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    spread = [
+        leaf * 8 if leaf.ndim == 3 or leaf.shape[0] == c.vocab_size
+        else leaf + 0.3 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]  # fmt: skip
+    return jax.tree.unflatten(structure, spread)
+
+
+def tokens(c: config.ModelConfig, batch: int, length: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(7), (batch, length), 0, c.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("words", "qk_norm", "expected"),
+    [
+        ("full", "none", 87_906_816),
+        ("full", "learned", 87_909_632),
+        ("full,seed", "none", 88_627_712),
+        ("full,seed", "learned", 88_630_528),
+        ("1b5", "learned", 1_577_199_616),
+        ("1b5", "none", 1_577_191_424),
+    ],
+)
+def test_parameter_counts(words: str, qk_norm: str, expected: int):
+    resolved = config.resolve(config.base("adamw", qk_norm, words)).for_platform("cpu")
+    assert model.count_parameters(resolved.model) == expected
+
+
+@pytest.mark.parametrize("mlp", ["swiglu", "relu2"])
+@pytest.mark.parametrize("qk_norm", ["none", "learned", "frozen"])
+def test_agrees_with_the_numpy_reference(qk_norm: str, mlp: str):
+    c = small(qk_norm=qk_norm, mlp=mlp)
+    params = random_params(c)
+    batch = tokens(c, 2, 29)
+    found = model.logits(params, batch, c)
+    exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    for row in range(2):
+        expected, _ = reference_model.logits(exact, np.asarray(batch[row]), c)
+        assert np.abs(expected).max() > 3  # the comparison would be empty at tiny logits
+        np.testing.assert_allclose(found[row], expected, atol=1e-4)
+
+
+def test_probe_sees_the_keys_of_the_reference():
+    c = small(qk_norm="learned")
+    params = random_params(c)
+    batch = tokens(c, 1, 29)
+    _, seen = model.apply_with_probe(params, batch, c, lambda heads: heads)
+    exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    _, keys = reference_model.logits(exact, np.asarray(batch[0]), c)
+    np.testing.assert_allclose(seen.key_post_BTGK[:, 0], keys, atol=1e-4)
+    assert not np.allclose(seen.key_pre_BTGK, seen.key_post_BTGK, atol=1e-2)
+
+
+def test_probe_takes_float32_accumulators_under_bfloat16():
+    c32, c16 = small(), small(dtype="bfloat16")
+    params = random_params(c32)
+    _, keys = model.apply_with_probe(params, tokens(c16, 1, 29), c16, lambda heads: heads[3])
+    assert keys.dtype == jnp.float32
+    rounded = keys.astype(jnp.bfloat16).astype(jnp.float32)
+    assert (rounded != keys).mean() > 0.9  # rounded keys would be bfloat16 numbers
+
+
+def test_a_logit_depends_on_no_later_token():
+    c = small(qk_norm="learned")
+    params = random_params(c)
+    length = 23
+
+    def score(embedded, position):
+        """The logits of one position, as a function of what is embedded at every position."""
+        table = params["embedding"].at[jnp.arange(length)].set(embedded)
+        return model.logits({**params, "embedding": table}, jnp.arange(length)[None], c)[
+            0, position, length:
+        ].sum()
+
+    embedded = params["embedding"][:length]
+    gradient = jax.jit(jax.grad(score))
+    for position in range(length):
+        reach = np.abs(np.asarray(gradient(embedded, position))).max(axis=1)
+        assert (reach[: position + 1] > 0).all()
+        assert (reach[position + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 255, 257, 600])
+def test_attention_agrees_with_the_plain_formula_and_its_gradients(length: int):
+    B, H, G, K = 2, 4, 2, 16
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (B, length, n, K)) for i, n in ((0, H), (1, G), (2, G))
+    )
+    weight = jax.random.normal(jax.random.key(3), (B, length, H, K))
+
+    def plain(q, k, v):
+        k, v = jnp.repeat(k, H // G, axis=2), jnp.repeat(v, H // G, axis=2)
+        scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(K)
+        scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+        return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores), v)
+
+    def value_and_gradients(function):
+        return jax.jit(
+            jax.value_and_grad(lambda *args: (function(*args) * weight).sum(), argnums=(0, 1, 2))
+        )(q, k, v)
+
+    np.testing.assert_allclose(
+        jax.jit(attention.causal_attention)(q, k, v), plain(q, k, v), atol=1e-5
+    )
+    found, expected = value_and_gradients(attention.causal_attention), value_and_gradients(plain)
+    for f, e in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(f, e, atol=2e-5)
+
+
+def test_arms_of_a_seed_share_initial_values():
+    key = jax.random.key(3)
+    none = model.init(key, small(qk_norm="none", mlp="swiglu"))
+    learned = model.init(key, small(qk_norm="learned", mlp="swiglu"))
+    frozen = model.init(key, small(qk_norm="frozen", mlp="swiglu"))
+    relu2 = model.init(key, small(qk_norm="none", mlp="relu2"))
+    assert jax.tree.structure(learned) == jax.tree.structure(frozen)
+    for other in (learned, frozen):
+        gammas = {other["blocks"]["attention"].pop(name)["gamma"].sum().item()
+                  for name in ("query_norm", "key_norm")}  # fmt: skip
+        assert gammas == {2 * 16.0}
+        jax.tree.map(np.testing.assert_array_equal, none, other)
+    del none["blocks"]["mlp"]["gate"]
+    jax.tree.map(np.testing.assert_array_equal, none, relu2)
+    another = model.init(jax.random.key(4), small())
+    assert not np.array_equal(another["embedding"], none["embedding"])
+
+
+def test_initial_values_are_normal_with_deviation_002():
+    params = model.init(jax.random.key(0), small(d_model=64, d_ff=256, vocab_size=500))
+    for leaf in jax.tree.leaves(params):
+        if leaf.ndim == 1 or (leaf.ndim == 2 and leaf.shape[0] == 2):
+            assert (leaf == 1).all()
+        else:
+            assert abs(float(leaf.std()) / 0.02 - 1) < 0.03
+    query = params["blocks"]["attention"]["query"]["kernel"]
+    assert not np.array_equal(query[0], query[1])  # each layer has values of its own
+
+
+def test_bfloat16_is_close_to_float32():
+    c = small(qk_norm="learned")
+    params = model.init(jax.random.key(0), c)
+    batch = tokens(c, 2, 29)
+    exact = model.logits(params, batch, c)
+    rough = model.logits(params, batch, small(qk_norm="learned", dtype="bfloat16"))
+    assert rough.dtype == jnp.float32
+    error = np.abs(np.asarray(exact - rough))
+    assert 0 < error.max() < 0.03 * float(jnp.abs(exact).max())
+
+
+def test_unrolled_layers_are_the_same_model():
+    params = random_params(small())
+    batch = tokens(small(), 1, 29)
+    np.testing.assert_allclose(
+        model.logits(params, batch, small()),
+        model.logits(params, batch, small(unroll=2)),
+        atol=1e-5,
+    )

@@ -1,0 +1,264 @@
+"""Streaming spectra against float64 numpy: factors, merges, masks, measures."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from qkjax import spectral
+
+import jax  # isort: skip
+import jax.numpy as jnp  # isort: skip
+
+K = 64
+NUM_BATCHES, BATCH_ROWS = 500, 96
+TOLERANCE = 1e-5
+
+SPECTRA = {
+    "isotropic": np.ones(K),
+    "1/k": 1 / np.arange(1, K + 1),
+    "1/k^2": 1 / np.arange(1, K + 1) ** 2,
+    "collapsed": np.array([1.0] * 3 + [1e-3] * (K - 3)),
+    "hard": np.array([1.0] + [1e-5] * (K - 1)),
+}
+
+
+def _vectors(scales, mean_spreads, seed):
+    """[batches, rows, K] float32 with principal axes in general position, mean in spreads."""
+    rng = np.random.default_rng(seed)
+    axes = np.linalg.qr(rng.standard_normal((K, K)))[0]
+    rows = rng.standard_normal((NUM_BATCHES * BATCH_ROWS, K)) * scales @ axes
+    direction = rng.standard_normal(K)
+    spread = np.sqrt((scales**2).sum())
+    rows += mean_spreads * spread * direction / np.linalg.norm(direction)
+    return rows.astype(np.float32).reshape(NUM_BATCHES, BATCH_ROWS, K)
+
+
+def _float64_pr(rows, centred):
+    rows = rows.reshape(-1, K).astype(np.float64)
+    sigma = np.linalg.svd(rows - rows.mean(axis=0) * centred, compute_uv=False)
+    return sigma.sum() ** 2 / (sigma**2).sum(), sigma
+
+
+@jax.jit
+def _stream(batches, masks):
+    """Merges [batches, heads, rows, K] one after another; the carry does not grow."""
+    start = spectral.empty_factor(batches.shape[1:2], K)
+
+    def add(total, batch):
+        return spectral.merge(total, spectral.factor(*batch)), None
+
+    return jax.lax.scan(add, start, (batches, masks))[0]
+
+
+_singular_values = jax.jit(spectral.singular_values, static_argnums=1)
+_merge = jax.jit(spectral.merge)
+_factor = jax.jit(spectral.factor)
+
+
+@functools.cache
+def _long_streams():
+    """All spectra, with means of 0 to 1,000 spreads, as heads of one stream of 500 batches."""
+    heads = {
+        (name, spreads): _vectors(scales, spreads, seed)
+        for seed, (name, scales) in enumerate(SPECTRA.items())
+        for spreads in (0, 100, 1000)
+    }
+    batches = np.stack(list(heads.values()), axis=1)
+    return heads, batches, _stream(batches, np.ones((NUM_BATCHES, BATCH_ROWS), bool))
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["centred", "raw"])
+@pytest.mark.parametrize("spreads", [0, 100, 1000])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_500_batches_agree_with_float64(name, spreads, centred):
+    heads, _, total = _long_streams()
+    head = list(heads).index((name, spreads))
+    expected, expected_sigma = _float64_pr(heads[name, spreads], centred)
+    sigma = _singular_values(total, centred)[head]
+    assert total.count[head] == NUM_BATCHES * BATCH_ROWS
+    assert sigma.dtype == jnp.float32
+    assert abs(float(spectral.participation_ratio(sigma)) / expected - 1) < TOLERANCE
+    assert np.abs(sigma / expected_sigma[0] - expected_sigma / expected_sigma[0]).max() < TOLERANCE
+    assert np.all(np.diff(sigma) <= 0)
+
+
+def test_the_mean_agrees_with_float64():
+    heads, _, total = _long_streams()
+    for head, rows in enumerate(heads.values()):
+        rows = rows.reshape(-1, K).astype(np.float64)
+        mean = rows.mean(axis=0)
+        both = np.float64(total.anchor[head]) + np.float64(total.offset[head])
+        # In units of the spread: one float32 of 1,000 spreads alone is wrong by 3e-5 of it.
+        assert np.abs(both - mean).max() < 1e-6 * rows.std(axis=0).max()
+        np.testing.assert_allclose(total.mean[head], mean, rtol=2e-7, atol=1e-6)
+
+
+def test_the_order_of_batches_does_not_matter():
+    _, batches, total = _long_streams()
+    order = np.random.default_rng(5).permutation(NUM_BATCHES)
+    shuffled = _stream(batches[order], np.ones((NUM_BATCHES, BATCH_ROWS), bool))
+    assert np.array_equal(shuffled.count, total.count)
+    for centred in (True, False):
+        one = spectral.participation_ratio(_singular_values(total, centred))
+        other = spectral.participation_ratio(_singular_values(shuffled, centred))
+        np.testing.assert_allclose(other, one, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_the_tree_equals_one_after_another(size):
+    _, batches, _ = _long_streams()
+    factors = jax.vmap(_factor)(batches[:size])
+    tree = jax.jit(spectral.merge_leading_axis)(factors)
+    chain = spectral.empty_factor(batches.shape[1:2], K)
+    for batch in batches[:size]:
+        chain = _merge(chain, _factor(batch))
+    assert np.array_equal(tree.count, chain.count)
+    np.testing.assert_allclose(tree.mean, chain.mean, rtol=1e-5, atol=1e-6)
+    for centred in (True, False):
+        tree_sigma, chain_sigma = _singular_values(tree, centred), _singular_values(chain, centred)
+        scale = tree_sigma[..., :1]
+        np.testing.assert_allclose(tree_sigma / scale, chain_sigma / scale, atol=1e-6)
+
+
+def test_masked_rows_do_not_exist():
+    """Rows that are masked, NaN included, change nothing: the kept rows alone give the same."""
+    rng = np.random.default_rng(3)
+    # A mean of 3000: the anchor is far enough from it that a masked row of -offset would show.
+    rows = (rng.standard_normal((2, 96, K)) + [[[3]], [[3000]]]).astype(np.float32)
+    mask = rng.random((2, 96)) < 0.8
+    dirty = np.where(mask[..., None], rows, np.nan)
+    masked = _factor(dirty, mask)
+    assert masked.count.dtype == jnp.int32
+    for head in range(2):
+        kept = rows[head, mask[head]].astype(np.float64)
+        assert masked.count[head] == len(kept)
+        np.testing.assert_allclose(masked.mean[head], kept.mean(axis=0), rtol=1e-6)
+        for centred in (True, False):
+            expected = np.linalg.svd(kept - kept.mean(axis=0) * centred, compute_uv=False)
+            found = _singular_values(masked, centred)[head]
+            np.testing.assert_allclose(found, expected, atol=1e-5 * expected[0])
+    one_mask = _factor(rows, mask[0])  # [n]: the same mask for every head
+    np.testing.assert_array_equal(one_mask.count, [mask[0].sum()] * 2)
+    np.testing.assert_array_equal(one_mask.mean[0], masked.mean[0])
+
+
+def test_a_partial_batch_counts_only_its_rows():
+    """500 rows as 5 full batches of 96 and a last one of 20: equal to float64 over the 500."""
+    rng = np.random.default_rng(4)
+    rows = (rng.standard_normal((500, K)) * SPECTRA["1/k"] + 2).astype(np.float32)
+    padded = np.full((576, K), 1e6, np.float32)
+    padded[:500] = rows
+    masks = np.arange(576).reshape(6, 96) < 500
+    total = _stream(padded.reshape(6, 1, 96, K), masks)
+    assert total.count[0] == 500
+    for centred in (True, False):
+        expected, _ = _float64_pr(rows, centred)
+        sigma = _singular_values(total, centred)[0]
+        assert abs(float(spectral.participation_ratio(sigma)) / expected - 1) < TOLERANCE
+
+
+def test_fewer_rows_than_dimensions():
+    rows = np.random.default_rng(6).standard_normal((5, K)).astype(np.float32)
+    few = _factor(rows)
+    assert few.r.shape == (K, K)
+    raw = np.linalg.svd(rows.astype(np.float64), compute_uv=False)
+    np.testing.assert_allclose(_singular_values(few, False)[:5], raw, rtol=1e-5)
+    np.testing.assert_allclose(_singular_values(few, False)[5:], 0, atol=1e-5)
+    assert float(spectral.participation_ratio(_singular_values(few, True))) < 4.01
+
+
+def test_empty_sets_are_exact_no_ops():
+    rng = np.random.default_rng(7)
+    some = _factor(rng.standard_normal((2, 96, K)).astype(np.float32) + 1)
+    none = _factor(np.full((2, 96, K), np.nan, np.float32), np.zeros(96, bool))
+    empty = spectral.empty_factor((2,), K)
+    for found, expected in (
+        (none, empty),
+        (_merge(some, none), some),
+        (_merge(none, some), some),
+        (_merge(empty, none), empty),
+    ):
+        for found_leaf, expected_leaf in zip(found, expected, strict=True):
+            assert found_leaf.dtype == expected_leaf.dtype
+            np.testing.assert_array_equal(found_leaf, expected_leaf)
+    assert not np.any(_singular_values(empty, False))
+    with jax.debug_nans(True):
+        spectral.merge(empty, empty)
+
+
+def test_millions_of_vectors_do_not_overflow():
+    """Two sets of 2^30 - 1 vectors: their product is far beyond int32, their sum just fits."""
+    rng = np.random.default_rng(8)
+    count = jnp.int32(2**30 - 1)
+    r = np.triu(rng.standard_normal((K, K))).astype(np.float32)
+    means = rng.standard_normal((2, K)).astype(np.float32)
+    zero = np.zeros(K, np.float32)
+    a, b = (spectral.Factor(count, mean, zero, r) for mean in means)
+    both = _merge(a, b)
+    assert int(both.count) == 2 * (2**30 - 1)
+    np.testing.assert_allclose(both.mean, means.mean(axis=0), rtol=1e-5, atol=1e-6)
+    difference = (means[1] - means[0]).astype(np.float64) * np.sqrt(int(count) / 2)
+    expected = np.linalg.svd(np.vstack([r, r, difference]), compute_uv=False)
+    np.testing.assert_allclose(_singular_values(both, True)[0], expected[0], rtol=1e-5)
+
+
+def test_bfloat16_vectors_are_factored_in_float32():
+    rows = jnp.asarray(np.random.default_rng(9).standard_normal((96, K)), jnp.bfloat16)
+    for found, expected in zip(_factor(rows), _factor(rows.astype(jnp.float32)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_non_finite_vector_gives_nan_and_no_crash():
+    rows = np.ones((2, 96, K), np.float32)
+    rows[0, 3, 3] = np.inf
+    sigma = _singular_values(_factor(rows), True)
+    for name, measure in spectral.MEASURES.items():
+        assert np.isnan(measure(sigma)[0]), name
+
+
+def _reference_measures(sigma):
+    """Float64, straight from the formulae; sigma positive and descending."""
+    p, energy = sigma / sigma.sum(), sigma**2
+    return {
+        "pr": sigma.sum() ** 2 / energy.sum(),
+        "pr_cov": energy.sum() ** 2 / (energy**2).sum(),
+        "erank": np.exp(-(p * np.log(p)).sum()),
+        "srank": energy.sum() / energy[0],
+        "r90": 1 + np.flatnonzero(np.cumsum(energy) >= 0.9 * energy.sum())[0],
+    }
+
+
+def test_measures_equal_their_formulae():
+    assert list(spectral.MEASURES) == ["pr", "pr_cov", "erank", "srank", "r90"]
+    spectra = [np.random.default_rng(10).random(K), *SPECTRA.values()]
+    for sigma in spectra:
+        sigma = np.sort(sigma)[::-1]
+        for name, expected in _reference_measures(sigma).items():
+            found = spectral.MEASURES[name](jnp.asarray(sigma, jnp.float32))
+            assert found.dtype == jnp.float32
+            np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", spectral.MEASURES)
+def test_identities_of_every_measure(name):
+    measure = spectral.MEASURES[name]
+    sigma = np.zeros((3, K), np.float32)
+    sigma[0] = 1  # orthonormal
+    sigma[1, 0] = 1  # rank 1
+    found = measure(jnp.asarray(sigma))
+    assert found.shape == (3,)
+    np.testing.assert_allclose(found[:2], [58 if name == "r90" else 64, 1], rtol=1e-6)
+    assert np.isnan(found[2])  # zero
+
+    spectrum = jnp.asarray(SPECTRA["1/k"], jnp.float32)
+    for scale in (1e-25, 1e25):  # the squares of both leave float32
+        np.testing.assert_allclose(measure(spectrum * scale), measure(spectrum), rtol=1e-6)
+    np.testing.assert_allclose(measure(spectrum[::-1]), measure(spectrum), rtol=1e-6)
+
+
+def test_r90_counts_a_tie_as_held():
+    assert float(spectral.r90(jnp.ones(10))) == 9
+    assert float(spectral.r90(jnp.ones(20))) == 18
+    assert float(spectral.r90(jnp.asarray([3.0, 1.0]))) == 1  # 9 of 10
+    assert float(spectral.r90(jnp.asarray([3.0, 1.0001]))) == 2

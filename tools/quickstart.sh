@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# From a bare machine with Python 3.11+ to a trained model: about 10 minutes on 2 CPU cores.
+# A second call reuses everything that is there.
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/set_up.sh"
+workdir=runs/quickstart
+.venv/bin/python -m qkjax.main --config=configs/muon_noqk.py:tiny --workdir="$workdir"
+
+echo
+echo "Results are in $workdir:"
+echo "  summary.json    the last value of every metric"
+echo "  metrics.jsonl   one line per step: loss, Participation Ratio of the keys, speed"
+echo "  spectra/        singular values of the keys, per layer and head, at every evaluation"
+echo "  parameters.txt  which optimiser updates which parameter"
+echo "Another arm:  .venv/bin/python -m qkjax.main --config=configs/adamw_qk.py:tiny --workdir=runs/adamw_qk"

@@ -1,0 +1,35 @@
+# Sourced by the scripts beside it: makes .venv in the repository and installs the pinned versions.
+# Usage: source tools/set_up.sh [EXTRAS]     for instance: source tools/set_up.sh test
+
+_extras="${1:+[$1]}"
+_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$_root"
+
+if [ ! -x .venv/bin/python ]; then
+  _python=""
+  for _candidate in python3 python3.11 python3.12 python3.13 python; do
+    if "$_candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      _python="$_candidate"
+      break
+    fi
+  done
+  if [ -z "$_python" ]; then
+    echo "ERROR: no Python 3.11 or newer on this machine. Install one (Debian: apt-get install python3)." >&2
+    exit 2
+  fi
+  echo "making .venv with $("$_python" --version)"
+  if ! "$_python" -m venv .venv; then
+    rm -rf .venv
+    _minor="$("$_python" -c 'import sys; print(f"python3.{sys.version_info.minor}")')"
+    echo "ERROR: $_python has no venv. Install it (Debian: apt-get install $_minor-venv) and run this again." >&2
+    exit 2
+  fi
+fi
+
+# Installs again only when what is to be installed has changed.
+_wanted="$(cat setup.py constraints.txt | sha256sum | cut -d' ' -f1) $_extras"
+if ! grep -qxF -- "$_wanted" .venv/installed 2>/dev/null; then
+  echo "installing qkjax$_extras with the versions of constraints.txt"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$_extras"
+  echo "$_wanted" >> .venv/installed
+fi
