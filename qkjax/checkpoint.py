@@ -53,7 +53,7 @@ def digests(tree: Any) -> tuple[dict[str, dict[str, Any]], str]:
         head = f"{name}{array.dtype.name}{json.dumps(list(array.shape))}".encode()
         one = hashlib.sha256(head)
         total.update(head)
-        data = little.reshape(-1).view(np.uint8)
+        data = little.reshape(-1).view(np.uint8).data
         one.update(data)
         total.update(data)
         records[name] = {

@@ -6,7 +6,7 @@ A command defines its flags with absl, then ends with `command_line.run(main)`. 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import flags
 
@@ -17,33 +17,45 @@ _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 
 
 def run(
-    main: Callable[[], int | None], parse: Callable[[list[str]], list[str]] = flags.FLAGS
+    main: Callable[..., int | None],
+    parse: Callable[[list[str]], list[str]] = flags.FLAGS,
+    positionals: Sequence[str] = (),
 ) -> None:
-    """Parses sys.argv, calls `main()` and exits with its code (None counts as 0).
+    """Parses sys.argv, calls `main` and exits with its code (None counts as 0).
 
     Heavy imports belong inside `main`, so that --help and flag errors answer at once.
 
     Args:
         parse: reads the flags and returns argv[0] and what is left; `config_flag.parse` where
             the command takes a --config.
+        positionals: names of the arguments without --name= that the command needs; `main` is
+            called with their values.
     """
-    sys.exit(_run(main, parse, sys.argv))
+    sys.exit(_run(main, parse, positionals, sys.argv))
 
 
 def _run(
-    main: Callable[[], int | None], parse: Callable[[list[str]], list[str]], argv: list[str]
+    main: Callable[..., int | None],
+    parse: Callable[[list[str]], list[str]],
+    positionals: Sequence[str],
+    argv: list[str],
 ) -> int:
     if any(argument in _HELP for argument in argv[1:]):
         print(_help_text())
         return 0
     try:
-        positionals = parse(argv)[1:]
-        if positionals:
+        values = parse(argv)[1:]
+        if len(values) > len(positionals):
             raise errors.UsageError(
-                f"{positionals[0]}: a stray argument, which nothing reads. "
+                f"{values[len(positionals)]}: a stray argument, which nothing reads. "
                 "Write options as --name=value, with '=' and without spaces."
             )
-        return main() or 0
+        if len(values) < len(positionals):
+            raise errors.UsageError(
+                f"{positionals[len(values)]}: missing, expected {' '.join(positionals)}. "
+                "See --help."
+            )
+        return main(*values) or 0
     except (flags.Error, errors.QkjaxError, OSError, KeyboardInterrupt) as error:
         if _debug_wanted(argv):
             raise
@@ -60,7 +72,7 @@ def _describe(error: BaseException) -> tuple[int, str]:
     if isinstance(error, errors.QkjaxError):
         return error.exit_code, str(error)
     if isinstance(error, flags.Error):
-        return errors.UsageError.exit_code, f"{error} See --help."
+        return errors.UsageError.exit_code, f"{' '.join(str(error).split())} See --help."
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped by SIGINT"
     return errors.StorageError.exit_code, f"{type(error).__name__}: {error}"

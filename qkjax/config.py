@@ -270,7 +270,7 @@ def base(optimizer: str, qk_norm: str, words: str = "") -> ml_collections.Config
         }
     )
     config.checkpoint = ml_collections.ConfigDict({"every_tokens": budget["checkpoint_tokens"]})
-    config.log = ml_collections.ConfigDict({"every_seconds": 5.0})
+    config.log = ml_collections.ConfigDict({"every_seconds": 10.0})
     return config
 
 

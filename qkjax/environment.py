@@ -16,6 +16,7 @@ _PACKAGES = (
 )  # fmt: skip
 # Never the whole environment: it holds tokens (FAULTS.md H7).
 _VARIABLES = re.compile(r"XLA_FLAGS|CUDA_VISIBLE_DEVICES|JAX_\w+|TPU_\w+")
+_GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 
 _MASK = "***"
 _SECRET = r"(?:token|secret|password|passwd|(?:api_?)?key|credentials?|auth)"
@@ -104,12 +105,16 @@ def git_state(directory: pathlib.Path) -> dict[str, Any]:
     installed package may lie inside a repository that is not its own).
     """
 
+    # Set inside git hooks, these would answer for another repository.
+    variables = {k: v for k, v in os.environ.items() if k not in _GIT_VARIABLES}
+
     def git(*arguments: str) -> str:
         # --no-optional-locks: asking for the state must not write the index.
         command = ["git", "--no-optional-locks", "-C", str(directory), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=30
-        ).stdout.strip()
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=30, env=variables
+        )
+        return done.stdout.strip()
 
     try:
         if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != directory.resolve():

@@ -1,15 +1,16 @@
 """One pass over the frozen validation split: the host's loop around the jitted eval step."""
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from qkjax import eval_step, sharding
+from qkjax import eval_step, model, sharding
 from qkjax.config import Config
+from qkjax.data import pipeline
 
 
 class Evaluation(NamedTuple):
@@ -21,18 +22,25 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Evaluates parameters on a fixed set of sequences; compiled once for all passes."""
+    """Evaluates parameters on batches of one size; compiled once for all passes."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
+        self._config = config
         self._mesh = mesh
-        self._empty = lambda: eval_step.empty_factors(config)
         self._step = eval_step.make_eval_step(config, mesh)
-        self._batch = config.eval.batch_sequences * mesh.size
+
+    def sequences_per_batch(self, num_sequences: int) -> int:
+        """Rows of a batch for a pass over so many: few sequences are not padded to a full one."""
+        most = self._config.eval.batch_sequences * self._mesh.size
+        return min(most, sharding.round_up_to_devices(self._mesh, num_sequences))
 
     def __call__(
-        self, params: Any, sequences: np.ndarray, interrupted: Callable[[], bool]
+        self,
+        params: model.Params,
+        batches: Iterable[pipeline.ValidationBatch],
+        interrupted: Callable[[], bool],
     ) -> Evaluation | None:
-        """Measures all of `sequences` [S, T+1], in order, S at least 1.
+        """Measures the valid rows of `batches`, this process's share of each, in their order.
 
         Args:
             interrupted: asked between batches; when True the pass is given up.
@@ -40,26 +48,21 @@ class Evaluator:
             None when it was given up.
         """
         begun = time.monotonic()
-        # A short split is not padded to the full batch: that would only cost time.
-        size = min(self._batch, sharding.round_up_to_devices(self._mesh, len(sequences)))
-        factors = jax.device_put(self._empty(), sharding.replicated(self._mesh))
-        sums = []
-        for start in range(0, len(sequences), size):
+        factors = jax.device_put(
+            eval_step.empty_factors(self._config), sharding.replicated(self._mesh)
+        )
+        sums, masks, length = [], [], self._config.model.sequence_length
+        for batch in batches:
             if interrupted():
                 return None
-            rows = sequences[start : start + size]
-            padded = np.zeros((size, sequences.shape[1]), np.int32)
-            padded[: len(rows)] = rows
-            factors, loss_sum = self._step(
-                params,
-                factors,
-                self._put(padded),
-                self._put(np.arange(size) < len(rows)),
-            )
+            valid = sharding.put_batch(self._mesh, batch.mask)
+            tokens = sharding.put_batch(self._mesh, batch.tokens)
+            factors, loss_sum = self._step(params, factors, tokens, valid)
             sums.append(loss_sum)
-        spectra = jax.device_get(eval_step.decompose(factors))
-        loss_sum = np.concatenate(jax.device_get(sums))[: len(sequences)]
-        count = np.full(len(sequences), sequences.shape[1] - 1, np.float32)
+            masks.append(valid)
+        spectra, sums, masks = jax.device_get((eval_step.decompose(factors), sums, masks))
+        loss_sum = np.concatenate(sums)[np.concatenate(masks)]
+        count = np.full(len(loss_sum), length, np.float32)
         loss = float(loss_sum.sum(dtype=np.float64) / count.sum(dtype=np.float64))
         metrics = {
             "val/loss": loss,
@@ -68,9 +71,3 @@ class Evaluator:
             "perf/eval_seconds": time.monotonic() - begun,
         }
         return Evaluation(metrics, spectra.arrays, {"loss_sum": loss_sum, "count": count})
-
-    def _put(self, rows: np.ndarray) -> jax.Array:
-        """Every process holds the whole split and hands over the rows of its own devices."""
-        share = len(rows) // jax.process_count()
-        start = jax.process_index() * share
-        return sharding.put_batch(self._mesh, rows[start : start + share])

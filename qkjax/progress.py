@@ -1,5 +1,6 @@
 """What a run shows on the terminal: a banner, a line now and then, a line per evaluation."""
 
+import collections
 import math
 import time
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from qkjax import flops
 from qkjax.config import Config
 
 PR = "pr/key/post_rope/raw"  # the number that the original study published
+_WINDOW = 20  # steps that a rate is averaged over
 
 
 class Progress:
@@ -21,31 +23,37 @@ class Progress:
         self._work = flops.training_flops_per_token(config.model, num_parameters)
         peak = flops.peak_flops(device_kind)
         self._peak = None if peak is None else peak * num_devices
-        self._first_step: int | None = None
-        self._first_time = self._mark = time.monotonic()
+        self._first: tuple[int, float] | None = None  # step and time of the first read
+        self._reads: collections.deque[tuple[int, float]] = collections.deque(maxlen=_WINDOW)
         self._shown = -math.inf
         self._pr: float | None = None
 
-    def restart_clock(self) -> None:
-        """Leaves out of the next rate whatever happened up to now (an evaluation, a save)."""
-        self._mark = time.monotonic()
+    def restart_clock(self, step: int) -> None:
+        """Leaves out of the next rates whatever happened up to now (an evaluation, a save)."""
+        self._reads.clear()
+        self._reads.append((step, time.monotonic()))
 
-    def rates(self, data_wait: float) -> dict[str, float | None]:
-        """perf/* of the step that has just been read; data_wait in seconds."""
+    def rates(self, step: int, data_wait: float) -> dict[str, float | None]:
+        """perf/* after reading `step`, over the last steps; data_wait of this step in seconds.
+
+        Over several steps, because what one step takes cannot be seen from the host: it is read
+        while the next is under way.
+        """
         now = time.monotonic()
-        elapsed, self._mark = max(now - self._mark, 1e-9), now
-        speed = self._config.train.tokens_per_step / elapsed
+        since_step, since = self._reads[0]
+        self._reads.append((step, now))
+        pace = max(now - since, 1e-9) / (step - since_step)  # seconds a step
+        speed = self._config.train.tokens_per_step / pace
         return {
             "perf/tokens_per_second": speed,
             "perf/mfu": None if self._peak is None else speed * self._work / self._peak,
-            "perf/data_wait": min(1.0, data_wait / elapsed),
+            "perf/data_wait": min(1.0, data_wait / pace),
         }
 
     def show_step(self, step: int, row: Mapping[str, Any]) -> None:
         """One line every `log.every_seconds`, and after the last step."""
         now = time.monotonic()
-        if self._first_step is None:
-            self._first_step, self._first_time = step, now
+        self._first = self._first or (step, now)
         last = step == self._config.train.num_steps
         if now - self._shown < self._config.log.every_seconds and not last:
             return
@@ -74,10 +82,11 @@ class Progress:
 
     def _left(self, step: int, now: float) -> str:
         """Time left, at the average pace since the first step (evaluations included)."""
-        assert self._first_step is not None
-        if step == self._first_step:
+        assert self._first is not None
+        first_step, first_time = self._first
+        if step == first_step:
             return "time left unknown"
-        pace = (now - self._first_time) / (step - self._first_step)
+        pace = (now - first_time) / (step - first_step)
         seconds = round(pace * (self._config.train.num_steps - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
 

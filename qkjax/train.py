@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
 from qkjax import (
@@ -191,11 +191,11 @@ class _Run:
         self.earlier_seconds = restored.meta["wall_seconds"]
         self.saved_sha256[step] = restored.meta["params_sha256"]
         self.writer = writers.create_run_writer(self.directory, resume_step=step)
-        for row in writers.read_metrics(self.directory / "metrics.jsonl"):
+        for row in run_directory.read_metrics(self.directory / "metrics.jsonl"):
             self.latest.update(row)
         print(f"resume     from step {step}", flush=True)
         state = train_step.TrainState(
-            np.int32(step), restored.params, restored.opt_state, np.bool_(True)
+            jnp.int32(step), restored.params, restored.opt_state, jnp.ones((), bool)
         )
         return jax.device_put(state, sharding.replicated(self.mesh))
 
@@ -254,7 +254,7 @@ class _Run:
             self._save(state, step)
         if self.stop.signum is not None:
             self._stop(f"after step {step}, which is saved")
-        self.progress.restart_clock()
+        self.progress.restart_clock(step)
 
     def _stop(self, where: str) -> None:
         self.checkpoints.wait()
@@ -266,10 +266,17 @@ class _Run:
 
     def _measure(self, params: model.Params, tokens: int) -> evaluation.Evaluation | None:
         """One pass over the first `tokens` of the validation split (0 = all); None: interrupted."""
-        sequences = pipeline.read_validation(
-            self.dataset.directory, self.dataset.manifest, num_tokens=tokens
+        dataset = self.dataset
+        size = pipeline.num_validation_sequences(dataset.manifest, tokens)
+        batches = pipeline.read_validation(
+            dataset.directory,
+            dataset.manifest,
+            num_tokens=tokens,
+            sequences_per_batch=self.evaluate.sequences_per_batch(size),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
-        return self.evaluate(params, sequences, lambda: self.stop.signum is not None)
+        return self.evaluate(params, batches, lambda: self.stop.signum is not None)
 
     def _write_arrays(self, name: str, measured: evaluation.Evaluation) -> None:
         writers.write_arrays(self.directory / "spectra" / name, measured.spectra)
@@ -289,7 +296,7 @@ class _Run:
             "train/grad_norm": float(metrics.grad_norm),
             "train/learning_rate": float(self.rate(pending.step - 1)),
             "train/epoch": pending.batch.epoch,
-            **self.progress.rates(pending.data_wait),
+            **self.progress.rates(pending.step, pending.data_wait),
         }
         if not metrics.finite:
             self._write(row)

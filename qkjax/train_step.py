@@ -1,5 +1,6 @@
 """One update as a pure function: (state, batch) -> (state, metrics)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,23 +39,21 @@ def init_state(
 ) -> TrainState:
     """The state before the first update, made on the devices, with a copy on each."""
 
-    def init() -> TrainState:
-        params = model.init(key, config.model)
-        return TrainState(
-            jnp.zeros((), jnp.int32), params, transformation.init(params), jnp.ones((), bool)
-        )
-
-    return jax.jit(init, out_shardings=sharding.replicated(mesh))()
+    init = functools.partial(_init, config=config, transformation=transformation)
+    return jax.jit(init, out_shardings=sharding.replicated(mesh))(key)
 
 
 def state_shapes(config: Config, transformation: optax.GradientTransformation) -> TrainState:
     """The tree of `init_state` as jax.ShapeDtypeStruct."""
-    params = model.parameter_shapes(config.model)
+    return jax.eval_shape(lambda: _init(jax.random.key(0), config, transformation))
+
+
+def _init(
+    key: jax.Array, config: Config, transformation: optax.GradientTransformation
+) -> TrainState:
+    params = model.init(key, config.model)
     return TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32),
-        params,
-        jax.eval_shape(transformation.init, params),
-        jax.ShapeDtypeStruct((), jnp.bool_),
+        jnp.zeros((), jnp.int32), params, transformation.init(params), jnp.ones((), bool)
     )
 
 

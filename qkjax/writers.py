@@ -61,7 +61,7 @@ class JsonlWriter(MetricWriter):
                 resume_step,
             )
         wanted = b"".join(line + b"\n" for line, _ in kept)
-        if content != wanted:
+        if content != wanted or not self.path.exists():
             run_directory.write_bytes(self.path, wanted)
         self._open()
 
@@ -176,28 +176,23 @@ class CompositeWriter(MetricWriter):
     """Calls several writers; what one of them cannot write, the others still do.
 
     An error of metrics.jsonl is raised, once all writers were called: as StorageError where the
-    disk failed. The first error of any other writer is a warning, and all are kept in `errors()`.
+    disk failed. The first error of any other writer is a warning, and it is called again for the next row.
     """
 
     def __init__(self, jsonl: JsonlWriter, others: Sequence[MetricWriter] = ()) -> None:
         """Args: the essential writer, and those whose failure does not stop a run."""
         self.jsonl = jsonl
         self._others = tuple(others)
-        self._errors: dict[str, list[Exception]] = {}
+        self._errors: dict[str, Exception] = {}
         self._resumed_step = (jsonl.last_row() or {"step": None})["step"]
 
-    def errors(self) -> dict[str, list[Exception]]:
-        """Every error so far, by the class name of its writer; empty where all is well."""
-        return {name: list(found) for name, found in self._errors.items()}
+    def errors(self) -> dict[str, Exception]:
+        """The first error of each writer, by its class name; empty where all is well."""
+        return dict(self._errors)
 
     def _call(self, call: Callable[[Any], None]) -> None:
         for writer in self._others:
-            error = self._try(writer, call)
-            name = type(writer).__name__
-            if error is not None and len(self._errors[name]) == 1:
-                logging.warning(
-                    "%s failed: %r. Training and metrics.jsonl go on without it.", name, error
-                )
+            self._try(writer, call)
         fatal = self._try(self.jsonl, call)
         if isinstance(fatal, OSError):
             raise run_directory.storage_error(self.jsonl.path, fatal) from fatal
@@ -208,7 +203,15 @@ class CompositeWriter(MetricWriter):
         try:
             call(writer)
         except Exception as error:  # whatever it is, the other writers come first
-            self._errors.setdefault(type(writer).__name__, []).append(error)
+            name = type(writer).__name__
+            if name not in self._errors and writer is not self.jsonl:
+                logging.warning(
+                    "%s failed: %r. metrics.jsonl goes on; more errors of %s are not shown.",
+                    name,
+                    error,
+                    name,
+                )
+            self._errors.setdefault(name, error)
             return error
         return None
 

@@ -1,10 +1,5 @@
 """The chunked loss against plain log_softmax: values, gradients, memory, sharding."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -187,15 +182,5 @@ print("equal on 8 devices")
 """
 
 
-def test_eight_devices_agree_with_one():
-    environment = dict(os.environ)
-    environment["JAX_PLATFORMS"] = "cpu"
-    environment["XLA_FLAGS"] = (
-        environment.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    )
-    root = pathlib.Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", _SHARDED], cwd=root, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "equal on 8 devices" in done.stdout
+def test_eight_devices_agree_with_one(on_devices):
+    assert "equal on 8 devices" in on_devices(_SHARDED, 8)

@@ -314,6 +314,25 @@ def test_each_granularity_is_muon_on_its_own_matrices_one_by_one(granularity):
 orthogonalize = jax.jit(muon.orthogonalize)
 
 
+def test_every_muon_option_reaches_muon():
+    options = {"momentum": 0.5, "nesterov": False, "coefficients": "quintic", "scale": "rms"}
+    fields = {f"muon__{name}": value for name, value in options.items()}
+    c = small("muon", "none", muon__dtype="bfloat16", optimizer__clip_norm=0.0, **fields)
+    params, first, second = (
+        kernels(random_tree(c, s, o)) for s, o in ((0, 1.0), (1, 0.0), (2, 0.0))
+    )
+    reference = muon.muon(
+        optimizer.learning_rate(c.schedule, c.optimizer.learning_rate),
+        weight_decay=c.optimizer.weight_decay, dtype=jnp.bfloat16, **options,
+    )  # fmt: skip
+    state, update = reference.init(params), jax.jit(reference.update)
+    for gradients, ours in zip((first, second), two_updates(c)[0], strict=True):
+        expected, state = update(gradients, state, params)
+        for name, value in expected.items():
+            path = f"blocks/{'attention' if name in ATTENTION else 'mlp'}/{name}/kernel"
+            np.testing.assert_allclose(ours[path], value, rtol=1e-4, atol=1e-9, err_msg=path)
+
+
 def test_granularities_differ_on_attention_and_agree_on_the_mlp():
     by_granularity = [two_updates(constant_rate(g))[0][0] for g in GRANULARITIES]
     for i, one in enumerate(by_granularity):

@@ -75,6 +75,11 @@ class SplitWriter:
         """True when max_sequences are written."""
         return self.num_sequences == self._max_sequences
 
+    @property
+    def max_tokens(self) -> int | None:
+        """Predicted tokens when full; None where there is no end."""
+        return None if self._max_sequences is None else self._max_sequences * self._length
+
     def add(self, ids: np.ndarray, *, num_text: int, document_hash: int, source: int) -> None:
         """Appends a document.
 

@@ -4,6 +4,8 @@ Text never becomes a special token: a literal "<|endoftext|>" in a document is e
 characters that it is.
 """
 
+import hashlib
+import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import tokenizers
 
 from qkjax import errors
 from qkjax.data import holdout
+from qkjax.data import manifest as manifest_lib
 
 FILE_NAME = "tokenizer.json"
 KINDS = ("train:SIZE", "FILE (a tokenizer.json)")
@@ -19,7 +22,7 @@ EOS_TOKENS = ("<|endoftext|>", "</s>", "<eos>")
 _BYTES = 256
 # What a tokenizer must give back unchanged, up to the normalisation under which documents are
 # compared: check_data proves the hold-out on decoded text.
-_AWKWARD = "  Ünïcödé e\u0301 中文 👩‍👩‍👧\t\x00\x7f\r\n\n [UNK] <unk> don't 0123 ﷽ \ufeff  end "
+_AWKWARD = f"{string.printable}  Ünïcödé e\u0301 中文 👩‍👩‍👧\t\x00\x7f\r\n\n [UNK] <unk> don't 0123 ﷽ \ufeff  end "
 
 
 class Tokenizer:
@@ -108,6 +111,33 @@ def load(path: str | Path, *, eos_token: str = "") -> Tokenizer:
             f"{path}: no such tokenizer file. Tokenizers are: {' or '.join(KINDS)}."
         ) from None
     return Tokenizer(content, eos_token=eos_token, name=str(path))
+
+
+def of_dataset(manifest: manifest_lib.Manifest, directory: str | Path) -> Tokenizer:
+    """The tokenizer of a dataset; UsageError where it is not the one that made its tokens."""
+    record = manifest.tokenizer
+    path = Path(directory) / record.file
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise errors.UsageError(
+            f"{path}: missing. Rebuild the dataset with tools/prepare_data.py."
+        ) from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != record.sha256:
+        raise errors.UsageError(
+            f"{path}: expected sha256 {record.sha256}, found {found}, so this is not the tokenizer "
+            "that made the dataset. Bring it back."
+        )
+    eos_token = tokenizers.Tokenizer.from_str(content.decode()).id_to_token(record.eos_id)
+    tokenizer = Tokenizer(content, eos_token=eos_token or "", name=str(path))
+    if (tokenizer.vocab_size, tokenizer.eos_id) != (record.vocab_size, record.eos_id):
+        raise errors.UsageError(
+            f"{path}: has {tokenizer.vocab_size} tokens with end-of-text {tokenizer.eos_id}, "
+            f"dataset.json says {record.vocab_size} with {record.eos_id}. "
+            "Rebuild the dataset with tools/prepare_data.py."
+        )
+    return tokenizer
 
 
 def train(texts: Iterable[str], vocab_size: int, *, eos_token: str = "") -> Tokenizer:

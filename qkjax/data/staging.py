@@ -1,0 +1,134 @@
+"""A directory that one process fills and that looks finished only when it is.
+
+Everything is written in the hidden folder `.unfinished` of the directory and moved out at the
+end, the manifest last. A killed run leaves that folder, which the next run throws away. Nothing
+that a run did not write itself is ever removed.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from qkjax import errors
+from qkjax.data import manifest as manifest_lib
+
+_LOCK = ".prepare.lock"
+_WORK = ".unfinished"
+_MOVED = "moved.json"
+
+
+@contextlib.contextmanager
+def locked(
+    directory: Path, *, wait: bool, progress: Callable[[str], None] = print
+) -> Iterator[None]:
+    """Creates `directory` where needed and holds its lock; the lock dies with the process.
+
+    Args:
+        directory: the output directory; removed again if nothing was put into it.
+        wait: wait for another process that holds the lock, instead of refusing.
+        progress: is told when it has to wait.
+    Raises: UsageError with pid, host and time of the other process; StorageError for a file in
+    place of the directory.
+    """
+    lock = _lock(directory, wait, progress)
+    try:
+        yield
+    finally:
+        # Only while the lock is held; whoever opened this file meanwhile sees that it is gone.
+        if [entry.name for entry in directory.iterdir()] == [_LOCK]:
+            (directory / _LOCK).unlink()
+            directory.rmdir()
+        lock.close()
+
+
+def begin(directory: Path) -> Path:
+    """An empty folder to work in, under the lock; leftovers of a killed run are removed.
+
+    Raises: UsageError where the directory holds anything that no run of ours left.
+    """
+    work = directory / _WORK
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for name in json.loads((work / _MOVED).read_text()):
+            (directory / name).unlink(missing_ok=True)
+    foreign = sorted(p.name for p in directory.iterdir() if p.name not in (_LOCK, _WORK))
+    if foreign:
+        raise errors.UsageError(
+            f"{directory}: holds other files ({', '.join(foreign[:5])}), expected a new or empty "
+            "directory. Name another --out; nothing was removed."
+        )
+    discard(directory)
+    work.mkdir()
+    return work
+
+
+def publish(directory: Path, manifest: manifest_lib.Manifest) -> None:
+    """Moves the finished files out of the work folder; the manifest makes them a dataset."""
+    work = directory / _WORK
+    names = sorted(path.name for path in work.iterdir())
+    moved = work / _MOVED
+    with open(moved, "w", encoding="utf-8") as file:
+        json.dump(names, file)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        for name in names:
+            os.replace(work / name, directory / name)
+        manifest_lib.sync_directory(directory)
+        manifest_lib.write(manifest, directory)
+    except BaseException:
+        if not (directory / manifest_lib.FILE_NAME).exists():
+            for name in names:
+                (directory / name).unlink(missing_ok=True)
+        raise
+    discard(directory)
+
+
+def discard(directory: Path) -> None:
+    """Removes the work folder, which holds only what a run wrote itself."""
+    shutil.rmtree(directory / _WORK, ignore_errors=True)
+
+
+def _lock(directory: Path, wait: bool, progress: Callable[[str], None]) -> IO[str]:
+    path = directory / _LOCK
+    told = False
+    while True:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", encoding="utf-8")
+        except (FileExistsError, NotADirectoryError):
+            raise errors.StorageError(
+                f"{directory}: a file stands in its way, expected a directory or nothing. "
+                "Name another --out."
+            ) from None
+        except FileNotFoundError:
+            continue  # its last holder removed the directory just now
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            if not wait:
+                raise errors.UsageError(
+                    f"{directory}: {holder} is writing it. Wait for it, or name another --out."
+                ) from None
+            if not told:
+                progress(f"waiting for {holder}, which is writing {directory}")
+                told = True
+            time.sleep(0.2)
+            continue
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # the holder before removed this file: lock the new one
+    file.truncate(0)
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} (since {started})\n")
+    file.flush()
+    return file

@@ -1,0 +1,469 @@
+"""Run directory: lock, atomic files, numbers in JSON, config and environment on record."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from qkjax import config as configs
+from qkjax import environment, errors, run_directory
+
+FULL = pathlib.Path("/dev/full")
+needs_dev_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this machine")
+
+
+def tiny(**changes):
+    return dataclasses.replace(configs.resolve(configs.base("muon", "none", "tiny")), **changes)
+
+
+# ---------------------------------------------------------------------------- the directory
+
+
+def test_make_workdir_creates_parents_and_returns_an_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_directory.make_workdir("a/b") == tmp_path / "a" / "b"
+    assert run_directory.make_workdir("a/b").is_dir()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["", "gs://bucket/run", "a\0b"])
+def test_make_workdir_refuses_what_is_no_local_path(path):
+    with pytest.raises(errors.UsageError, match=r"--workdir: .* local directory"):
+        run_directory.make_workdir(path)
+
+
+@pytest.mark.parametrize("inner", ["", "run"])
+def test_make_workdir_refuses_a_file(tmp_path, inner):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.StorageError, match=r"file.*cannot be used as the run directory"):
+        run_directory.make_workdir(tmp_path / "file" / inner)
+
+
+@needs_dev_full
+def test_make_workdir_notices_a_full_disk(tmp_path):
+    (tmp_path / f".write_test.{os.getpid()}").symlink_to(FULL)
+    with pytest.raises(errors.StorageError, match="No space left"):
+        run_directory.make_workdir(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_second_lock_is_refused_naming_the_holder(tmp_path):
+    with run_directory.lock(tmp_path):
+        with pytest.raises(errors.UsageError) as caught, run_directory.lock(tmp_path):
+            pass
+        holder = json.loads((tmp_path / "run.lock").read_text())
+    for part in (f"pid {os.getpid()}", socket.gethostname(), holder["start_time"], "--workdir"):
+        assert part in str(caught.value)
+    with run_directory.lock(tmp_path):  # released, and what the first wrote is no hindrance
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+
+
+def test_lock_dies_with_its_holder(tmp_path):
+    program = (
+        "import pathlib, sys, time\n"
+        "from qkjax import run_directory\n"
+        "with run_directory.lock(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(errors.UsageError, match=f"pid {holder.pid} "),
+            run_directory.lock(tmp_path),
+        ):
+            pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()
+    assert (tmp_path / "run.lock").exists()
+    with run_directory.lock(tmp_path):
+        pass
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def test_write_json_makes_plain_numbers_in_the_given_order(tmp_path):
+    path = tmp_path / "value.json"
+    value = {
+        "z": (1, 2.5),
+        "a": float("nan"),
+        "inf": [np.float32("-inf")],
+        "f32": np.float32(0.1),
+        "f64": np.float64(0.1) * 3,
+        "array": np.array([7], np.int64),
+        "bool": np.bool_(True),
+        "none": None,
+    }
+    run_directory.write_json(path, value)
+    text = path.read_text()
+    assert text.endswith("}\n")
+    assert list(json.loads(text)) == list(value)
+    assert json.loads(text) == {
+        "z": [1, 2.5],
+        "a": None,
+        "inf": [None],
+        "f32": 0.1,
+        "f64": 0.30000000000000004,
+        "array": 7,
+        "bool": True,
+        "none": None,
+    }
+    assert [file.name for file in tmp_path.iterdir()] == ["value.json"]
+
+
+@pytest.mark.parametrize("value", [object(), np.zeros(2), {1, 2}, np.array("a")])
+def test_plain_refuses_what_json_cannot_hold(value):
+    with pytest.raises(TypeError, match="neither a number nor a container"):
+        run_directory.plain({"key": value})
+
+
+def test_every_float32_reads_back_to_itself_in_few_digits():
+    bits = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32)
+    for value in bits.view(np.float32):
+        written = run_directory.plain(value)
+        if not np.isfinite(value):
+            assert written is None
+            continue
+        text = json.dumps(written)
+        assert np.float32(json.loads(text)) == value
+        digits = text.split("e")[0].replace(".", "").lstrip("-0").rstrip("0")
+        assert len(digits) <= 9, text
+
+
+def test_bfloat16_and_float16_keep_their_value():
+    import ml_dtypes
+
+    for dtype in (ml_dtypes.bfloat16, np.float16):
+        value = np.asarray(0.1, dtype)
+        assert np.asarray(run_directory.plain(value), np.float32).astype(dtype) == value
+
+
+@needs_dev_full
+def test_full_disk_leaves_the_old_file_and_no_temporary_one(tmp_path):
+    path = tmp_path / "value.json"
+    run_directory.write_json(path, {"old": 1})
+    (tmp_path / ".value.json.tmp").symlink_to(FULL)
+    with pytest.raises(errors.StorageError, match=r"value\.json: .*No space left"):
+        run_directory.write_json(path, {"new": list(range(10_000))})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_file_is_replaced_and_synced_never_written_in_place(tmp_path, monkeypatch):
+    path = tmp_path / "value.json"
+    run_directory.write_json(path, {"old": 1})
+    synced = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def replace(source, target):
+        assert json.loads(path.read_text()) == {"old": 1}
+        assert json.loads(pathlib.Path(source).read_text()) == {"new": 2}
+        assert synced, "the new content must be on the disk before it gets the name"
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), real_fsync(fd)))
+    monkeypatch.setattr(os, "replace", replace)
+    run_directory.write_json(path, {"new": 2})
+    assert json.loads(path.read_text()) == {"new": 2}
+    assert len(synced) == 2  # the file and its directory
+
+
+def test_summary_is_none_until_written_and_refused_when_damaged(tmp_path):
+    assert run_directory.read_summary(tmp_path) is None
+    run_directory.write_summary(tmp_path, {"step": 3, "val/loss": float("nan")})
+    assert run_directory.read_summary(tmp_path) == {"step": 3, "val/loss": None}
+    for damage in ('{"step": 3', "[1]", "\0\0"):
+        (tmp_path / "summary.json").write_text(damage)
+        with pytest.raises(errors.UsageError, match=r"summary\.json: damaged"):
+            run_directory.read_summary(tmp_path)
+
+
+# ------------------------------------------------------------------------------ metrics.jsonl
+
+
+def test_read_metrics_returns_rows_and_skips_a_torn_last_line(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "val/loss": null}\n{"step": 1}\n')
+    assert run_directory.read_metrics(path) == [{"step": 0, "val/loss": None}, {"step": 1}]
+    assert not caplog.records
+    for torn in ('{"step": 2, "tra', '{"step": 2, "tra\n', "\0\0\0\n", "17\n"):
+        path.write_text('{"step": 0}\n{"step": 1}\n' + torn)
+        caplog.clear()
+        assert run_directory.read_metrics(path) == [{"step": 0}, {"step": 1}]
+        assert "metrics.jsonl:3: a torn last line is skipped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "where"),
+    [
+        (['{"step": 0}', '{"step": 1, "tra', '{"step": 2}'], "2: not a row"),
+        (['{"step": 0}', "", '{"step": 2}'], "2: not a row"),
+        (['{"loss": 0}', '{"step": 2}'], "1: not a row"),
+        (['{"step": true}', '{"step": 2}'], "1: not a row"),
+        (['{"step": 5}', '{"step": 5}'], "2: step 5 follows step 5"),
+        (['{"step": 5}', '{"step": 4}', '{"step": 6}'], "2: step 4 follows step 5"),
+    ],
+)
+def test_read_metrics_names_the_line_that_is_damaged(tmp_path, lines, where):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(errors.UsageError, match=rf"metrics\.jsonl:{where}"):
+        run_directory.read_metrics(path)
+
+
+def test_read_metrics_of_a_missing_file(tmp_path):
+    with pytest.raises(errors.UsageError, match="no such file"):
+        run_directory.read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_reading_a_run_needs_no_jax():
+    program = "import sys; from qkjax import run_directory; print('jax' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert shown.stdout == b"False\n"
+
+
+# ----------------------------------------------------------------------------- config.json
+
+
+def test_first_use_records_config_and_dataset(tmp_path):
+    config = tiny()
+    assert run_directory.read_config(tmp_path) is None
+    assert run_directory.settle_config(tmp_path, config, "aaa") == []
+    assert run_directory.read_config(tmp_path) == config
+    record = json.loads((tmp_path / "environment.json").read_text())
+    assert record["dataset_fingerprint"] == "aaa"
+    assert run_directory.settle_config(tmp_path, config, "aaa") == []
+
+
+def test_data_dir_and_terminal_may_change_silently(tmp_path):
+    config = tiny()
+    run_directory.settle_config(tmp_path, config, "aaa")
+    moved = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, dir="/elsewhere"),
+        log=dataclasses.replace(config.log, every_seconds=60.0),
+    )
+    assert run_directory.settle_config(tmp_path, moved, "aaa") == []
+    assert run_directory.read_config(tmp_path) == moved
+
+
+def test_changed_fields_are_refused_in_a_table(tmp_path):
+    config = tiny()
+    run_directory.settle_config(tmp_path, config, "aaa")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=0.5)
+    changed = tiny(seed=43, optimizer=optimizer)
+    with pytest.raises(errors.UsageError) as caught:
+        run_directory.settle_config(tmp_path, changed, "bbb", ["seed"])
+    lines = [line.split() for line in str(caught.value).splitlines()]
+    assert ["field", "old", "new"] in lines
+    assert ["optimizer.learning_rate", "0.012", "0.5"] in lines
+    assert ["dataset", '"aaa"', '"bbb"'] in lines
+    assert not any(line[:1] == ["seed"] for line in lines)  # allowed
+    assert "--allow_config_change=seed,optimizer.learning_rate,dataset " in str(caught.value)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("field", [f for f in run_directory.flatten(tiny().to_dict())])
+def test_every_field_but_two_is_compared(tmp_path, field):
+    config = tiny()
+    run_directory.settle_config(tmp_path, config, "aaa")
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    *sections, name = field.split(".")
+    holder = stored
+    for section in sections:
+        holder = holder[section]
+    holder[name] = "another"
+    path.write_text(json.dumps(stored))
+    if field in ("data.dir", "log.every_seconds"):
+        assert run_directory.settle_config(tmp_path, config, "aaa") == []
+    else:
+        with pytest.raises(errors.UsageError, match=rf"(?m)^  {field} +\"another\""):
+            run_directory.settle_config(tmp_path, config, "aaa")
+
+
+def test_allowed_changes_are_recorded_and_become_the_config(tmp_path):
+    run_directory.settle_config(tmp_path, tiny(), "aaa")
+    allowed = ["seed", "dataset", "model.norm_eps"]
+    accepted = run_directory.settle_config(tmp_path, tiny(seed=43), "bbb", allowed)
+    assert [{k: v for k, v in change.items() if k != "time"} for change in accepted] == [
+        {"field": "seed", "old": 42, "new": 43},
+        {"field": "dataset", "old": "aaa", "new": "bbb"},
+    ]
+    again = run_directory.settle_config(tmp_path, tiny(seed=44), "bbb", allowed)
+    record = json.loads((tmp_path / "environment.json").read_text())
+    assert record["allowed_config_changes"] == accepted + again
+    assert record["dataset_fingerprint"] == "bbb"
+    assert run_directory.read_config(tmp_path).seed == 44
+    run_directory.write_environment(tmp_path, "bbb", [])  # keeps them
+    record = json.loads((tmp_path / "environment.json").read_text())
+    assert record["allowed_config_changes"] == accepted + again
+
+
+def test_unknown_allowed_field_is_refused_with_a_suggestion(tmp_path):
+    with pytest.raises(errors.UsageError, match=r"unknown field 'train\.token'.*'train\.tokens'"):
+        run_directory.settle_config(tmp_path, tiny(), "aaa", ["train.token"])
+
+
+def test_config_of_another_version_is_a_difference_not_a_crash(tmp_path):
+    run_directory.settle_config(tmp_path, tiny(), "aaa")
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["model"]["unroll"]
+    stored["model"]["window"] = 128
+    path.write_text(json.dumps(stored))
+    with pytest.raises(errors.UsageError) as caught:
+        run_directory.settle_config(tmp_path, tiny(), "aaa")
+    lines = [line.split() for line in str(caught.value).splitlines()]
+    assert ["model.unroll", "(absent)", "1"] in lines
+    assert ["model.window", "128", "(absent)"] in lines
+    with pytest.raises(errors.UsageError, match=r"config\.json: damaged .*window"):
+        run_directory.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json"])
+def test_damaged_record_is_refused(tmp_path, name):
+    run_directory.settle_config(tmp_path, tiny(), "aaa")
+    (tmp_path / name).write_text('{"seed": 4')
+    with pytest.raises(errors.UsageError, match=rf"{name}: damaged"):
+        run_directory.settle_config(tmp_path, tiny(), "aaa")
+
+
+def test_lost_environment_is_written_anew_with_a_warning(tmp_path, caplog):
+    run_directory.settle_config(tmp_path, tiny(), "aaa")
+    (tmp_path / "environment.json").unlink()
+    assert run_directory.settle_config(tmp_path, tiny(), "bbb") == []
+    assert "does not name the dataset" in caplog.text
+    with pytest.raises(errors.UsageError, match="dataset"):
+        run_directory.settle_config(tmp_path, tiny(), "aaa")
+
+
+# ------------------------------------------------------------------------- environment.json
+
+
+def test_environment_keeps_every_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    run_directory.settle_config(tmp_path, tiny(), "aaa")
+    run_directory.write_environment(tmp_path, "aaa", ["main", "--workdir=x"])
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "1")
+    run_directory.write_environment(tmp_path, "aaa", ["main", "--workdir=y"])
+    record = json.loads((tmp_path / "environment.json").read_text())
+    first, second = record["starts"]
+    assert record["dataset_fingerprint"] == "aaa"
+    assert first["command"] == ["main", "--workdir=x"]
+    assert set(first) == set(record) - {"dataset_fingerprint", "starts"} - {
+        "allowed_config_changes"
+    }
+    assert first["versions"]["jax"] and first["versions"]["orbax-checkpoint"]
+    assert first["devices"]["platform"] == "cpu" and first["devices"]["count"] >= 1
+    assert first["jax_threefry_partitionable"] is True
+    assert "JAX_ENABLE_COMPILATION_CACHE" not in first["variables"]
+    assert set(second) == {"time", "command", "devices", "variables"}  # what changed, and the rest
+    assert second["variables"]["JAX_ENABLE_COMPILATION_CACHE"] == "1"
+    assert record["command"] == ["main", "--workdir=y"]
+    assert record["variables"] == second["variables"]
+
+
+def test_environment_has_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "swordfish1")
+    monkeypatch.setenv("WANDB_API_KEY", "swordfish2")
+    monkeypatch.setenv("JAX_SERVICE_TOKEN", "swordfish3")
+    monkeypatch.setenv("TPU_NAME", "visible")
+    run_directory.write_environment(tmp_path, "aaa", ["main", "--api_key=swordfish4"])
+    text = (tmp_path / "environment.json").read_text()
+    assert "swordfish" not in text
+    assert "WANDB" not in text
+    assert "visible" in text
+
+
+@pytest.mark.parametrize(
+    ("argument", "masked"),
+    [
+        ("--hub_token=abc", "--hub_token=***"),
+        ("--config.wandb.api_key=abc=def", "--config.wandb.api_key=***"),
+        ("HF_TOKEN=abc", "HF_TOKEN=***"),
+        ("key=abc", "key=***"),
+        ("--PASSWORD=abc", "--PASSWORD=***"),
+        ("--model=hf_abcdEFGH1234", "--model=***"),
+        ("--note=ghp_abcdEFGH1234", "--note=***"),
+        ("https://me:abc@host/x", "https://me:***@host/x"),
+        ("--source=https://host/x?token=abc&n=1", "--source=https://host/x?token=***&n=1"),
+    ],
+)
+def test_secrets_are_masked(argument, masked):
+    assert environment.mask_secrets(["main", argument]) == ["main", masked]
+
+
+def test_secret_in_the_next_argument_is_masked():
+    given = ["main", "--hub_token", "abc", "--seed", "1", "--secret", "--seed=2"]
+    assert environment.mask_secrets(given) == [
+        "main", "--hub_token", "***", "--seed", "1", "--secret", "--seed=2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--config.train.tokens=8192",
+        "--config.train.tokens_per_step=4096",
+        "--tokenizer=hf:HuggingFaceTB/SmolLM2-135M",
+        "--source=hf:a/b",
+        "--config=configs/muon_noqk.py:tiny",
+        "--workdir=runs/monkey",
+        "--keys=2",
+    ],
+)
+def test_what_is_no_secret_stays(argument):
+    assert environment.mask_secrets([argument]) == [argument]
+
+
+def test_git_state_of_a_checkout_and_of_none(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        git("init")
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "x")
+    sha = git("rev-parse", "HEAD")
+    assert environment.git_state(tmp_path) == {"sha": sha, "dirty": False}
+    (tmp_path / "file").write_text("2")
+    assert environment.git_state(tmp_path) == {"sha": sha, "dirty": True}
+    with monkeypatch.context() as inside_a_hook:
+        inside_a_hook.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+        assert environment.git_state(tmp_path) == {"sha": sha, "dirty": True}
+    nowhere = {"sha": None, "dirty": None}
+    (tmp_path / "site-packages").mkdir()  # lies in a repository that is not its own
+    assert environment.git_state(tmp_path / "site-packages") == nowhere
+    assert environment.git_state(tmp_path / "missing") == nowhere
+
+
+def test_git_is_not_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment.git_state(tmp_path) == {"sha": None, "dirty": None}
