@@ -202,7 +202,7 @@ def base(optimizer: str, qk_norm: str, words: str = "") -> ml_collections.Config
     is_muon = optimizer == "muon"
     if "frozen" in controls:
         qk_norm = "frozen"
-    decays_gamma = qk_norm == "learned" and "undecayed" not in controls
+    decays_gamma = qk_norm == "learned" and not controls & {"decayed", "undecayed"}
 
     config = ml_collections.ConfigDict()
     config.scale = scale
@@ -441,6 +441,12 @@ def _mistakes(config: ml_collections.ConfigDict) -> list[str]:
                 field,
                 f"0 with model.qk_norm={model.qk_norm}: no learned gamma to decay",
             )
+    elif optimizer.gamma_decay_tau:
+        need(
+            optimizer.gamma_weight_decay == 0,
+            "optimizer.gamma_weight_decay",
+            f"0 with optimizer.gamma_decay_tau = {optimizer.gamma_decay_tau:g}, which sets it",
+        )
     return found
 
 

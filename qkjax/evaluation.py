@@ -16,7 +16,7 @@ from qkjax.data import pipeline
 class Evaluation(NamedTuple):
     """What one pass measured."""
 
-    metrics: dict[str, float]  # names of DESIGN.md section 4
+    metrics: dict[str, float | np.float32]  # names of DESIGN.md section 4
     spectra: dict[str, np.ndarray]  # arrays of spectra/step_*.npz
     validation: dict[str, np.ndarray]  # arrays of validation/step_*.npz
 
@@ -67,7 +67,7 @@ class Evaluator:
         metrics = {
             "val/loss": loss,
             "val/perplexity": float(np.exp(loss)),
-            **{name: float(value) for name, value in spectra.metrics.items()},
+            **{name: np.float32(value) for name, value in spectra.metrics.items()},
             "perf/eval_seconds": time.monotonic() - begun,
         }
         return Evaluation(metrics, spectra.arrays, {"loss_sum": loss_sum, "count": count})

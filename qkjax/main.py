@@ -23,6 +23,10 @@ def main() -> None:
     if not _WORKDIR.value:
         raise errors.UsageError("--workdir: missing. Name the run directory, --workdir=runs/NAME.")
 
+    from qkjax.data import dataset
+
+    dataset.require_directory(config)
+
     from qkjax import train  # jax and all: only once the command line is known to be sound
 
     train.train_and_evaluate(

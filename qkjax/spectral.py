@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 _HOLDS = 0.9  # the share of r90
 _TIE = 1e-6  # float32 sums: 9 of 10 equal directions do hold 90%
-_UNDEFINED_ABOVE = 0.95  # axis alignment: a nearly isotropic covariance has no orientation
+_ISOTROPIC_ABOVE = 0.95  # r0 of axis alignment: such a covariance has no orientation to speak of
+_LEADING = 8  # directions of a head that overlap compares
 
 
 class Factor(NamedTuple):
@@ -227,3 +228,49 @@ MEASURES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "srank": stable_rank,
     "r90": r90,
 }
+
+
+def axis_alignment(f: Factor) -> tuple[jax.Array, jax.Array]:
+    """How far the covariance's eigenvectors are the coordinate axes.
+
+    With D = K, lambda the eigenvalues and d the diagonal of the centred covariance:
+    r = pr_cov(lambda) / pr_cov(d), which is about r0 = (pr_cov(lambda) + 2) / (D + 2) for a
+    random orientation; aa = (r - r0) / (1 - r0).
+
+    Args:
+        f: factor with leading axes [...].
+    Returns:
+        r and aa, [...] float32. aa is 0 for a random orientation, 1 where the axes are the
+        eigenvectors, NaN where r0 > 0.95; both are NaN where the covariance is 0.
+    """
+    sigma = singular_values(f, centred=True)
+    dim = sigma.shape[-1]
+    scaled = f.r / sigma[..., :1, None]  # R^T R neither under- nor overflows, as in the measures
+    of_eigenvalues = participation_ratio_cov(sigma)
+    r = of_eigenvalues / participation_ratio((scaled**2).sum(axis=-2))
+    r0 = (of_eigenvalues + 2) / (dim + 2)
+    return r, jnp.where(r0 > _ISOTROPIC_ABOVE, jnp.nan, (r - r0) / (1 - r0))
+
+
+def subspace_overlap(f: Factor) -> jax.Array:
+    """Mean overlap of a head's 8 leading centred directions with those of its layer's other heads.
+
+    Of heads i and j: ||V_i^T V_j||_F^2 / 8, V the 8 leading right singular vectors.
+
+    Args:
+        f: factor with leading axes [..., G], G the kv heads of a layer; K at least 8.
+    Returns:
+        [..., G] float32 in [0, 1]; random directions give 8 / K. NaN where there is no other
+        head, or where the keys of a head it is compared with, or its own, do not vary.
+    """
+    with jax.default_matmul_precision("highest"):
+        _, sigma, vectors = jnp.linalg.svd(f.r, full_matrices=False)
+        leading = vectors[..., :_LEADING, :]
+        products = jnp.einsum("...iak,...jbk->...ijab", leading, leading)
+    overlap = (products**2).sum(axis=(-2, -1)) / _LEADING
+    varies = sigma[..., 0] > 0
+    overlap = jnp.where(varies[..., :, None] & varies[..., None, :], overlap, jnp.nan)
+    num_heads = overlap.shape[-1]
+    others = jnp.where(jnp.eye(num_heads, dtype=bool), 0.0, overlap)
+    count = jnp.float32(num_heads - 1)
+    return jnp.where(varies, others.sum(axis=-1) / count, jnp.nan)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from qkjax import (
@@ -292,9 +293,9 @@ class _Run:
         row = {
             "step": pending.step,
             "tokens": pending.step * self.config.train.tokens_per_step,
-            "train/loss": float(metrics.loss),
-            "train/grad_norm": float(metrics.grad_norm),
-            "train/learning_rate": float(self.rate(pending.step - 1)),
+            "train/loss": np.float32(metrics.loss),
+            "train/grad_norm": np.float32(metrics.grad_norm),
+            "train/learning_rate": np.float32(self.rate(pending.step - 1)),
             "train/epoch": pending.batch.epoch,
             **self.progress.rates(pending.step, pending.data_wait),
         }

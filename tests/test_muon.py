@@ -9,14 +9,13 @@ import subprocess
 import sys
 import textwrap
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from qkjax import muon
-
-import jax  # isort: skip  (after qkjax, which sets the XLA flags)
-import jax.numpy as jnp  # isort: skip
-import optax  # isort: skip
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"

@@ -4,14 +4,13 @@ import dataclasses
 import functools
 import textwrap
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from qkjax import config, errors, model, muon, optimizer
-
-import jax  # isort: skip  (after qkjax, which sets the XLA flags)
-import jax.numpy as jnp  # isort: skip
-import optax  # isort: skip
 
 FLOAT32_TOLERANCE = 5e-5  # of an orthogonalised matrix between correct implementations
 KEY = "blocks/attention/key/kernel"

@@ -125,7 +125,8 @@ def test_masked_rows_do_not_exist():
     """Rows that are masked, NaN included, change nothing: the kept rows alone give the same."""
     rng = np.random.default_rng(3)
     # A mean of 3000: the anchor is far enough from it that a masked row of -offset would show.
-    rows = (rng.standard_normal((2, 96, K)) + [[[3]], [[3000]]]).astype(np.float32)
+    means = np.array([3, 3000])[:, None, None]
+    rows = (means + rng.standard_normal((2, 96, K))).astype(np.float32)
     mask = rng.random((2, 96)) < 0.8
     dirty = np.where(mask[..., None], rows, np.nan)
     masked = _factor(dirty, mask)
@@ -262,3 +263,74 @@ def test_r90_counts_a_tie_as_held():
     assert float(spectral.r90(jnp.ones(20))) == 18
     assert float(spectral.r90(jnp.asarray([3.0, 1.0]))) == 1  # 9 of 10
     assert float(spectral.r90(jnp.asarray([3.0, 1.0001]))) == 2
+
+
+_alignment = jax.jit(spectral.axis_alignment)
+_overlap = jax.jit(spectral.subspace_overlap)
+
+
+def _factor_of(roots):
+    """A factor with the covariance R^T R / 100 for every [K, K] matrix R of roots [..., K, K]."""
+    empty = spectral.empty_factor(np.shape(roots)[:-2], K)
+    return empty._replace(count=empty.count + 100, r=jnp.asarray(roots, jnp.float32))
+
+
+def test_axis_alignment_tells_the_axes_from_a_random_orientation():
+    rng = np.random.default_rng(11)
+    random = np.linalg.qr(rng.standard_normal((20, K, K)))[0]
+    for name in ("1/k", "collapsed"):
+        roots = np.stack([np.diag(SPECTRA[name]), *(SPECTRA[name][:, None] * random)])
+        r, aa = _alignment(_factor_of(roots))
+        np.testing.assert_allclose([r[0], aa[0]], 1, rtol=1e-5)
+        assert abs(float(aa[1:].mean())) < 0.05
+        assert float(jnp.abs(aa[1:]).max()) < 0.25
+
+
+def test_axis_alignment_equals_its_formula():
+    axes = np.linalg.qr(np.eye(K) + 0.3)[0]
+    root = SPECTRA["1/k"][:, None] * axes
+    covariance = root.T @ root
+
+    def pr(values):
+        return values.sum() ** 2 / (values**2).sum()
+
+    rank = pr(np.linalg.eigvalsh(covariance))
+    r, r0 = rank / pr(np.diag(covariance)), (rank + 2) / (K + 2)
+    # The squares of the last two leave float32.
+    found_r, found_aa = _alignment(_factor_of(np.stack([root, root * 1e-25, root * 1e25])))
+    assert found_r.dtype == found_aa.dtype == jnp.float32
+    np.testing.assert_allclose(found_r, r, rtol=1e-5)
+    np.testing.assert_allclose(found_aa, (r - r0) / (1 - r0), rtol=1e-5)
+
+
+def test_axis_alignment_is_undefined_where_nothing_has_an_orientation():
+    r, aa = _alignment(_factor_of(np.stack([np.eye(K), np.zeros((K, K))])))
+    assert float(r[0]) == 1 and np.isnan(r[1])
+    assert np.isnan(aa).all()
+
+
+def _leading(axes):
+    """A root [K, K] whose 8 leading directions are the given rows [8, K]."""
+    return np.vstack([axes * 10, np.linalg.svd(axes)[2][8:]])
+
+
+def test_overlap_of_equal_orthogonal_and_random_subspaces():
+    basis = np.linalg.qr(np.random.default_rng(15).standard_normal((K, K)))[0]
+    turned = np.linalg.qr(np.random.default_rng(16).standard_normal((8, 8)))[0] @ basis[:8]
+    half = np.vstack([basis[4:8], basis[8:12]])  # shares 4 of 8 directions with the first
+    heads = [_leading(axes) for axes in (basis[:8], turned, basis[16:24], half)]
+    # Pairs: (0, 1) 1, (0, 2) 0, (0, 3) 0.5, (1, 2) 0, (1, 3) 0.5, (2, 3) 0.
+    expected = np.array([1.5, 1.5, 0, 1]) / 3
+    random = np.random.default_rng(17).standard_normal((21, 4, K, K))
+    found = _overlap(_factor_of(np.stack([heads, *random])))
+    assert found.shape == (22, 4) and found.dtype == jnp.float32
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    assert abs(float(found[1:].mean()) - 8 / K) < 0.01
+
+
+def test_overlap_is_undefined_without_other_heads_or_without_keys():
+    roots = np.random.default_rng(18).standard_normal((3, K, K))
+    assert np.isnan(_overlap(_factor_of(roots[:, None]))).all()
+    dead = roots * [[[1]], [[0]], [[1]]]
+    found = _overlap(_factor_of(np.stack([roots, dead])))
+    assert np.isfinite(found[0]).all() and np.isnan(found[1]).all()

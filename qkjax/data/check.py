@@ -121,10 +121,10 @@ def _check_tables(
                 f"{table.first_token[k]}. {_REBUILD}"
             )
         stream = manifest.splits[name].num_tokens + 1
-        if not ends.size or ends[-1] < stream:
+        if not ends.size or ends[-1] < stream or starts[-1] >= stream:
             raise errors.UsageError(
-                f"{path}: its documents end at token {ends[-1] if ends.size else 0}, the stream "
-                f"holds {stream}. {_REBUILD}"
+                f"{path}: its documents end at token {ends[-1] if ends.size else 0}, expected only "
+                f"the last to reach the end of the stream, {stream}. {_REBUILD}"
             )
         for k, document_hash in enumerate(table.hash64):
             if holdout.in_pool(int(document_hash)) != (name == "validation"):
@@ -172,6 +172,8 @@ class _SplitChecker:
                 pending = pending[self._end(stop - 1) - first :]
                 first = self._end(stop - 1)
             document = stop
+        if document < num_documents:
+            self._check_cut(document, pending)
         return document
 
     def _end(self, k: int) -> int:
@@ -213,15 +215,23 @@ class _SplitChecker:
             self._refuse_held_out(k, [text])
             whole = not cut or (span[-1] == eos_id and not np.any(span[:-1] == eos_id))
             if not whole or holdout.hash64(holdout.normalise(text)) != self._table.hash64[k]:
-                # Another document in its place may begin or end elsewhere.
-                pieces = np.split(span, np.flatnonzero(span == eos_id) + 1)
-                self._refuse_held_out(
-                    k, self._tokenizer.decode_batch([piece[piece != eos_id] for piece in pieces])
-                )
-                raise errors.UsageError(
-                    f"{self._where(k)}: its text is not the one that its table was made from. "
-                    f"{_REBUILD}"
-                )
+                raise self._changed(k, span)
+
+    def _check_cut(self, k: int, span: np.ndarray) -> None:
+        """The last document: its end is missing, so no other document may end in it either."""
+        if self._manifest.end_of_text and np.any(span == self._tokenizer.eos_id):
+            raise self._changed(k, span)
+
+    def _changed(self, k: int, span: np.ndarray) -> errors.UsageError:
+        """What to say of a document that is not the recorded one, or of those in its place."""
+        eos_id = self._tokenizer.eos_id
+        pieces = np.split(span, np.flatnonzero(span == eos_id) + 1)
+        self._refuse_held_out(
+            k, self._tokenizer.decode_batch([piece[piece != eos_id] for piece in pieces])
+        )
+        return errors.UsageError(
+            f"{self._where(k)}: its text is not the one that its table was made from. {_REBUILD}"
+        )
 
     def _refuse_held_out(self, k: int, texts: list[str]) -> None:
         if self._split == "validation":

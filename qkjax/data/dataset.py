@@ -21,25 +21,34 @@ class Dataset:
     manifest: manifests.Manifest
 
 
+def require_directory(config: Config) -> None:
+    """Refuses a config without data.dir that the embedded corpus is not for; needs no jax.
+
+    Raises:
+        UsageError: names the command that makes a dataset.
+    """
+    if not config.data.dir and config.scale != "tiny":
+        raise errors.UsageError(
+            f"data.dir: scale {config.scale} needs a prepared dataset. Make one with `python "
+            "tools/prepare_data.py --source=NAME --tokenizer=FILE "
+            f"--sequence_length={config.model.sequence_length} --out=DIR`, then pass "
+            "--config.data.dir=DIR."
+        )
+
+
 def open_dataset(config: Config) -> Dataset:
     """The dataset of the config, checked against the model, the recipe and the budget.
 
     Raises:
         UsageError: no dataset, a damaged one, or one that does not fit the config.
     """
+    require_directory(config)
     if config.data.dir:
         directory = pathlib.Path(config.data.dir)
-    elif config.scale == "tiny":
+    else:
         name = "embedded" if config.data.end_of_text else "embedded-without-end-of-text"
         directory = prepare.prepare_embedded(
             _REPOSITORY / "data" / name, end_of_text=config.data.end_of_text
-        )
-    else:
-        raise errors.UsageError(
-            f"data.dir: scale {config.scale} needs a prepared dataset. Make one with `python "
-            "tools/prepare_data.py --source=NAME --tokenizer=FILE "
-            f"--sequence_length={config.model.sequence_length} --out=DIR`, then pass "
-            "--config.data.dir=DIR."
         )
     manifest = manifests.load(directory)
     manifests.verify_files(manifest, directory)

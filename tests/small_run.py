@@ -1,0 +1,105 @@
+"""A run small enough for tests: 2 layers, 20 steps, real text through the real pipeline."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+from typing import Any
+
+import pytest
+
+from qkjax import config, train
+from qkjax.data import pipeline, prepare
+
+LENGTH, VOCABULARY, TOKENS_PER_STEP, STEPS = 32, 300, 4 * 32, 20
+
+
+def make_dataset(
+    directory: pathlib.Path, *, end_of_text: bool = True, seed: int = 0
+) -> pathlib.Path:
+    """Short documents of made-up sentences: 160 training and 7 validation records."""
+    chance = random.Random(seed)
+    words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 7))) for _ in range(150)]
+    source = directory.parent / f"{directory.name}.jsonl"
+    with source.open("w") as file:
+        for _ in range(400):
+            sentence = " ".join(chance.choices(words, k=chance.randint(8, 14)))
+            file.write(json.dumps({"text": sentence.capitalize() + "."}) + "\n")
+    request = prepare.Request(
+        sources=(f"jsonl:{source}",),
+        tokenizer=f"train:{VOCABULARY}",
+        sequence_length=LENGTH,
+        train_tokens=160 * LENGTH,
+        validation_tokens=7 * LENGTH,
+        end_of_text=end_of_text,
+    )
+    prepare.prepare(request, directory, progress=lambda line: None)
+    return directory
+
+
+def make_config(
+    dataset: pathlib.Path,
+    optimizer: str = "muon",
+    qk_norm: str = "none",
+    words: str = "tiny",
+    **fields: Any,
+) -> config.Config:
+    """A resolved config; fields are dotted names with '__' for the dot."""
+    values = config.base(optimizer, qk_norm, words)
+    values.data.dir = str(dataset)
+    values.model.update(
+        num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=48,
+        vocab_size=VOCABULARY, sequence_length=LENGTH,
+    )  # fmt: skip
+    values.train.tokens = STEPS * TOKENS_PER_STEP
+    values.train.tokens_per_step = TOKENS_PER_STEP
+    values.eval.at_tokens = (5 * TOKENS_PER_STEP, 9 * TOKENS_PER_STEP)
+    values.checkpoint.every_tokens = 6 * TOKENS_PER_STEP
+    values.log.every_seconds = 1e9
+    for name, value in fields.items():
+        section, _, field = name.rpartition("__")
+        (values[section] if section else values)[field] = value
+    return config.resolve(values)
+
+
+def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on time."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.startswith("perf/")}
+        for line in lines
+    ]
+
+
+def identity(workdir: pathlib.Path, step: int = STEPS) -> tuple[str, str]:
+    """Digests of parameters and optimiser state of a checkpoint."""
+    from qkjax import checkpoint
+
+    meta = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).meta(step)
+    return meta["params_sha256"], meta["opt_state_sha256"]
+
+
+def run_with_signals(
+    run_config: config.Config,
+    workdir: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at_steps: tuple[int, ...],
+) -> dict[str, Any]:
+    """The run, stopped by SIGTERM when each of `at_steps` asks for its batch, and started again."""
+    from qkjax import signals
+
+    original = pipeline.TrainLoader.__next__
+    for step in at_steps:
+
+        def stop_here(loader: pipeline.TrainLoader, step: int = step) -> pipeline.Batch:
+            if loader.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(loader)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.TrainLoader, "__next__", stop_here)
+            with pytest.raises(signals.Stopped) as stopped:
+                train.train_and_evaluate(run_config, workdir)
+        assert stopped.value.exit_code == 143
+    return train.train_and_evaluate(run_config, workdir)

@@ -1,0 +1,482 @@
+"""config.py and presets.py: the study's numbers, the words, every check, the round trip."""
+
+import ast
+import dataclasses
+import json
+import math
+import pathlib
+import runpy
+import typing
+
+import ml_collections
+import pytest
+
+from qkjax import config, errors, presets
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+M = 1_000_000
+
+# DESIGN.md section 3, written out once more: what every scale and recipe must give.
+SHAPES = {  # layers, d_model, heads, kv heads, head_dim, vocabulary, sequence length
+    "tiny": (4, 128, 4, 2, 32, 4096, 256),
+    "pilot": (22, 512, 8, 4, 64, 49152, 2048),
+    "full": (22, 512, 8, 4, 64, 49152, 2048),
+    "1b5": (32, 2048, 16, 8, 128, 49152, 2048),
+}
+BUDGETS = {  # tokens; eval at, every, tokens, final tokens (-1 none, 0 all); checkpoint every
+    "tiny": (400_000, (20_000, 50_000, 100_000, 200_000), 0, 0, -1, 100_000),
+    "pilot": (25 * M, (M // 2, M, 2 * M, 4 * M, 8 * M, 16 * M), 0, 1_048_576, 0, 5 * M),
+    "full": (300 * M, (M, 4 * M, 8 * M, 16 * M, 25 * M), 10 * M, 1_048_576, 0, 10 * M),
+    "1b5": (49 * M, (2 * M, 4 * M, 8 * M, 16 * M, 32 * M), 0, 262_144, -1, 5 * M),
+}
+BY_BOTH = {  # mlp, d_ff; tokens a step; AdamW's rate, Muon's, its auxiliary AdamW's
+    ("tiny", "fixed"): ("swiglu", 352, 2_048, 1.2e-3, 0.012, 3e-3),
+    ("pilot", "fixed"): ("swiglu", 1344, 65_536, 1.2e-3, 0.012, 3e-3),
+    ("full", "fixed"): ("swiglu", 1344, 65_536, 1.2e-3, 0.012, 3e-3),
+    ("1b5", "fixed"): ("relu2", 8192, 65_536, 1.2e-3, 0.012, 3e-3),
+    ("tiny", "seed"): ("relu2", 512, 2_048, 6e-3, 0.024, 6e-3),
+    ("pilot", "seed"): ("relu2", 2048, 4_096, 6e-3, 0.024, 6e-3),
+    ("full", "seed"): ("relu2", 2048, 4_096, 6e-4, 0.02, 6e-3),
+    ("1b5", "seed"): ("relu2", 8192, 65_536, 3e-3, 0.012, 3e-3),
+}
+# SCIENCE.md section 4: what depends on the recipe alone.
+RECIPES = {
+    "fixed": {
+        "data.end_of_text": True,
+        "model.norm_eps": 1e-6,
+        "optimizer.clip_norm": 1.0,
+        "optimizer.beta1": 0.9,
+        "optimizer.beta2": 0.95,
+        "optimizer.eps": 1e-8,
+        "optimizer.auxiliary_weight_decay": 0.0,
+        "optimizer.gamma_weight_decay": 0.0,
+        "optimizer.warmup_fraction": 0.02,
+        "optimizer.decay_fraction": 0.2,
+        "muon.granularity": "separate",
+        "muon.dtype": "auto",
+    },
+    "seed": {
+        "data.end_of_text": False,
+        "model.norm_eps": 1.19e-7,
+        "optimizer.clip_norm": 0.0,
+        "optimizer.beta1": 0.9,
+        "optimizer.beta2": 0.999,
+        "optimizer.eps": 1e-8,
+        "optimizer.auxiliary_weight_decay": 0.2,
+        "optimizer.gamma_weight_decay": 0.2,
+        "optimizer.warmup_fraction": 0.0,
+        "optimizer.decay_fraction": 0.0,
+        "muon.granularity": "merged",
+        "muon.dtype": "bfloat16",
+    },
+}
+MATRIX_DECAY = {("adamw", "fixed"): 0.1, ("adamw", "seed"): 0.2,
+                ("muon", "fixed"): 0.01, ("muon", "seed"): 0.0}  # fmt: skip
+EVERYWHERE = {
+    "seed": 42,
+    "data.dir": "",
+    "data.max_epochs": 4,
+    "model.rope_base": 10_000.0,
+    "model.dtype": "auto",
+    "optimizer.gamma_decay_tau": 0.0,
+    "muon.momentum": 0.95,
+    "muon.nesterov": True,
+    "muon.coefficients": "polar_express",
+    "muon.scale": "spectral",
+}
+
+
+def overridden(optimizer="muon", qk_norm="none", words="tiny", **fields):
+    """`fields` are dotted names with '__' for the dot."""
+    given = config.base(optimizer, qk_norm, words)
+    given.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return given
+
+
+def resolved(*args, **fields):
+    return config.resolve(overridden(*args, **fields))
+
+
+def read(values, field):
+    for name in field.split("."):
+        values = getattr(values, name)
+    return values
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("scale", "recipe"), BY_BOTH)
+def test_table_of_scales_and_recipes(scale, recipe, optimizer):
+    c = resolved(optimizer, "learned", f"{scale},{recipe}")
+    m, mlp = c.model, BY_BOTH[scale, recipe]
+    assert (c.scale, c.recipe, c.arm) == (scale, recipe, f"{optimizer}_qk")
+    assert SHAPES[scale] == (
+        m.num_layers, m.d_model, m.num_heads, m.num_kv_heads, m.head_dim, m.vocab_size,
+        m.sequence_length,
+    )  # fmt: skip
+    assert (m.mlp, m.d_ff, c.train.tokens_per_step) == mlp[:3]
+    adamw, muon, auxiliary = mlp[3:]
+    rates = (c.optimizer.learning_rate, c.optimizer.adam_learning_rate)
+    assert rates == ((adamw, None) if optimizer == "adamw" else (muon, auxiliary))
+    assert c.optimizer.auxiliary_learning_rate == (adamw if optimizer == "adamw" else auxiliary)
+    assert c.optimizer.weight_decay == MATRIX_DECAY[optimizer, recipe]
+    assert c.optimizer.name == optimizer
+    for field, expected in {**RECIPES[recipe], **EVERYWHERE}.items():
+        assert read(c, field) == expected, field
+    given = config.base(optimizer, "learned", f"{scale},{recipe}")
+    evaluation, checkpoint = given.eval, given.checkpoint
+    assert BUDGETS[scale] == (
+        given.train.tokens, evaluation.at_tokens, evaluation.every_tokens, evaluation.tokens,
+        evaluation.final_tokens, checkpoint.every_tokens,
+    )  # fmt: skip
+    assert (c.train.tokens, c.eval.tokens, c.eval.final_tokens) == (
+        BUDGETS[scale][0], BUDGETS[scale][3], BUDGETS[scale][4],
+    )  # fmt: skip
+
+
+def test_words_default_to_full_and_fixed():
+    for words in ("", "full", "fixed", " fixed , full "):
+        assert resolved("muon", "none", words) == resolved("muon", "none", "full,fixed")
+    assert resolved("adamw", "none", "seed,tiny") == resolved("adamw", "none", "tiny,seed")
+
+
+@pytest.mark.parametrize(
+    ("words", "schedule"),
+    [
+        ("full", (4577, 92, 916)),
+        ("full,seed", (73_242, 0, 0)),
+        ("pilot", (381, 8, 77)),
+        ("pilot,seed", (6_103, 0, 0)),
+        ("1b5", (747, 15, 150)),
+        ("tiny", (195, 4, 39)),
+    ],
+)
+def test_whole_steps_of_run_warmup_and_decay(words, schedule):
+    c = resolved("muon", "none", words)
+    s = c.schedule
+    assert (s.num_steps, s.warmup_steps, s.decay_steps) == schedule
+    assert c.train.num_steps == s.num_steps
+
+
+def test_schedule_factor_and_its_sum():
+    s = config.Schedule(num_steps=10, warmup_steps=4, decay_steps=5)
+    factors = [0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    assert [s.factor(step) for step in range(10)] == pytest.approx(factors, rel=1e-15)
+    assert s.total() == pytest.approx(sum(factors), rel=1e-15)
+    constant = config.Schedule(num_steps=7, warmup_steps=0, decay_steps=0)
+    assert [constant.factor(step) for step in (0, 6)] == [1, 1] and constant.total() == 7
+
+
+def test_full_run_is_measured_and_saved_at_the_study_s_steps():
+    c = resolved("adamw", "learned", "full")
+    every_10m = [10 * M * i // 65_536 for i in range(1, 30)]
+    assert every_10m[0] == 152 and 4577 not in every_10m
+    at = [M // 65_536, 61, 122, 244, 381]  # H3 reads steps 244 (16M) and 381 (25M)
+    assert c.eval.steps == tuple(sorted({0, *at, *every_10m, 4577}))
+    assert c.checkpoint.steps == (0, *every_10m, 4577)
+    tiny = resolved("adamw", "learned", "tiny")
+    assert tiny.eval.steps == (0, 9, 24, 48, 97, 195)
+    assert tiny.checkpoint.steps == (0, 48, 97, 146, 195)
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({"train__tokens": 1}, (0, 1)),  # floored, but at least one step
+        ({"train__tokens": 2_047}, (0, 1)),
+        ({"train__tokens": 4_095, "eval__at_tokens": (1, 10**9)}, (0, 1)),
+        ({"train__tokens": 6_144, "eval__at_tokens": ()}, (0, 3)),
+        ({"train__tokens": 6_144, "eval__at_tokens": (1,)}, (0, 1, 3)),  # never step 0 twice
+        ({"train__tokens": 10_240, "eval__at_tokens": (), "eval__every_tokens": 4_096},
+         (0, 2, 4, 5)),
+    ],
+)  # fmt: skip
+def test_evaluations_always_hold_step_0_and_the_last(fields, steps):
+    c = resolved("muon", "none", "tiny", **fields)
+    assert c.eval.steps == steps
+    assert c.train.num_steps == steps[-1]
+    assert {0, steps[-1]} <= set(c.checkpoint.steps)
+
+
+@pytest.mark.parametrize(
+    ("arm", "words", "name"),
+    [
+        (("adamw", "learned"), "", "adamw_qk"),
+        (("adamw", "none"), "", "adamw_noqk"),
+        (("muon", "learned"), "seed", "muon_qk"),
+        (("muon", "none"), "seed", "muon_noqk"),
+        (("adamw", "learned"), "frozen", "adamw_qk_frozen"),
+        (("muon", "learned"), "frozen,seed", "muon_qk_frozen"),
+        (("adamw", "learned"), "decayed", "adamw_qk_decayed"),
+        (("muon", "learned"), "seed,decayed", "muon_qk_decayed"),
+        (("adamw", "learned"), "seed,undecayed", "adamw_qk_undecayed"),
+        (("muon", "none"), "merged", "muon_noqk_merged"),
+        (("muon", "learned"), "merged,frozen", "muon_qk_frozen_merged"),
+    ],
+)
+def test_arm_is_the_config_file_s_name_with_its_controls(arm, words, name):
+    assert resolved(*arm, f"tiny,{words}").arm == name
+
+
+def test_controls_set_what_they_say():
+    for recipe, decay in (("fixed", 0.0), ("seed", 0.2)):
+        frozen = resolved("muon", "learned", f"tiny,{recipe},frozen")
+        assert (frozen.model.qk_norm, frozen.optimizer.gamma_weight_decay) == ("frozen", 0)
+        assert resolved("muon", "none", f"tiny,{recipe}").optimizer.gamma_weight_decay == 0
+        assert frozen.optimizer.auxiliary_weight_decay == decay  # no control touches the others
+    undecayed = resolved("adamw", "learned", "tiny,seed,undecayed").optimizer
+    assert (undecayed.gamma_weight_decay, undecayed.auxiliary_weight_decay) == (0, 0.2)
+    merged = resolved("muon", "none", "tiny,merged")
+    assert merged == dataclasses.replace(
+        resolved("muon", "none", "tiny"),
+        arm="muon_noqk_merged",
+        muon=dataclasses.replace(merged.muon, granularity="merged"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arm", "words", "message"),
+    [
+        (("muon", "none"), "tinyy", "unknown word 'tinyy' .* Did you mean 'tiny'"),
+        (("muon", "none"), "undecay", "unknown word 'undecay' .* Did you mean 'undecayed'"),
+        (("muon", "none"), "zzz", "Known: scales tiny, pilot, full, 1b5; recipes fixed, seed"),
+        (("muon", "none"), "tiny,full", "tiny and full exclude each other: at most one scale"),
+        (("muon", "none"), "seed,fixed", "seed and fixed exclude each other: at most one recipe"),
+        (("muon", "learned"), "frozen,decayed", "at most one control of gamma"),
+        (("muon", "learned"), "seed,decayed,undecayed", "at most one control of gamma"),
+        (("adamw", "learned"), "undecayed", "'undecayed' changes nothing in recipe fixed"),
+        (("muon", "none"), "seed,merged", "'merged' changes nothing in recipe seed"),
+        (("adamw", "none"), "merged", "'merged' acts on Muon only"),
+        (("adamw", "none"), "frozen", "'frozen' acts on QK-Norm.* configs/adamw_qk.py:frozen"),
+        (("muon", "none"), "decayed", "'decayed' acts on QK-Norm"),
+        (("muon", "none"), "seed,undecayed", "'undecayed' acts on QK-Norm"),
+    ],
+)
+def test_words_that_are_refused(arm, words, message):
+    with pytest.raises(errors.UsageError, match=message):
+        config.base(*arm, words)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words", "fields"),
+    [
+        ("adamw", "tiny,decayed", {}),
+        ("adamw", "full,seed,decayed", {}),
+        ("adamw", "tiny,decayed", {"optimizer__learning_rate": 7e-4, "train__tokens": 90_000}),
+        ("muon", "pilot,decayed", {}),
+        ("muon", "pilot,decayed", {"optimizer__adam_learning_rate": 1.5e-3}),
+        ("muon", "tiny,seed,decayed", {"optimizer__decay_fraction": 0.5}),
+    ],
+)
+def test_tau_is_the_summed_rate_times_decay_after_all_overrides(optimizer, words, fields):
+    o = (c := resolved(optimizer, "learned", words, **fields)).optimizer
+    assert o.gamma_decay_tau == 7.3
+    rate = o.learning_rate if optimizer == "adamw" else o.adam_learning_rate
+    steps = range(c.train.num_steps)
+    tau = math.fsum(rate * c.schedule.factor(step) * o.gamma_weight_decay for step in steps)
+    assert tau == pytest.approx(7.3, rel=1e-12)
+
+
+def test_tau_ignores_muon_s_own_rate():
+    """The auxiliary AdamW updates gamma, so a sweep of Muon's rate alone changes no decay."""
+    a, b = (
+        resolved("muon", "learned", "tiny,decayed", optimizer__learning_rate=rate).optimizer
+        for rate in (0.012, 0.048)
+    )
+    assert a.gamma_weight_decay == b.gamma_weight_decay
+
+
+def test_decay_that_would_turn_gamma_s_sign_is_refused():
+    with pytest.raises(errors.UsageError, match=r"gamma_weight_decay.* Train longer or lower"):
+        resolved("adamw", "learned", "tiny,decayed", train__tokens=7 * 2_048)
+    with pytest.raises(errors.UsageError, match="gamma_weight_decay"):
+        resolved("adamw", "learned", "tiny", optimizer__gamma_weight_decay=1 / 1.2e-3)
+    resolved("adamw", "learned", "tiny", optimizer__gamma_weight_decay=0.99 / 1.2e-3)
+
+
+INVALID = {
+    "scale": "huge",
+    "recipe": "mine",
+    "seed": -1,
+    "data.max_epochs": 0,
+    "model.qk_norm": "layer",
+    "model.mlp": "gelu",
+    "model.num_layers": 0,
+    "model.d_model": -8,
+    "model.num_heads": 0,
+    "model.num_kv_heads": 0,
+    "model.head_dim": 0,
+    "model.d_ff": 0,
+    "model.vocab_size": 0,
+    "model.sequence_length": 0,
+    "model.norm_eps": 0.0,
+    "model.rope_base": math.inf,
+    "model.dtype": "float16",
+    "model.unroll": 0,
+    "optimizer.name": "sgd",
+    "optimizer.learning_rate": 0.0,
+    "optimizer.weight_decay": -0.1,
+    "optimizer.auxiliary_weight_decay": math.nan,
+    "optimizer.gamma_weight_decay": math.inf,
+    "optimizer.gamma_decay_tau": -1.0,
+    "optimizer.clip_norm": -1.0,
+    "optimizer.beta1": 1.0,
+    "optimizer.beta2": -0.5,
+    "optimizer.eps": 0.0,
+    "optimizer.warmup_fraction": 1.0,
+    "optimizer.decay_fraction": math.nan,
+    "muon.momentum": 1.0,
+    "muon.coefficients": "cubic",
+    "muon.granularity": "per_row",
+    "muon.scale": "none",
+    "muon.dtype": "float64",
+    "train.tokens": 0,
+    "train.tokens_per_step": -2_048,
+    "train.microbatch_sequences": -1,
+    "train.loss_chunk_tokens": 0,
+    "eval.at_tokens": (4_096, -1),
+    "eval.every_tokens": -1,
+    "eval.tokens": -1,
+    "eval.final_tokens": -2,
+    "eval.batch_sequences": 0,
+    "checkpoint.every_tokens": 0,
+    "log.every_seconds": -1.0,
+}
+
+
+def leaves(values, prefix=""):
+    for name, value in values.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def test_every_mistake_is_in_one_message():
+    given = overridden(**{k.replace(".", "__"): v for k, v in INVALID.items()})
+    with pytest.raises(errors.UsageError) as caught:
+        config.resolve(given)
+    message = str(caught.value)
+    assert "\n" not in message
+    for field, value in INVALID.items():
+        assert f"{field} is {value!r}, it must be " in message, field
+    # Nothing but a path, a truth value and the rate tested below can be set without a check.
+    free = {"data.dir", "data.end_of_text", "muon.nesterov", "optimizer.adam_learning_rate"}
+    assert set(leaves(given)) - INVALID.keys() == free
+
+
+@pytest.mark.parametrize("field", INVALID)
+def test_every_mistake_alone_is_refused(field):
+    given = overridden(**{field.replace(".", "__"): INVALID[field]})
+    with pytest.raises(errors.UsageError, match=f"^config: {field} is "):
+        config.resolve(given)
+
+
+@pytest.mark.parametrize(
+    ("arm", "fields", "message"),
+    [
+        (("muon", "none"), {"model__head_dim": 31}, "model.head_dim is 31, .* even"),
+        (("muon", "none"), {"model__num_kv_heads": 3}, "num_heads is 4, .* model.num_kv_heads = 3"),
+        (("muon", "none"), {"train__tokens_per_step": 2_049},
+         "tokens_per_step is 2049, .* a multiple of model.sequence_length = 256"),
+        (("muon", "none"), {"optimizer__warmup_fraction": 0.9}, "warmup_fraction is 0.9"),
+        (("muon", "none"), {"model__d_model": 96, "muon__granularity": "merged"},
+         "muon.granularity is 'merged', .* separate or per_head"),
+        (("muon", "none"), {"optimizer__adam_learning_rate": 0.0}, "adam_learning_rate is 0"),
+        (("adamw", "none"), {"optimizer__adam_learning_rate": 3e-3},
+         "adam_learning_rate is 0.003, it must be left alone"),
+        (("adamw", "learned"),
+         {"optimizer__gamma_weight_decay": 0.1, "optimizer__gamma_decay_tau": 1.0},
+         "gamma_weight_decay is 0.1, it must be 0 with .*tau = 1"),
+        (("adamw", "none"), {"optimizer__gamma_weight_decay": 0.1},
+         "gamma_weight_decay is 0.1, .* model.qk_norm=none"),
+        (("muon", "none"), {"optimizer__gamma_decay_tau": 7.3}, "gamma_decay_tau is 7.3"),
+        (("muon", "learned"), {"model__qk_norm": "frozen", "optimizer__gamma_weight_decay": 0.1},
+         "gamma_weight_decay is 0.1, .* model.qk_norm=frozen"),
+    ],
+)  # fmt: skip
+def test_fields_that_do_not_fit_together(arm, fields, message):
+    with pytest.raises(errors.UsageError, match=message):
+        resolved(*arm, "tiny", **fields)
+
+
+def test_granularity_of_adamw_arms_may_be_anything():
+    c = resolved("adamw", "none", "tiny", model__d_model=96, muon__granularity="merged")
+    assert c.arm == "adamw_noqk"
+
+
+@pytest.mark.parametrize("words", ["tiny,decayed", "full,seed", "1b5"])
+def test_config_survives_json(words):
+    for optimizer in ("adamw", "muon"):
+        c = resolved(optimizer, "learned", words).for_platform("gpu")
+        assert config.from_dict(c.to_dict()) == c
+        assert config.from_dict(json.loads(json.dumps(c.to_dict()))) == c
+        hash(c)  # jit takes it as a static argument
+
+
+def test_auto_dtypes_are_settled_by_the_platform():
+    c = resolved("muon", "none", "tiny")
+    found = {p: (x.model.dtype, x.muon.dtype) for p in ("cpu", "gpu", "tpu")
+             if (x := c.for_platform(p))}  # fmt: skip
+    assert found == {
+        "cpu": ("float32", "float32"),
+        "gpu": ("bfloat16", "bfloat16"),
+        "tpu": ("bfloat16", "bfloat16"),
+    }
+    asked = resolved("muon", "none", "tiny,seed", model__dtype="float32").for_platform("tpu")
+    assert (asked.model.dtype, asked.muon.dtype) == ("float32", "bfloat16")
+
+
+# What resolve() makes of budgets, beside or in place of the fields as they were set.
+DERIVED = {"arm", "schedule", "train.num_steps", "train.sequences_per_step", "eval.steps",
+           "checkpoint.steps"}  # fmt: skip
+BUDGET_FIELDS = {"eval.at_tokens", "eval.every_tokens", "checkpoint.every_tokens"}
+
+
+def test_every_field_is_an_option_of_base_and_the_other_way_round():
+    found = set()
+    for field in dataclasses.fields(config.Config):
+        kind = typing.get_type_hints(config.Config)[field.name]
+        if dataclasses.is_dataclass(kind) and field.name not in DERIVED:
+            found |= {f"{field.name}.{inner.name}" for inner in dataclasses.fields(kind)}
+        else:
+            found.add(field.name)
+    assert found - DERIVED == set(leaves(config.base("muon", "learned"))) - BUDGET_FIELDS
+
+
+def test_no_option_has_a_hidden_default():
+    """No `.get(...)` or getattr with a default on anything called config, c or given."""
+    sources = [p for d in ("qkjax", "configs", "tools") for p in (ROOT / d).rglob("*.py")]
+    assert len(sources) > 20
+    hidden = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and _reads_with_default(node)
+    ]
+    assert not hidden
+
+
+def _reads_with_default(call: ast.Call) -> bool:
+    function = call.func
+    if isinstance(function, ast.Attribute) and function.attr == "get":
+        return _is_config(function.value)
+    if isinstance(function, ast.Name) and function.id == "getattr" and len(call.args) == 3:
+        return _is_config(call.args[0])
+    return False
+
+
+def _is_config(node: ast.expr) -> bool:
+    """config, c, self.config, config.model, self._config.train, ..."""
+    while isinstance(node, ast.Attribute):
+        if node.attr in ("config", "_config"):
+            return True
+        node = node.value
+    return isinstance(node, ast.Name) and node.id in ("config", "c", "given")
+
+
+@pytest.mark.parametrize("arm", ["adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk"])
+def test_config_file_gives_its_arm_at_every_scale(arm):
+    get_config = runpy.run_path(str(ROOT / "configs" / f"{arm}.py"))["get_config"]
+    for scale in presets.SCALES:
+        c = config.resolve(get_config(scale))
+        assert (c.arm, c.scale) == (arm, scale)

@@ -1,0 +1,210 @@
+"""train_and_evaluate: the files of a run, exact repetition, resume to the bit, faults."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import small_run
+
+from qkjax import errors, evaluation, model, train
+from qkjax.config import Config
+
+ARMS = {
+    "adamw_qk": ("adamw", "learned", "tiny"),
+    "adamw_noqk_seed": ("adamw", "none", "tiny,seed"),
+    "muon_qk_decayed": ("muon", "learned", "tiny,decayed"),
+    "muon_noqk_accumulated": ("muon", "none", "tiny"),
+}
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    folder = tmp_path_factory.mktemp("datasets")
+    return {
+        "fixed": small_run.make_dataset(folder / "fixed"),
+        "seed": small_run.make_dataset(folder / "seed", end_of_text=False),
+    }
+
+
+def arm_config(datasets: dict[str, pathlib.Path], arm: str, **fields) -> Config:
+    optimizer, qk_norm, words = ARMS[arm]
+    if arm.endswith("accumulated"):
+        fields["train__microbatch_sequences"] = 2
+    if arm == "adamw_qk":  # 60 steps of 4 sequences: a second pass over the data
+        fields["train__tokens"] = 60 * small_run.TOKENS_PER_STEP
+    if "decayed" in words:  # tau 7.3 within 20 steps would turn gamma's sign
+        fields["optimizer__gamma_decay_tau"] = 0.5
+    dataset = datasets["seed" if "seed" in words else "fixed"]
+    return small_run.make_config(dataset, optimizer, qk_norm, words, **fields)
+
+
+@pytest.fixture(scope="module")
+def finished(datasets, tmp_path_factory) -> tuple[Config, pathlib.Path, dict]:
+    """One unbroken run with a final pass."""
+    config = arm_config(datasets, "muon_noqk_accumulated", eval__final_tokens=0)
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return config, workdir, train.train_and_evaluate(config, workdir)
+
+
+def test_a_run_leaves_every_file_of_the_contract(finished):
+    config, workdir, summary = finished
+    rows = small_run.rows(workdir)
+    assert [row["step"] for row in rows] == list(range(small_run.STEPS + 1))
+    assert [row["tokens"] for row in rows] == [
+        step * small_run.TOKENS_PER_STEP for step in range(small_run.STEPS + 1)
+    ]
+    assert "train/loss" not in rows[0]
+    assert all(np.isfinite(row["train/loss"]) for row in rows[1:])
+    evaluated = [row["step"] for row in rows if "val/loss" in row]
+    assert evaluated == [0, 5, 9, 20]
+    for row in rows:
+        assert ("pr/key/post_rope/raw" in row) == (row["step"] in evaluated)
+    for folder in ("spectra", "validation"):
+        names = sorted(path.name for path in (workdir / folder).iterdir())
+        assert names == ["final.npz", *(f"step_{step:08d}.npz" for step in evaluated)]
+    for step in evaluated:
+        name = f"step_{step:08d}.npz"
+        with np.load(workdir / "validation" / name) as arrays:
+            assert arrays["loss_sum"].shape == arrays["count"].shape == (7,)
+            assert arrays["loss_sum"].dtype == np.float32
+            loss = arrays["loss_sum"].sum(dtype=np.float64) / arrays["count"].sum()
+            assert loss == pytest.approx(rows[step]["val/loss"], rel=1e-6)
+        with np.load(workdir / "spectra" / name) as arrays:
+            assert arrays["key_pre_rope_centred"].shape == (2, 1, 16)
+            assert arrays["num_tokens"] == 7 * small_run.LENGTH
+            sigma = arrays["key_post_rope_raw"].astype(np.float64)
+            ratio = (sigma.sum(-1) ** 2 / (sigma**2).sum(-1)).mean()
+            assert ratio == pytest.approx(rows[step]["pr/key/post_rope/raw"], rel=1e-5)
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert summary["step"] == small_run.STEPS and summary["diverged"] is False
+    assert summary["val/loss"] == rows[-1]["val/loss"]
+    assert summary["val_final/loss"] == pytest.approx(summary["val/loss"], rel=1e-6)
+    assert summary["pr_final/key/post_rope/raw"] == summary["pr/key/post_rope/raw"]
+    assert "pr_final/key/post_rope/raw" not in rows[-1]
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.3
+    assert json.loads((workdir / "config.json").read_text())["arm"] == config.arm
+    assert "blocks/attention/key/kernel" in (workdir / "parameters.txt").read_text()
+    assert json.loads((workdir / "environment.json").read_text())["dataset_fingerprint"]
+
+
+def test_orbax_restores_the_parameters_without_our_code(finished):
+    config, workdir, summary = finished
+    path = workdir / "checkpoints" / str(small_run.STEPS) / "params"
+    restored = ocp.StandardCheckpointer().restore(path.absolute())
+    shapes = model.parameter_shapes(config.for_platform("cpu").model)
+    assert jax.tree.structure(restored) == jax.tree.structure(shapes)
+    assert sum(leaf.size for leaf in jax.tree.leaves(restored)) == model.count_parameters(
+        config.for_platform("cpu").model
+    )
+
+
+def test_a_finished_run_is_left_as_it_is(finished, capsys):
+    config, workdir, summary = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    assert train.train_and_evaluate(config, workdir) == summary
+    assert "already complete at step 20" in capsys.readouterr().out
+    after = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    changed = {path.name for path in after if after[path] != before.get(path)}
+    assert changed <= {"run.lock", "config.json", "environment.json"}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_any_number_of_stops_ends_in_the_same_bits(datasets, arm, tmp_path, monkeypatch):
+    config = arm_config(datasets, arm)
+    last = config.train.num_steps
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    expected = train.train_and_evaluate(config, unbroken)
+    # 0: before the first update; 5 and 9 are evaluations, 6 a checkpoint, last - 1 the last step
+    chosen = {"adamw_qk": (3, 50, last - 1), "muon_qk_decayed": (0, 5, 6)}
+    found = small_run.run_with_signals(config, broken, monkeypatch, chosen.get(arm, (4, 8, 13)))
+    assert found["params_sha256"] == expected["params_sha256"]
+    assert small_run.identity(broken, last) == small_run.identity(unbroken, last)
+    assert small_run.rows(broken) == small_run.rows(unbroken)
+    for path in sorted(unbroken.glob("spectra/*.npz")) + sorted(unbroken.glob("validation/*.npz")):
+        assert path.read_bytes() == (broken / path.relative_to(unbroken)).read_bytes()
+    if arm == "adamw_qk":
+        assert small_run.rows(broken)[-1]["train/epoch"] == 1
+
+
+def test_seeds_differ_in_initial_values_and_in_data_order(datasets, finished, tmp_path):
+    _, workdir, _ = finished
+    config = arm_config(datasets, "muon_noqk_accumulated", seed=43, eval__final_tokens=-1)
+    train.train_and_evaluate(config, tmp_path / "run")
+    ours, theirs = small_run.rows(tmp_path / "run"), small_run.rows(workdir)
+    assert ours[0]["val/loss"] != theirs[0]["val/loss"]
+    assert ours[1]["train/loss"] != theirs[1]["train/loss"]
+
+
+def test_a_killed_final_pass_is_made_up_for_alone(datasets, finished, tmp_path, monkeypatch):
+    config, unbroken, expected = finished
+    original, calls = evaluation.Evaluator.__call__, []
+
+    def fail_in_final_pass(self, params, batches, interrupted):
+        calls.append(None)
+        if len(calls) == 5:
+            raise RuntimeError("killed")
+        return original(self, params, batches, interrupted)
+
+    monkeypatch.setattr(evaluation.Evaluator, "__call__", fail_in_final_pass)
+    with pytest.raises(RuntimeError, match="killed"):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    found = train.train_and_evaluate(config, tmp_path / "run")
+    assert len(calls) == 6
+    for name in ("params_sha256", "val_final/loss", "val/loss"):
+        assert found[name] == expected[name]
+    assert small_run.rows(tmp_path / "run") == small_run.rows(unbroken)
+
+
+def test_divergence_is_recorded_and_stays(datasets, tmp_path, capsys):
+    config = arm_config(datasets, "adamw_qk", optimizer__learning_rate=1e30)
+    with pytest.raises(errors.NonFiniteError) as first:
+        train.train_and_evaluate(config, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["diverged"] is True
+    bad = summary["diverged_step"]
+    assert summary["step"] == bad - 1
+    assert f"step {bad}" in str(first.value) and "training records" in str(first.value)
+    assert "gradient of" in str(first.value) or "the loss" in str(first.value)
+    rows = small_run.rows(tmp_path / "run")
+    assert rows[-1]["step"] == bad and rows[-1]["train/loss"] is None
+    kept = small_run.identity(tmp_path / "run", bad - 1)
+    assert kept[0] == summary["params_sha256"]
+    with pytest.raises(errors.NonFiniteError, match=f"diverged at step {bad}"):
+        train.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_changed_config_or_dataset_is_refused(datasets, tmp_path):
+    config = arm_config(datasets, "muon_noqk_accumulated")
+    train.train_and_evaluate(config, tmp_path / "run")
+    other = dataclasses.replace(config, seed=7)
+    with pytest.raises(errors.UsageError, match=r"seed\s+42\s+7"):
+        train.train_and_evaluate(other, tmp_path / "run")
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "run").rename(moved)
+    assert train.train_and_evaluate(config, moved)["step"] == small_run.STEPS
+    swapped = small_run.make_dataset(tmp_path / "swapped", seed=1)
+    data = dataclasses.replace(config.data, dir=str(swapped))
+    with pytest.raises(errors.UsageError, match="dataset"):
+        train.train_and_evaluate(dataclasses.replace(config, data=data), moved)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model__vocab_size": 301}, "vocab_size is 300.*model.vocab_size is 301"),
+        ({"model__sequence_length": 64}, "sequence_length is 32.*64"),
+        ({"train__tokens": 5_000 * 128}, "passes over.*max_epochs"),
+        ({"data__end_of_text": False}, "end_of_text is True.*False"),
+        ({"train__microbatch_sequences": 3}, "microbatch_sequences: 3 does not divide the 4"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_work(datasets, tmp_path, fields, message):
+    config = small_run.make_config(datasets["fixed"], **fields)
+    with pytest.raises(errors.UsageError, match=message):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
