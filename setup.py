@@ -23,6 +23,7 @@ setup(
         "orbax-checkpoint>=0.11.25",
         "pyarrow>=17",
         "scipy>=1.13",
+        "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.21",
     ],

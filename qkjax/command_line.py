@@ -5,7 +5,9 @@ A command defines its flags with absl, then ends with `command_line.run(main)`. 
 130 / 143 stopped by SIGINT / SIGTERM.
 """
 
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import flags
@@ -20,6 +22,7 @@ def run(
     main: Callable[..., int | None],
     parse: Callable[[list[str]], list[str]] = flags.FLAGS,
     positionals: Sequence[str] = (),
+    exit_at_once: bool = False,
 ) -> None:
     """Parses sys.argv, calls `main` and exits with its code (None counts as 0).
 
@@ -30,8 +33,20 @@ def run(
             the command takes a --config.
         positionals: names of the arguments without --name= that the command needs; `main` is
             called with their values.
+        exit_at_once: leave without waiting for threads; a failed Orbax save would keep the
+            process for five minutes.
     """
-    sys.exit(_run(main, parse, positionals, sys.argv))
+    if not exit_at_once:
+        sys.exit(_run(main, parse, positionals, sys.argv))
+    code = 1
+    try:
+        code = _run(main, parse, positionals, sys.argv)
+    except BaseException:  # an internal error, or --debug
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _run(

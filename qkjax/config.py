@@ -122,9 +122,17 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written."""
+    """When checkpoints are written, and which are kept."""
 
     steps: tuple[int, ...]  # after so many updates; always 0 and the last
+    keep_all: bool  # instead of step 0 and the latest two
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """Which updates are traced for TensorBoard and Perfetto."""
+
+    steps: tuple[int, ...]  # () or (first, last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +158,7 @@ class Config:
     train: TrainConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
+    profile: ProfileConfig
     log: LogConfig
 
     def for_platform(self, platform: str) -> "Config":
@@ -269,7 +278,10 @@ def base(optimizer: str, qk_norm: str, words: str = "") -> ml_collections.Config
             "batch_sequences": 8,
         }
     )
-    config.checkpoint = ml_collections.ConfigDict({"every_tokens": budget["checkpoint_tokens"]})
+    config.checkpoint = ml_collections.ConfigDict(
+        {"every_tokens": budget["checkpoint_tokens"], "keep_all": False}
+    )
+    config.profile = ml_collections.ConfigDict({"steps": ()})
     config.log = ml_collections.ConfigDict({"every_seconds": 10.0})
     return config
 
@@ -322,8 +334,10 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
             batch_sequences=config.eval.batch_sequences,
         ),
         checkpoint=CheckpointConfig(
-            steps=_steps(num_steps, tokens_per_step, (), config.checkpoint.every_tokens)
+            steps=_steps(num_steps, tokens_per_step, (), config.checkpoint.every_tokens),
+            keep_all=config.checkpoint.keep_all,
         ),
+        profile=ProfileConfig(steps=tuple(config.profile.steps)),
         log=LogConfig(**config.log.to_dict()),
     )
 
@@ -394,6 +408,12 @@ def _mistakes(config: ml_collections.ConfigDict) -> list[str]:
         all(isinstance(t, int) and t > 0 for t in config.eval.at_tokens),
         "eval.at_tokens",
         "a tuple of token counts above 0",
+    )
+    traced = tuple(config.profile.steps)
+    need(
+        traced == () or (len(traced) == 2 and 1 <= traced[0] <= traced[1]),
+        "profile.steps",
+        "() or (first, last), counted from 1",
     )
     if found:  # what follows divides by fields that have just been checked
         return found

@@ -26,3 +26,7 @@ class StorageError(QkjaxError):
     """The disk or the file system failed: full, not writable, a file in place of a folder."""
 
     exit_code = 4
+
+
+class OutOfMemoryError(QkjaxError):
+    """The device's memory does not hold the step."""

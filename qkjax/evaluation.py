@@ -16,7 +16,7 @@ from qkjax.data import pipeline
 class Evaluation(NamedTuple):
     """What one pass measured."""
 
-    metrics: dict[str, float | np.float32]  # names of DESIGN.md section 4
+    metrics: dict[str, float | np.floating]  # names of DESIGN.md section 4
     spectra: dict[str, np.ndarray]  # arrays of spectra/step_*.npz
     validation: dict[str, np.ndarray]  # arrays of validation/step_*.npz
 
@@ -64,7 +64,7 @@ class Evaluator:
         loss_sum = np.concatenate(sums)[np.concatenate(masks)]
         count = np.full(len(loss_sum), length, np.float32)
         loss = float(loss_sum.sum(dtype=np.float64) / count.sum(dtype=np.float64))
-        metrics = {
+        metrics: dict[str, float | np.floating] = {
             "val/loss": loss,
             "val/perplexity": float(np.exp(loss)),
             **{name: np.float32(value) for name, value in spectra.metrics.items()},

@@ -3,9 +3,12 @@
 The same command again goes on where the run stopped. --config runs the code of the config file.
 """
 
+import json
+
 from absl import flags
 
 from qkjax import command_line, config_flag, errors
+from qkjax.config import Config
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; made where it is missing.")
@@ -15,11 +18,19 @@ _RESTORE_STEP = flags.DEFINE_integer(
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_list(
     "allow_config_change", [], "Fields that may differ from the run directory's config.json."
 )
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show what the run would cost; write nothing.")
+_PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Show the checked config as JSON.")
 
 
 def main() -> None:
     """Checks the command line, then trains."""
     config = config_flag.read(_CONFIG)
+    if _PRINT_CONFIG.value:
+        print(json.dumps(config.to_dict(), indent=2))
+        return
+    if _DRY_RUN.value:
+        _show_costs(config)
+        return
     if not _WORKDIR.value:
         raise errors.UsageError("--workdir: missing. Name the run directory, --workdir=runs/NAME.")
 
@@ -37,5 +48,29 @@ def main() -> None:
     )
 
 
+def _show_costs(config: Config) -> None:
+    import jax
+
+    from qkjax import model, optimizer, resources, sharding
+
+    config = config.for_platform(jax.default_backend())
+    shapes = model.parameter_shapes(config.model)
+    transformation = optimizer.make_optimizer(config, shapes)
+    costs = resources.describe(config, transformation, sharding.make_mesh())
+    print(json.dumps(config.to_dict(), indent=2))
+    print(optimizer.format_routing_table(optimizer.routing_table(shapes, config)))
+    memory = costs["memory_bytes"]
+    print(
+        f"arm             {config.arm}\n"
+        f"parameters      {costs['parameters']:,}\n"
+        f"tokens          {costs['tokens']:,}\n"
+        f"steps           {costs['steps']:,} of {costs['tokens_per_step']:,} tokens\n"
+        f"evaluations     {costs['evaluations']}\n"
+        f"training        {costs['training_flop'] / 1e15:,.4g} PFLOP (PaLM convention)\n"
+        f"device memory   {'unknown' if memory is None else f'{memory / 1e9:.2f} GB'} a device\n"
+        f"disk            {costs['disk_bytes'] / 1e9:.2f} GB of checkpoints"
+    )
+
+
 if __name__ == "__main__":
-    command_line.run(main, parse=config_flag.parse)
+    command_line.run(main, parse=config_flag.parse, exit_at_once=True)

@@ -23,7 +23,7 @@ from qkjax import config as configs
 from qkjax import environment, errors, presets
 
 # Differences in these cannot change a result, so a resume does not ask about them.
-FREE_FIELDS = ("data.dir", "log.every_seconds")
+FREE_FIELDS = ("checkpoint.keep_all", "data.dir", "log.every_seconds", "profile.steps")
 _ABSENT = "(absent)"
 
 

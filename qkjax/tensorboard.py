@@ -124,7 +124,7 @@ class SummaryWriter:
         from tensorboardX import summary
 
         simple = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
+            name: value if isinstance(value, int | float | str) else str(value)
             for name, value in hparams.items()
             if value is not None
         }

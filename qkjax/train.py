@@ -1,5 +1,6 @@
 """The training run: set up, restore, loop, finish."""
 
+import contextlib
 import os
 import pathlib
 import time
@@ -19,6 +20,7 @@ from qkjax import (
     model,
     optimizer,
     progress,
+    resources,
     run_directory,
     sharding,
     signals,
@@ -60,19 +62,27 @@ def train_and_evaluate(
         fingerprint = dataset.manifest.fingerprint
         run_directory.settle_config(directory, config, fingerprint, allow_config_change)
         summary = run_directory.read_summary(directory)
-        if summary is not None:
+        if summary is not None and _is_finished(summary, config):
             return _already_finished(directory, summary)
+        resources.check_disk(directory, config, run.transformation)
         run_directory.write_environment(directory, fingerprint)
         routes = optimizer.routing_table(model.parameter_shapes(config.model), config)
         table = optimizer.format_routing_table(routes)
         (directory / "parameters.txt").write_text(table + "\n")
-        print(f"{run.banner()}\n\n{table}\n", flush=True)
-        return run.execute(restore_step)
+        try:
+            return run.execute(restore_step, table)
+        except jax.errors.JaxRuntimeError as error:
+            raise resources.explain(error) from error
 
 
 def initialisation_key(seed: int) -> jax.Array:
     """The key of a seed's initial parameters; data order has its own, derived by another name."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"initialisation"))
+
+
+def _is_finished(summary: dict[str, Any], config: Config) -> bool:
+    """False for a run that --allow_config_change=train.tokens has made longer."""
+    return summary["diverged"] or summary["step"] >= config.train.num_steps
 
 
 def _already_finished(directory: pathlib.Path, summary: dict[str, Any]) -> dict[str, Any]:
@@ -135,36 +145,42 @@ class _Run:
         self.saved_sha256: dict[int, str] = {}  # step -> params_sha256
         self.begun = time.monotonic()
         self.earlier_seconds = 0.0
+        self.profiling = False
         self.checkpoints: checkpoint.Checkpoints
         self.writer: writers.CompositeWriter
 
-    def banner(self) -> str:
+    def execute(self, restore_step: int | None, table: str) -> dict[str, Any]:
+        """Everything from the restored or fresh state to the summary; shows `table` at start."""
+        self.checkpoints = checkpoint.Checkpoints(
+            self.directory / "checkpoints", keep_all=self.config.checkpoint.keep_all
+        )
+        with contextlib.closing(self.checkpoints):
+            state = self._restore_or_init(restore_step)
+            with contextlib.closing(self.writer):
+                print(f"{self._banner(int(state.step))}\n\n{table}\n", flush=True)
+                return self._finish(self._train(state))
+
+    def _banner(self, start: int) -> str:
         """What is about to be trained, in a few lines; the treatment first."""
         c, device = self.config, jax.devices()[0]
-        total = c.train.num_steps * c.train.tokens_per_step
+        o, fingerprint = c.optimizer, self.dataset.manifest.fingerprint
+        auxiliary = "" if o.adam_learning_rate is None else f" and {o.adam_learning_rate:g}"
         return "\n".join(
             (
-                f"arm        {c.arm}: qk_norm {c.model.qk_norm}, optimiser {c.optimizer.name}",
-                f"scale      {c.scale}, recipe {c.recipe}, seed {c.seed}",
+                f"arm        {c.arm}",
+                f"qk_norm    {c.model.qk_norm}, decay of gamma {o.gamma_weight_decay:.4g}",
+                f"recipe     {c.recipe}, scale {c.scale}, seed {c.seed}",
+                f"optimiser  {o.name}, learning rate {o.learning_rate:g}{auxiliary}",
                 f"model      {self.num_parameters:,} parameters, {c.model.mlp}, {c.model.dtype}",
                 f"devices    {jax.device_count()} x {device.device_kind} ({device.platform})",
-                f"data       {self.dataset.manifest.name}, fingerprint "
-                f"{self.dataset.manifest.fingerprint[:12]}",
-                f"budget     {c.train.num_steps} steps x {c.train.tokens_per_step:,} tokens = "
-                f"{total:,}",
+                f"data       {self.dataset.manifest.name}, fingerprint {fingerprint[:12]}",
+                f"step       {c.train.tokens_per_step:,} tokens",
+                f"steps      {c.train.num_steps:,}, in all "
+                f"{c.train.num_steps * c.train.tokens_per_step:,} tokens",
+                f"start      {f'resumed after step {start}' if start else 'from scratch'}",
                 f"workdir    {self.directory}",
             )
         )
-
-    def execute(self, restore_step: int | None) -> dict[str, Any]:
-        """Everything from the restored or fresh state to the summary."""
-        self.checkpoints = checkpoint.Checkpoints(self.directory / "checkpoints")
-        state = self._restore_or_init(restore_step)
-        try:
-            return self._finish(self._train(state))
-        finally:
-            self.writer.close()
-            self.checkpoints.close()
 
     def _restore_or_init(self, restore_step: int | None) -> train_step.TrainState:
         steps = self.checkpoints.steps()
@@ -178,6 +194,7 @@ class _Run:
             steps = [step for step in steps if step <= restore_step]
         if not steps:
             self.writer = writers.create_run_writer(self.directory, resume_step=-1)
+            self.writer.write_hparams(run_directory.flatten(self.config.to_dict()))
             return train_step.init_state(
                 initialisation_key(self.config.seed), self.config, self.transformation, self.mesh
             )
@@ -194,7 +211,6 @@ class _Run:
         self.writer = writers.create_run_writer(self.directory, resume_step=step)
         for row in run_directory.read_metrics(self.directory / "metrics.jsonl"):
             self.latest.update(row)
-        print(f"resume     from step {step}", flush=True)
         state = train_step.TrainState(
             jnp.int32(step), restored.params, restored.opt_state, jnp.ones((), bool)
         )
@@ -210,6 +226,7 @@ class _Run:
         pending: _Pending | None = None
         try:
             for step in range(start + 1, self.config.train.num_steps + 1):
+                self._profile(step)
                 waiting = time.monotonic()
                 batch = next(batches)
                 data_wait = time.monotonic() - waiting
@@ -223,7 +240,26 @@ class _Run:
                     self._settle(state, step, row)
         except _NonFiniteStep as bad:
             self._record_divergence(state, bad)
+        finally:
+            self._end_profile()
         return state
+
+    def _profile(self, step: int) -> None:
+        """Starts the trace before its first update, and ends it before the one after its last."""
+        if not self.config.profile.steps:
+            return
+        first, last = self.config.profile.steps
+        if step == first:
+            jax.profiler.start_trace(self.directory / "profile")
+            self.profiling = True
+        elif step == last + 1:
+            self._end_profile()
+
+    def _end_profile(self) -> None:
+        if self.profiling:
+            self.profiling = False
+            jax.profiler.stop_trace()
+            print(f"profile    {self.directory / 'profile'}", flush=True)
 
     def _batches(self, start: int) -> Iterator[pipeline.Batch]:
         return iter(

@@ -1,7 +1,6 @@
 """One update as a pure function: (state, batch) -> (state, metrics)."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,9 +30,6 @@ class StepMetrics(NamedTuple):
     leaf_finite: jax.Array  # [leaves] bool, gradients in the order of jax.tree.leaves
 
 
-TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]]
-
-
 def init_state(
     key: jax.Array, config: Config, transformation: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
@@ -59,7 +55,7 @@ def _init(
 
 def make_train_step(
     config: Config, transformation: optax.GradientTransformation, mesh: Mesh
-) -> TrainStep:
+) -> jax.stages.Wrapped:
     """Compiles `step(state, tokens [B, T+1] int32, sharded over `data`)`; the state is donated.
 
     Raises:

@@ -176,7 +176,8 @@ class CompositeWriter(MetricWriter):
     """Calls several writers; what one of them cannot write, the others still do.
 
     An error of metrics.jsonl is raised, once all writers were called: as StorageError where the
-    disk failed. The first error of any other writer is a warning, and it is called again for the next row.
+    disk failed. The first error of any other writer is a warning; it is called again for what
+    comes next.
     """
 
     def __init__(self, jsonl: JsonlWriter, others: Sequence[MetricWriter] = ()) -> None:

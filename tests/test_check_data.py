@@ -203,6 +203,15 @@ def test_a_changed_training_text_is_named(dataset):
     assert _refusal(dataset).startswith(f"{_where(dataset, 25)}its text is not the one")
 
 
+def test_a_document_without_its_end_of_text_is_named(dataset):
+    if not manifest_lib.load(dataset).end_of_text:
+        pytest.skip("this dataset has no end-of-text")
+    stream = _stream(dataset)
+    stream[int(_table(dataset, "train")["first_token"][26]) - 1] = 50
+    _rewrite_stream(dataset, stream)
+    assert _refusal(dataset).startswith(f"{_where(dataset, 25)}its text is not the one")
+
+
 def test_a_validation_hash_in_the_table_of_training_is_named(dataset):
     table = _table(dataset, "train")
     table["hash64"][7] = _table(dataset, "validation")["hash64"][0]

@@ -395,6 +395,13 @@ def test_state_and_updates_keep_structure_shapes_and_dtypes(options):
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(after))
 
 
+def test_momentum_and_eps_reach_the_update():
+    optimizer = muon.muon(1.0, momentum=0.5, eps=1e9)
+    updates, state = jax.jit(optimizer.update)(gradients_at(0), optimizer.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(state[0].momentum["stack"], 0.5 * gradients_at(0)["stack"])
+    assert np.abs(updates["stack"]).max() < 1e-4  # a norm far below eps
+
+
 def test_schedule_scales_step_by_step():
     rates = (0.3, 0.1)
     scheduled = run(muon.muon(lambda count: jnp.asarray(rates)[count]), 2)

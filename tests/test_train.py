@@ -92,7 +92,7 @@ def test_a_run_leaves_every_file_of_the_contract(finished):
 
 
 def test_orbax_restores_the_parameters_without_our_code(finished):
-    config, workdir, summary = finished
+    config, workdir, _ = finished
     path = workdir / "checkpoints" / str(small_run.STEPS) / "params"
     restored = ocp.StandardCheckpointer().restore(path.absolute())
     shapes = model.parameter_shapes(config.for_platform("cpu").model)
@@ -171,7 +171,7 @@ def test_divergence_is_recorded_and_stays(datasets, tmp_path, capsys):
     assert f"step {bad}" in str(first.value) and "training records" in str(first.value)
     assert "gradient of" in str(first.value) or "the loss" in str(first.value)
     rows = small_run.rows(tmp_path / "run")
-    assert rows[-1]["step"] == bad and rows[-1]["train/loss"] is None
+    assert rows[-1]["step"] == bad and rows[-1]["train/grad_norm"] is None
     kept = small_run.identity(tmp_path / "run", bad - 1)
     assert kept[0] == summary["params_sha256"]
     with pytest.raises(errors.NonFiniteError, match=f"diverged at step {bad}"):

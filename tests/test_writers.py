@@ -367,6 +367,8 @@ def test_tensorboard_reads_every_scalar_of_metrics_jsonl(tmp_path):
     expected = expected_events(tmp_path / "metrics.jsonl")
     assert len(expected) == 200 * 2 + 4 * 2
     assert found == expected
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    assert b"perf/mfu" not in events.read_bytes()  # a null is no event
 
 
 def cut_tail(directory, num_bytes):

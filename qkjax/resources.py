@@ -1,0 +1,90 @@
+"""What a run costs in memory, disk and arithmetic: before it starts, and when it was too much."""
+
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from qkjax import errors, flops, model, sharding, train_step
+from qkjax.config import Config
+
+
+def state_bytes(config: Config, transformation: optax.GradientTransformation) -> int:
+    """Bytes of parameters and optimiser state: of a checkpoint, and of each device's copy."""
+    state = train_step.state_shapes(config, transformation)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def disk_bytes(config: Config, transformation: optax.GradientTransformation) -> int:
+    """Bytes of all checkpoints that exist at one time: those kept, and the one being written."""
+    most = len(config.checkpoint.steps)
+    return state_bytes(config, transformation) * (
+        most if config.checkpoint.keep_all else min(most, 4)
+    )
+
+
+def check_disk(
+    directory: pathlib.Path, config: Config, transformation: optax.GradientTransformation
+) -> None:
+    """Refuses to start a run whose checkpoints the disk cannot hold.
+
+    Raises:
+        StorageError: with the bytes needed, there, and free.
+    """
+    needed = disk_bytes(config, transformation)
+    present = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    free = shutil.disk_usage(directory).free
+    if free < needed - present:
+        raise errors.StorageError(
+            f"{directory}: the run's checkpoints need {needed / 1e9:.2f} GB, of which "
+            f"{present / 1e9:.2f} GB are there, and {free / 1e9:.2f} GB are free. Make room, or "
+            "use another --workdir."
+        )
+
+
+def explain(error: jax.errors.JaxRuntimeError) -> Exception:
+    """The advice for a step that does not fit into the device's memory; others stay as they are."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return error
+    return errors.OutOfMemoryError(
+        "train.microbatch_sequences: the device's memory does not hold a pass "
+        f"({str(error).splitlines()[0]}). Lower train.microbatch_sequences, eval.batch_sequences "
+        "or train.loss_chunk_tokens, or set model.dtype=bfloat16."
+    )
+
+
+def describe(
+    config: Config, transformation: optax.GradientTransformation, mesh: Mesh
+) -> dict[str, Any]:
+    """Tokens, steps, FLOP, memory and disk of a run, without running it.
+
+    memory_bytes is what XLA's compiled train step takes on one device, which this compiles.
+    """
+    parameters = model.count_parameters(config.model)
+    tokens = config.train.num_steps * config.train.tokens_per_step
+    rows = config.train.sequences_per_step
+    batch = jax.ShapeDtypeStruct(
+        (rows, config.model.sequence_length + 1), jnp.int32, sharding=sharding.batch_sharding(mesh)
+    )
+    step = train_step.make_train_step(config, transformation, mesh)
+    memory = (
+        step.lower(train_step.state_shapes(config, transformation), batch)
+        .compile()
+        .memory_analysis()
+    )
+    return {
+        "parameters": parameters,
+        "tokens": tokens,
+        "tokens_per_step": config.train.tokens_per_step,
+        "steps": config.train.num_steps,
+        "evaluations": len(config.eval.steps) + (config.eval.final_tokens >= 0),
+        "training_flop": tokens * flops.training_flops_per_token(config.model, parameters),
+        "memory_bytes": None
+        if memory is None
+        else memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "disk_bytes": disk_bytes(config, transformation),
+    }

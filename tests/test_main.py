@@ -1,0 +1,143 @@
+"""The command itself, as a process: kill -9 at random moments, signals, locks, full disks."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import small_run
+
+from qkjax import train
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return small_run.make_dataset(tmp_path_factory.mktemp("datasets") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def unbroken(dataset, tmp_path_factory) -> pathlib.Path:
+    """The run that every interrupted one must equal, made in one piece."""
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    train.train_and_evaluate(small_run.make_config(dataset, "muon", "learned"), workdir)
+    return workdir
+
+
+def command(dataset: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[str]:
+    """`python -m qkjax.main` for the run of `unbroken`."""
+    steps, tokens = small_run.STEPS, small_run.TOKENS_PER_STEP
+    overrides = {
+        "data.dir": dataset, "model.num_layers": 2, "model.d_model": 32, "model.num_heads": 2,
+        "model.num_kv_heads": 1, "model.head_dim": 16, "model.d_ff": 48,
+        "model.vocab_size": small_run.VOCABULARY, "model.sequence_length": small_run.LENGTH,
+        "train.tokens": steps * tokens, "train.tokens_per_step": tokens,
+        "eval.at_tokens": f"({5 * tokens},{9 * tokens})", "checkpoint.every_tokens": 6 * tokens,
+        "log.every_seconds": 0.0,
+    }  # fmt: skip
+    return [
+        sys.executable, "-m", "qkjax.main", "--config=configs/muon_qk.py:tiny",
+        *(f"--config.{name}={value}" for name, value in overrides.items()),
+        f"--workdir={workdir}", *flags,
+    ]  # fmt: skip
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_rows(process: subprocess.Popen, workdir: pathlib.Path, count: int) -> None:
+    """Returns when metrics.jsonl has so many rows, or the process has ended."""
+    path = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.005)
+
+
+def test_kill_9_at_random_moments_ends_in_the_same_bits(dataset, unbroken, tmp_path):
+    chance = random.Random(11)
+    workdir = tmp_path / "run"
+    for rows in (1, 7, 12, 17):
+        process = start(command(dataset, workdir))
+        wait_for_rows(process, workdir, rows)
+        time.sleep(chance.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    last = subprocess.run(command(dataset, workdir), cwd=ROOT, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    expected = json.loads((unbroken / "summary.json").read_text())
+    found = json.loads((workdir / "summary.json").read_text())
+    assert found["params_sha256"] == expected["params_sha256"]
+    assert small_run.identity(workdir) == small_run.identity(unbroken)
+    assert small_run.rows(workdir) == small_run.rows(unbroken)
+
+
+def test_signals_locks_and_the_second_start(dataset, unbroken, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(command(dataset, workdir))
+    wait_for_rows(process, workdir, 3)
+    second = subprocess.run(command(dataset, workdir), cwd=ROOT, capture_output=True, text=True)
+    if process.poll() is None:  # the first run is still there, so the second was refused
+        assert second.returncode == 2
+        assert str(process.pid) in second.stderr and second.stderr.count("\n") == 1
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    if process.returncode != 0:  # it was not yet finished
+        assert process.returncode == 130
+        assert "stopped after step" in stderr
+    last = subprocess.run(command(dataset, workdir), cwd=ROOT, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert small_run.rows(workdir) == small_run.rows(unbroken)
+    again = subprocess.run(command(dataset, workdir), cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert "already complete" in again.stdout
+
+
+def test_a_workdir_that_is_a_file_is_a_disk_error(dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = subprocess.run(
+        command(dataset, tmp_path / "file"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 4
+    assert done.stderr.startswith("ERROR: ") and done.stderr.count("\n") == 1
+
+
+def test_divergence_exits_3_and_names_what_broke(dataset, tmp_path):
+    flags = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.adam_learning_rate=1e30")
+    for text in ("training records", "diverged at step"):
+        done = subprocess.run(
+            command(dataset, tmp_path / "run", *flags), cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 3
+        assert text in done.stderr
+
+
+def test_dry_run_shows_the_costs_and_writes_nothing(dataset, tmp_path):
+    done = subprocess.run(
+        command(dataset, tmp_path / "run", "--dry_run"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "steps           20 of 128 tokens" in done.stdout
+    assert '"arm": "muon_qk"' in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_profile_writes_a_trace(dataset, tmp_path):
+    done = subprocess.run(
+        command(dataset, tmp_path / "run", "--config.profile.steps=(3,4)"),
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 1000
+    assert os.path.exists(next(traces[0].parent.glob("*.trace.json.gz")))
