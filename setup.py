@@ -34,6 +34,12 @@ setup(
         "eval": ["torch==2.13.0", "transformers>=5.0", "lm-eval>=0.4.13", "accelerate>=1.10"],
         "report": ["matplotlib>=3.9"],
         "bench": ["torch==2.13.0"],
-        "test": ["mypy>=1.15", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.11", "tensorboard>=2.19"],
+        "test": [
+            "mypy>=1.15",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.11",
+            "tensorboard>=2.19",
+        ],
     },
 )

@@ -201,11 +201,7 @@ class _Run:
         step = steps[-1]
         shapes = train_step.state_shapes(self.config, self.transformation)
         restored = self.checkpoints.restore(step, shapes.params, shapes.opt_state)
-        if restored.meta["data_order"] != self.data_order:
-            raise errors.UsageError(
-                f"{self.directory}: checkpoint {step} was trained on another data order "
-                f"({restored.meta['data_order']}, now {self.data_order}). Use another --workdir."
-            )
+        pipeline.check_fingerprint(restored.meta["data_order"], self.data_order)
         self.earlier_seconds = restored.meta["wall_seconds"]
         self.saved_sha256[step] = restored.meta["params_sha256"]
         self.writer = writers.create_run_writer(self.directory, resume_step=step)

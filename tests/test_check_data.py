@@ -140,6 +140,18 @@ def test_a_sound_dataset_passes_through_the_command(dataset):
     assert "nothing reads them: x.array_record" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "DIR: missing"), (["a", "b"], "b: a stray argument"), (["nowhere"], "nowhere/dataset")],
+)
+def test_the_command_takes_one_directory(arguments, message):
+    done = subprocess.run(
+        [sys.executable, "tools/check_data.py", *arguments],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith(f"ERROR: {message}")
+
+
 def test_a_damaged_dataset_is_one_line_and_exit_2(dataset):
     path = next(dataset.glob("train-00001-of-*"))
     content = bytearray(path.read_bytes())
