@@ -48,8 +48,8 @@ class Evaluator:
             None when it was given up.
         """
         begun = time.monotonic()
-        factors = jax.device_put(
-            eval_step.empty_factors(self._config), sharding.replicated(self._mesh)
+        factor = jax.device_put(
+            eval_step.empty_factor(self._config), sharding.replicated(self._mesh)
         )
         sums, masks, length = [], [], self._config.model.sequence_length
         for batch in batches:
@@ -57,10 +57,10 @@ class Evaluator:
                 return None
             valid = sharding.put_batch(self._mesh, batch.mask)
             tokens = sharding.put_batch(self._mesh, batch.tokens)
-            factors, loss_sum = self._step(params, factors, tokens, valid)
+            factor, loss_sum = self._step(params, factor, tokens, valid)
             sums.append(loss_sum)
             masks.append(valid)
-        spectra, sums, masks = jax.device_get((eval_step.decompose(factors), sums, masks))
+        spectra, sums, masks = jax.device_get((eval_step.decompose(factor), sums, masks))
         loss_sum = np.concatenate(sums)[np.concatenate(masks)]
         count = np.full(len(loss_sum), length, np.float32)
         loss = float(loss_sum.sum(dtype=np.float64) / count.sum(dtype=np.float64))

@@ -76,7 +76,7 @@ class Measurer:
         step = eval_step.make_eval_step(c, self.mesh)
         tokens = jax.ShapeDtypeStruct((self.size, T + 1), np.int32)
         valid = jax.ShapeDtypeStruct((self.size,), np.bool_)
-        shapes = model.parameter_shapes(c.model), jax.eval_shape(lambda: eval_step.empty_factors(c))
+        shapes = model.parameter_shapes(c.model), jax.eval_shape(lambda: eval_step.empty_factor(c))
         self.evaluator._step = step.lower(*shapes, tokens, valid).compile(compiler_options=QUICK)
 
     def __call__(self, params, sequences, interrupted=lambda: False):
@@ -208,7 +208,7 @@ def test_tokens_of_padded_rows_are_not_read():
         tokens = skewed_sequences(measure.size)
         tokens[-1] = filling
         valid = np.arange(measure.size) < measure.size - 1
-        factors = jax.device_put(eval_step.empty_factors(c), sharding.replicated(measure.mesh))
+        factors = jax.device_put(eval_step.empty_factor(c), sharding.replicated(measure.mesh))
         results.append(jax.device_get(step(params, factors, tokens, valid)))
     jax.tree.map(np.testing.assert_array_equal, *results)
     assert results[0][1][-1] == 0 and (results[0][1][:-1] > 0).all()
