@@ -6,11 +6,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from absl import logging
+
 from qkjax import flops
 from qkjax.config import Config
 
 PR = "pr/key/post_rope/raw"  # the number that the original study published
 _WINDOW = 20  # steps that a rate is averaged over
+_WAIT_WARNING = 0.2  # share of the time that the device may wait for data
 
 
 class Progress:
@@ -24,6 +27,8 @@ class Progress:
         peak = flops.peak_flops(device_kind)
         self._peak = None if peak is None else peak * num_devices
         self._first: tuple[int, float] | None = None  # step and time of the first read
+        self._waits: collections.deque[float] = collections.deque(maxlen=_WINDOW)
+        self._warned = False
         self._reads: collections.deque[tuple[int, float]] = collections.deque(maxlen=_WINDOW)
         self._shown = -math.inf
         self._pr: float | None = None
@@ -43,6 +48,12 @@ class Progress:
         since_step, since = self._reads[0]
         self._reads.append((step, now))
         pace = max(now - since, 1e-9) / (step - since_step)  # seconds a step
+        self._waits.append(data_wait / pace)
+        if len(self._waits) == _WINDOW and not self._warned:
+            share = sum(self._waits) / _WINDOW
+            if share > _WAIT_WARNING:
+                self._warned = True
+                logging.warning("the device waits for data %.0f%% of the time", 100 * share)
         speed = self._config.train.tokens_per_step / pace
         return {
             "perf/tokens_per_second": speed,

@@ -235,6 +235,12 @@ def write_environment(
     record = _read_object(path) or {}
     now = {"time": _now(), **environment.describe(command)}
     always = ("time", "command", "devices")
+    for package, version in record.get("versions", {}).items():
+        if version != now["versions"].get(package):
+            logging.warning(
+                "%s: this run began with %s %s, now it is %s; the last bits may differ",
+                path, package, version, now["versions"].get(package),
+            )  # fmt: skip
     start = {name: v for name, v in now.items() if name in always or record.get(name) != plain(v)}
     kept = ("dataset_fingerprint", "allowed_config_changes", "starts")
     write_json(

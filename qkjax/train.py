@@ -64,6 +64,9 @@ def train_and_evaluate(
         summary = run_directory.read_summary(directory)
         if summary is not None and _is_finished(summary, config):
             return _already_finished(directory, summary)
+        if summary is not None:  # the mark of a finished run, which this one no longer is
+            name = f"summary.step_{summary['step']}.json"
+            (directory / "summary.json").rename(directory / name)
         resources.check_disk(directory, config, run.transformation)
         run_directory.write_environment(directory, fingerprint)
         routes = optimizer.routing_table(model.parameter_shapes(config.model), config)

@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -84,7 +85,7 @@ def run_with_signals(
     run_config: config.Config,
     workdir: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
-    at_steps: tuple[int, ...],
+    at_steps: Sequence[int],
 ) -> dict[str, Any]:
     """The run, stopped by SIGTERM when each of `at_steps` asks for its batch, and started again."""
     from qkjax import signals

@@ -473,3 +473,14 @@ def test_git_state_of_a_checkout_and_of_none(tmp_path, monkeypatch):
 def test_git_is_not_needed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment.git_state(tmp_path) == {"sha": None, "dirty": None}
+
+
+def test_another_version_of_a_library_is_said_at_resume(tmp_path, caplog):
+    run_directory.write_environment(tmp_path, "f" * 64)
+    record = json.loads((tmp_path / "environment.json").read_text())
+    record["versions"]["jax"] = "0.0.1"
+    (tmp_path / "environment.json").write_text(json.dumps(record))
+    with caplog.at_level("WARNING"):
+        run_directory.write_environment(tmp_path, "f" * 64)
+    assert "began with jax 0.0.1" in caplog.text
+    assert "began with flax" not in caplog.text

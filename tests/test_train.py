@@ -2,16 +2,23 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import random
+import re
+import shutil
+import signal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import small_run
+from tensorboard.backend.event_processing import event_accumulator
 
-from qkjax import errors, evaluation, model, train
+from qkjax import errors, evaluation, model, signals, train
 from qkjax.config import Config
+from qkjax.data import pipeline
 
 ARMS = {
     "adamw_qk": ("adamw", "learned", "tiny"),
@@ -118,16 +125,119 @@ def test_any_number_of_stops_ends_in_the_same_bits(datasets, arm, tmp_path, monk
     last = config.train.num_steps
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     expected = train.train_and_evaluate(config, unbroken)
-    # 0: before the first update; 5 and 9 are evaluations, 6 a checkpoint, last - 1 the last step
-    chosen = {"adamw_qk": (3, 50, last - 1), "muon_qk_decayed": (0, 5, 6)}
-    found = small_run.run_with_signals(config, broken, monkeypatch, chosen.get(arm, (4, 8, 13)))
+    chosen = random.Random(arm).sample(range(last), 3)
+    if arm == "muon_qk_decayed":  # before the first update, at an evaluation, at a checkpoint
+        chosen = [0, 5, 6]
+    found = small_run.run_with_signals(config, broken, monkeypatch, sorted(chosen))
+    assert_same_run(unbroken, broken, last)
     assert found["params_sha256"] == expected["params_sha256"]
+    if arm == "adamw_qk":
+        assert small_run.rows(broken)[-1]["train/epoch"] == 1
+        assert found["epochs"] == 1.5
+
+
+def assert_same_run(unbroken: pathlib.Path, broken: pathlib.Path, last: int) -> None:
+    """Equal digests of the last checkpoint, equal rows but for perf/*, equal arrays."""
     assert small_run.identity(broken, last) == small_run.identity(unbroken, last)
     assert small_run.rows(broken) == small_run.rows(unbroken)
     for path in sorted(unbroken.glob("spectra/*.npz")) + sorted(unbroken.glob("validation/*.npz")):
         assert path.read_bytes() == (broken / path.relative_to(unbroken)).read_bytes()
-    if arm == "adamw_qk":
-        assert small_run.rows(broken)[-1]["train/epoch"] == 1
+
+
+def test_a_stop_during_an_evaluation_is_made_up_for(datasets, finished, tmp_path, monkeypatch):
+    config, unbroken, _ = finished
+    original, passes = evaluation.Evaluator.__call__, []
+
+    def stop_in_third_pass(self, params, batches, interrupted):
+        passes.append(None)
+        if len(passes) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, params, batches, interrupted)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.Evaluator, "__call__", stop_in_third_pass)
+        with pytest.raises(signals.Stopped, match="after step 9"):
+            train.train_and_evaluate(config, tmp_path / "run")
+    assert "val/loss" not in small_run.rows(tmp_path / "run")[-1]
+    train.train_and_evaluate(config, tmp_path / "run")
+    assert_same_run(unbroken, tmp_path / "run", small_run.STEPS)
+
+
+def test_a_crash_goes_on_from_the_checkpoint_before(datasets, finished, tmp_path, monkeypatch):
+    config, unbroken, _ = finished
+    original = pipeline.TrainLoader.__next__
+
+    def fail(loader: pipeline.TrainLoader) -> pipeline.Batch:
+        if loader.step == 16:
+            raise RuntimeError("a broken disk")
+        return original(loader)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.TrainLoader, "__next__", fail)
+        with pytest.raises(RuntimeError, match="a broken disk"):
+            train.train_and_evaluate(config, tmp_path / "run")
+    assert small_run.rows(tmp_path / "run")[-1]["step"] > 12
+    train.train_and_evaluate(config, tmp_path / "run")
+    assert_same_run(unbroken, tmp_path / "run", small_run.STEPS)
+
+
+def test_a_damaged_checkpoint_is_refused_and_an_earlier_one_goes_on(finished, tmp_path):
+    config, unbroken, _ = finished
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    (workdir / "summary.json").unlink()
+    data = max((workdir / "checkpoints" / "20" / "params").rglob("d/*"), key=os.path.getsize)
+    damaged = bytearray(data.read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF
+    data.write_bytes(damaged)
+    with pytest.raises(errors.UsageError, match=r"checkpoints/20.*--restore_step=18"):
+        train.train_and_evaluate(config, workdir)
+    with pytest.raises(errors.UsageError, match=r"no checkpoint of step 7.*\[0, 18, 20\]"):
+        train.train_and_evaluate(config, workdir, restore_step=7)
+    train.train_and_evaluate(config, workdir, restore_step=18)
+    assert_same_run(unbroken, workdir, small_run.STEPS)
+    assert list((workdir / "checkpoints").glob("set-aside-20-*"))
+
+
+def test_tensorboard_reads_every_scalar_of_a_stopped_run(datasets, tmp_path, monkeypatch):
+    config = arm_config(datasets, "muon_noqk_accumulated")
+    workdir = tmp_path / "run"
+    small_run.run_with_signals(config, workdir, monkeypatch, (5, 11))
+    events = event_accumulator.EventAccumulator(str(workdir), size_guidance={"scalars": 0})
+    events.Reload()
+    found = {
+        (event.step, tag): event.value
+        for tag in events.Tags()["scalars"]
+        for event in events.Scalars(tag)
+    }
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    expected = {
+        (row["step"], tag): value
+        for row in rows for tag, value in row.items() if tag != "step" and value is not None
+    }  # fmt: skip
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-6)
+
+
+def test_a_longer_budget_may_be_allowed(datasets, finished, tmp_path):
+    _, unbroken, _ = finished
+    shutil.copytree(unbroken, tmp_path / "run")
+    longer = arm_config(
+        datasets, "muon_noqk_accumulated",
+        eval__final_tokens=0, train__tokens=24 * small_run.TOKENS_PER_STEP,
+    )  # fmt: skip
+    with pytest.raises(errors.UsageError) as refused:
+        train.train_and_evaluate(longer, tmp_path / "run")
+    fields = re.search(r"--allow_config_change=(\S+)", str(refused.value))
+    allowed = tuple(fields[1].rstrip(".").split(","))
+    assert "train.tokens" in allowed
+    summary = train.train_and_evaluate(longer, tmp_path / "run", allow_config_change=allowed)
+    assert summary["step"] == 24
+    assert (tmp_path / "run" / "summary.step_20.json").exists()
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    changed = {change["field"] for change in environment["allowed_config_changes"]}
+    assert changed == set(allowed)
 
 
 def test_seeds_differ_in_initial_values_and_in_data_order(datasets, finished, tmp_path):
