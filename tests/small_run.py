@@ -103,4 +103,5 @@ def run_with_signals(
             with pytest.raises(signals.Stopped) as stopped:
                 train.train_and_evaluate(run_config, workdir)
         assert stopped.value.exit_code == 143
+        assert (workdir / "checkpoints" / str(step + 1)).is_dir()  # the running step is finished
     return train.train_and_evaluate(run_config, workdir)

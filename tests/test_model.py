@@ -88,7 +88,7 @@ def _all(heads: model.HeadVectors) -> model.HeadVectors:
 
 
 def _keys(heads: model.HeadVectors) -> jax.Array:
-    return heads.key_post_BTGK
+    return heads.key_pre_BTGK  # RoPE would hide a rounding
 
 
 def test_probe_sees_the_keys_of_the_reference():

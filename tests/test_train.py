@@ -16,7 +16,7 @@ import pytest
 import small_run
 from tensorboard.backend.event_processing import event_accumulator
 
-from qkjax import errors, evaluation, model, signals, train
+from qkjax import checkpoint, errors, evaluation, model, signals, train, writers
 from qkjax.config import Config
 from qkjax.data import pipeline
 
@@ -159,6 +159,7 @@ def test_a_stop_during_an_evaluation_is_made_up_for(datasets, finished, tmp_path
         with pytest.raises(signals.Stopped, match="after step 9"):
             train.train_and_evaluate(config, tmp_path / "run")
     assert "val/loss" not in small_run.rows(tmp_path / "run")[-1]
+    assert (tmp_path / "run" / "checkpoints" / "9").is_dir()
     train.train_and_evaluate(config, tmp_path / "run")
     assert_same_run(unbroken, tmp_path / "run", small_run.STEPS)
 
@@ -197,6 +198,48 @@ def test_a_damaged_checkpoint_is_refused_and_an_earlier_one_goes_on(finished, tm
     train.train_and_evaluate(config, workdir, restore_step=18)
     assert_same_run(unbroken, workdir, small_run.STEPS)
     assert list((workdir / "checkpoints").glob("set-aside-20-*"))
+
+
+def test_rows_are_on_disk_before_their_checkpoint(datasets, tmp_path, monkeypatch):
+    calls = []
+
+    def log(name, original):
+        def logged(*arguments, **options):
+            calls.append(name)
+            return original(*arguments, **options)
+
+        return logged
+
+    for name, owner, method in (
+        ("write", writers.CompositeWriter, "write_row"),
+        ("flush", writers.CompositeWriter, "flush"),
+        ("save", checkpoint.Checkpoints, "save"),
+    ):
+        monkeypatch.setattr(owner, method, log(name, getattr(owner, method)))
+    train.train_and_evaluate(arm_config(datasets, "muon_noqk_accumulated"), tmp_path / "run")
+    saves = [number for number, call in enumerate(calls) if call == "save"]
+    assert len(saves) == 5
+    assert all(calls[number - 2 : number] == ["write", "flush"] for number in saves)
+
+
+def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(datasets, tmp_path, monkeypatch):
+    config = arm_config(datasets, "muon_noqk_accumulated")
+    state = 4 * model.count_parameters(config.for_platform("cpu").model)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * state))
+    with pytest.raises(errors.StorageError, match=r"checkpoints need .* GB are free"):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_memory_that_does_not_hold_the_step_gets_advice(datasets, tmp_path, monkeypatch):
+    def full(self, params, batches, interrupted):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr(evaluation.Evaluator, "__call__", full)
+    with pytest.raises(errors.OutOfMemoryError, match="microbatch_sequences") as error:
+        train.train_and_evaluate(arm_config(datasets, "adamw_qk"), tmp_path / "run")
+    assert error.value.exit_code == 1
 
 
 def test_tensorboard_reads_every_scalar_of_a_stopped_run(datasets, tmp_path, monkeypatch):
