@@ -1,5 +1,5 @@
 """qkjax: does QK-Norm collapse attention keys? The study, reimplemented in JAX and Flax."""
 
-from qkjax import xla_flags
+from qkjax import startup
 
-xla_flags.set_cpu_flags()  # before anything imports jax
+startup.prepare_process()  # before anything imports numpy or jax

@@ -1,4 +1,4 @@
-"""XLA flags that must be set before jax is imported, each with its reason."""
+"""Settings of the process that must stand before numpy and jax are imported, with their reasons."""
 
 import importlib.metadata
 import importlib.util
@@ -10,14 +10,18 @@ _YNN_VERSIONS = ("0.10.2", "0.11.0")
 _ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
 
 
-def set_cpu_flags() -> None:
-    """Switches YNN fusions off on CPU; other versions would abort on the unknown flag."""
+def prepare_process() -> None:
+    """Sets the environment variables; a value that the user has set stays."""
+    # XLA calls LAPACK from all threads of its pool. An OpenBLAS with threads of its own then spins
+    # on its lock: 8 virtual devices on 2 cores made no headway in a minute (docs/log.md).
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if _is_cpu_only() and importlib.metadata.version("jaxlib") in _YNN_VERSIONS:
+        present = os.environ.get("XLA_FLAGS", "")
+        if _YNN_OFF not in present:  # other versions would abort on the unknown flag
+            os.environ["XLA_FLAGS"] = f"{present} {_YNN_OFF}".strip()
+
+
+def _is_cpu_only() -> bool:
     wanted = os.environ.get("JAX_PLATFORMS", "")
     has_accelerator = any(importlib.util.find_spec(name) for name in _ACCELERATOR_PLUGINS)
-    if wanted != "cpu" and (wanted or has_accelerator):
-        return
-    if importlib.metadata.version("jaxlib") not in _YNN_VERSIONS:
-        return
-    present = os.environ.get("XLA_FLAGS", "")
-    if _YNN_OFF not in present:
-        os.environ["XLA_FLAGS"] = f"{present} {_YNN_OFF}".strip()
+    return wanted == "cpu" or not (wanted or has_accelerator)

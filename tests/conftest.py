@@ -31,7 +31,12 @@ def on_devices() -> Callable[[str, int], str]:
         forced = f"--xla_force_host_platform_device_count={devices}"
         env = {**os.environ, "XLA_FLAGS": forced, "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=env,
+            cwd=ROOT,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # A module imports only from rows above its own, or from modules left of it in its own row.
 STREET = [
     """
-    xla_flags __init__ data.__init__ errors presets command_line config config_flag signals
+    startup __init__ data.__init__ errors presets command_line config config_flag signals
     spectral muon losses sharding data.manifest
     """,
     """
@@ -22,7 +22,7 @@ STREET = [
     train_step eval_step environment run_directory tensorboard writers checkpoint
     """,
     """
-    progress evaluation train
+    progress evaluation resources train
     """,
     """
     """,

@@ -1,0 +1,35 @@
+"""startup: what stands in the environment before jax is imported."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHOW = (
+    "import os, qkjax; print(os.environ.get('OPENBLAS_NUM_THREADS'), os.environ.get('XLA_FLAGS'))"
+)
+YNN = "--xla_cpu_experimental_ynn_fusion_type="
+
+
+def show(**variables: str) -> list[str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_NUM_THREADS", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW], capture_output=True, text=True, env={**kept, **variables}
+    )
+    return done.stdout.strip().split(" ", 1)
+
+
+@pytest.mark.skipif(
+    importlib.metadata.version("jaxlib") not in ("0.10.2", "0.11.0"), reason="another jaxlib"
+)
+def test_cpu_flags_are_set_and_join_those_of_the_user():
+    assert show(JAX_PLATFORMS="cpu") == ["1", YNN]
+    assert show(JAX_PLATFORMS="cpu", XLA_FLAGS="--a=1") == ["1", f"--a=1 {YNN}"]
+    assert show(JAX_PLATFORMS="cpu", XLA_FLAGS=YNN) == ["1", YNN]
+
+
+def test_an_accelerator_gets_no_cpu_flag_and_the_users_values_stay():
+    assert show(JAX_PLATFORMS="cuda") == ["1", "None"]
+    assert show(JAX_PLATFORMS="cuda", OPENBLAS_NUM_THREADS="3")[0] == "3"
