@@ -132,6 +132,11 @@ class Checkpoints:
         Raises:
             StorageError: this or an earlier checkpoint could not be written.
         """
+        where = self._directory / str(step)
+        if where.exists():  # Orbax would not write, and not always say so
+            raise errors.StorageError(
+                f"{where}: is there already, and no checkpoint is overwritten. Move it away."
+            )
         params, opt_state = to_host(params), to_host(opt_state)
         params_leaves, params_sha256 = digests(params)
         opt_state_leaves, opt_state_sha256 = digests(opt_state)
@@ -156,8 +161,7 @@ class Checkpoints:
             )
         if not saved:
             raise errors.StorageError(
-                f"{self._directory / str(step)}: Orbax did not write this checkpoint. "
-                "Look for a directory of that name and move it away."
+                f"{where}: Orbax did not write this checkpoint. Run the same command again."
             )
         return params_sha256
 
@@ -183,6 +187,8 @@ class Checkpoints:
             )["meta"]
         except Exception as error:
             raise self._unusable(step, "meta cannot be read", error) from error
+        if not _is_record(record):
+            raise self._unusable(step, "meta is not the record that was written", None)
         if record["format_version"] > FORMAT_VERSION:
             raise errors.UsageError(
                 f"{self._directory / str(step)}: written by a newer qkjax (checkpoint format "
@@ -264,6 +270,17 @@ class Checkpoints:
                 f"{usage.f_bavail * usage.f_frsize / 1e9:.2f} GB free). "
                 f"Sound checkpoints: {self.steps()}. Make room and run the same command again."
             ) from error
+
+
+def _is_record(meta: Any) -> bool:
+    """Whether all that restoring reads is there; the digests then prove what they are about."""
+    try:
+        leaves = [*meta["params"].values(), *meta["opt_state"].values()]
+        return meta["format_version"] >= 1 and all(
+            {"dtype", "shape", "sha256"} <= x.keys() for x in leaves
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 def _is_complete(path: pathlib.Path) -> bool:

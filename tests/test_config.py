@@ -294,6 +294,7 @@ def test_decay_that_would_turn_gamma_s_sign_is_refused():
 
 
 INVALID = {
+    "profile.steps": (3, 2),
     "scale": "huge",
     "recipe": "mine",
     "seed": -1,
@@ -360,7 +361,13 @@ def test_every_mistake_is_in_one_message():
     for field, value in INVALID.items():
         assert f"{field} is {value!r}, it must be " in message, field
     # Nothing but a path, a truth value and the rate tested below can be set without a check.
-    free = {"data.dir", "data.end_of_text", "muon.nesterov", "optimizer.adam_learning_rate"}
+    free = {
+        "checkpoint.keep_all",
+        "data.dir",
+        "data.end_of_text",
+        "muon.nesterov",
+        "optimizer.adam_learning_rate",
+    }
     assert set(leaves(given)) - INVALID.keys() == free
 
 

@@ -382,7 +382,7 @@ def assert_trees_close(x, y, tolerance=FLOAT32_TOLERANCE):
         {"weight_decay": 0.1},
         {"learning_rate": optax.linear_schedule(0.1, 0.0, 10)},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options) or "default",
 )
 def test_state_and_updates_keep_structure_shapes_and_dtypes(options):
     optimizer = muon.muon(**{"learning_rate": 0.1, **options})

@@ -389,6 +389,8 @@ def test_a_shard_that_reads_back_short_is_a_storage_error(tmp_path, monkeypatch)
 
 
 SLOW = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
 import sys, time
 from qkjax.data import mixing, shards
 import runpy
