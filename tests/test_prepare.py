@@ -440,18 +440,20 @@ def test_a_killed_run_looks_unfinished_and_the_next_gives_the_same_dataset(
     assert _files(out) == _files(unbroken)
 
 
-def test_a_run_killed_while_it_moves_its_files_out_starts_again(tmp_path, corpus, monkeypatch):
+KILLED_AT_END = """
+import os, runpy, sys
+from qkjax.data import manifest
+manifest.write = lambda *arguments: os._exit(9)
+sys.argv = ["tools/prepare_data.py", *sys.argv[1:]]
+runpy.run_path("tools/prepare_data.py", run_name="__main__")
+"""
+
+
+def test_a_run_killed_while_it_moves_its_files_out_starts_again(tmp_path, corpus):
     out = tmp_path / "out"
 
-    def killed(*arguments):
-        os._exit(9)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write", killed)
-        child = os.fork()
-        if not child:
-            _prepare(out, corpus)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    done = subprocess.run([sys.executable, "-c", KILLED_AT_END, *_flags(corpus, out)], cwd=ROOT)
+    assert done.returncode == 9
     assert list(out.glob("*.array_record")) and not (out / "dataset.json").exists()
     (out / "thesis.txt").write_text("my only copy")
     with pytest.raises(errors.UsageError, match=r"holds other files \(thesis\.txt\)"):
@@ -521,22 +523,23 @@ def test_the_embedded_corpus_is_made_once_and_reused(tmp_path, few_libraries, mo
         prepare.prepare_embedded(out, end_of_text=False, progress=_quiet, **options)
 
 
-def test_processes_that_need_the_embedded_corpus_at_once_share_it(tmp_path, few_libraries):
-    options = {"vocab_size": 300, "sequence_length": 64, "validation_tokens": 1_000}
+EMBEDDED = """
+import sys
+from qkjax.data import docstrings, prepare
+docstrings._DISTRIBUTIONS = (("absl-py", "absl"), ("optax", "optax"))
+docstrings._standard_library = lambda: []
+lines = []
+prepare.prepare_embedded(
+    sys.argv[1], progress=lines.append, vocab_size=300, sequence_length=64, validation_tokens=1_000
+)
+sys.exit(10 if any("training a tokenizer" in line for line in lines) else 20)
+"""
+
+
+def test_processes_that_need_the_embedded_corpus_at_once_share_it(tmp_path):
     out = tmp_path / "data"
-    children = []
-    for _ in range(3):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                lines = []
-                prepare.prepare_embedded(out, progress=lines.append, **options)
-                code = 10 if any("training a tokenizer" in line for line in lines) else 20
-            finally:
-                os._exit(code)
-        children.append(child)
-    codes = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    children = [subprocess.Popen([sys.executable, "-c", EMBEDDED, str(out)]) for _ in range(3)]
+    codes = sorted(child.wait() for child in children)
     assert codes == [10, 20, 20]  # one made it, the others waited
     check.check(out, progress=_quiet)
 
