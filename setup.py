@@ -35,6 +35,7 @@ setup(
         "report": ["matplotlib>=3.9"],
         "bench": ["torch==2.13.0"],
         "test": [
+            "matplotlib>=3.9",
             "mypy>=1.15",
             "pytest>=8.3",
             "pytest-xdist>=3.6",

@@ -33,6 +33,16 @@ class HeadVectors(NamedTuple):
 Probe = Callable[[HeadVectors], Any]
 
 
+class _KeyProjection(NamedTuple):
+    """Matrices [N, G, K, K] that keys are multiplied by; None: keys as they are."""
+
+    pre_rope: jax.Array | None = None
+    post_rope: jax.Array | None = None
+
+
+_NO_PROJECTION = _KeyProjection()
+
+
 def init(key: jax.Array, config: ModelConfig) -> Params:
     """Fresh float32 parameters: N(0, 0.02) for every matrix, 1 for every gamma.
 
@@ -65,6 +75,25 @@ def apply_with_probe(
     The probe runs inside the layer loop, so what it reduces is never held for all layers.
     """
     return _decoder(config, probe).apply({"params": params}, tokens_BT)
+
+
+def apply_with_key_projection(
+    params: Params,
+    tokens_BT: jax.Array,
+    config: ModelConfig,
+    projection_NGKK: jax.Array,
+    stage: str,
+) -> jax.Array:
+    """As `apply`, with every key k that enters the attention replaced by k @ P.
+
+    Args:
+        projection_NGKK: P of every layer and kv head, float32; the identity changes nothing.
+        stage: "pre_rope" (after QK-Norm, before RoPE) or "post_rope".
+    Raises:
+        TypeError: another stage.
+    """
+    projection = _KeyProjection(**{stage: projection_NGKK})
+    return _decoder(config).apply({"params": params}, tokens_BT, projection)[0]
 
 
 def logits(params: Params, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
@@ -117,7 +146,10 @@ class _Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array]
+        self,
+        x_BTD: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        projection: _KeyProjection,
     ) -> tuple[jax.Array, Any]:
         c = self.config
         dtype = jnp.dtype(c.dtype)
@@ -134,9 +166,10 @@ class _Attention(nn.Module):
         def vectors(out_dtype: Any) -> HeadVectors:
             q = query_norm(_split_heads(query(x_BTD, out_dtype), c.head_dim))
             k = key_norm(_split_heads(key(x_BTD, out_dtype), c.head_dim))
+            k = _project(k, projection.pre_rope)
             v = _split_heads(value(x_BTD, out_dtype), c.head_dim)
             q_post = attention.apply_rotary(q, *rotary)
-            k_post = attention.apply_rotary(k, *rotary)
+            k_post = _project(attention.apply_rotary(k, *rotary), projection.post_rope)
             return HeadVectors(q, q_post, k, k_post, v)
 
         seen = vectors(dtype)
@@ -169,11 +202,16 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array]
+        self,
+        x_BTD: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        projection: _KeyProjection,
     ) -> tuple[jax.Array, Any]:
         eps = self.config.norm_eps
         normed = _RMSNorm(eps, name="attention_norm")(x_BTD)
-        attended, probed = _Attention(self.config, self.probe, name="attention")(normed, rotary)
+        attended, probed = _Attention(self.config, self.probe, name="attention")(
+            normed, rotary, projection
+        )
         x_BTD = x_BTD + attended
         normed = _RMSNorm(eps, name="mlp_norm")(x_BTD)
         return x_BTD + _MLP(self.config, name="mlp")(normed), probed
@@ -184,7 +222,9 @@ class _Decoder(nn.Module):
     probe: Probe | None
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, tokens_BT: jax.Array, projection: _KeyProjection = _NO_PROJECTION
+    ) -> tuple[jax.Array, Any]:
         c = self.config
         dtype = jnp.dtype(c.dtype)
         embedding = self.param("embedding", _normal, (c.vocab_size, c.d_model), jnp.float32)
@@ -194,16 +234,22 @@ class _Decoder(nn.Module):
             _Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=c.num_layers,
             unroll=min(c.unroll, c.num_layers),
         )(c, self.probe, name="blocks")
-        x_BTD, probed = blocks(x_BTD, rotary)
+        x_BTD, probed = blocks(x_BTD, rotary, projection)
         return _RMSNorm(c.norm_eps, name="final_norm")(x_BTD).astype(dtype), probed
 
 
 def _split_heads(x: jax.Array, head_dim: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, head_dim)
+
+
+def _project(key_BTGK: jax.Array, matrix_GKK: jax.Array | None) -> jax.Array:
+    if matrix_GKK is None:
+        return key_BTGK
+    return jnp.einsum("btgk,gkj->btgj", key_BTGK, matrix_GKK, precision=jax.lax.Precision.HIGHEST)
 
 
 def _to_float32(x: jax.Array) -> jax.Array:

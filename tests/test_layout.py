@@ -22,7 +22,7 @@ STREET = [
     train_step eval_step environment run_directory tensorboard writers checkpoint
     """,
     """
-    progress evaluation resources train
+    progress evaluation resources rank_curves rank_surgery train
     """,
     """
     """,

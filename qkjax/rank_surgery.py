@@ -1,0 +1,356 @@
+"""Rank surgery: how many dimensions of its keys does a trained model use?
+
+At evaluation the keys that enter the attention are projected to a few directions of their head:
+to the top ones (right singular vectors of the uncentred keys) or to random ones. The loss that
+this costs, against the number of directions kept, is the measure. Nothing is trained.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkjax import (
+    checkpoint,
+    errors,
+    losses,
+    model,
+    rank_curves,
+    run_directory,
+    sharding,
+    spectral,
+)
+from qkjax.config import Config
+from qkjax.data import dataset as datasets
+from qkjax.data import pipeline
+from qkjax.rank_curves import ALL, KINDS, Row
+
+STAGES = {"pre_rope": "pre-RoPE", "post_rope": "post-RoPE"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to measure; None stands for the default."""
+
+    step: int | None = None  # of the checkpoint; the latest
+    ranks: tuple[int, ...] | None = None  # directions kept; powers of two and head_dim
+    stage: str = "pre_rope"  # of the keys that are projected
+    layers: tuple[str, ...] = (ALL, "each")  # "all" together, "each" alone, or indices
+    tokens: int | None = None  # of the validation split, 0 = all; the run's eval.tokens
+    seed: int = 0  # of the random directions
+    data_dir: str | None = None  # where the dataset lies now; where the run found it
+
+
+def measure(
+    workdir: pathlib.Path, request: Request, report: Callable[[str], None] = print
+) -> list[Row]:
+    """Measures a checkpoint of a run: CSV and figure `rank_surgery/step_*` in its directory.
+
+    The CSV is replaced after every row, so a call that is stopped leaves what it has.
+
+    Args:
+        workdir: the run directory; nothing else in it is written.
+        report: gets one line for every row, with the time left, and the answer.
+    Raises:
+        UsageError: no run, no such checkpoint or a damaged one, no dataset or another one, a
+            wrong request; or no matplotlib, once the CSV is complete.
+        StorageError: the disk failed.
+    """
+    config = _read_config(workdir)
+    ranks, layers, tokens = _check(request, config)
+    dataset = _open_dataset(workdir, config, request.data_dir)
+    step, params = _restore(workdir, config, request.step)
+    settings = [(layer, kind, rank) for layer in layers for kind in KINDS for rank in ranks]
+    passes = _Passes(config, dataset, params, tokens, request.stage)
+    progress = _Progress(report, config.log.every_seconds, 1 + len(settings), passes.num_batches)
+    full_loss, factor = passes.look(progress.batch_done)
+    if not np.isfinite(factor.r).all():
+        raise errors.UsageError(
+            f"{workdir}: the keys of step {step} are not finite. Give an earlier --step."
+        )
+    top = top_directions(factor)
+    directions = {"top": top, "random": random_directions(top.shape, request.seed)}
+    about = f"step {step}, {passes.num_tokens:,} validation tokens, val/loss {full_loss:.4f}"
+    report(about)
+
+    name = f"step_{step:08d}" + ("" if request.stage == "pre_rope" else f"_{request.stage}")
+    path = workdir / "rank_surgery" / f"{name}.csv"
+    rows: list[Row] = []
+    for layer, kind, rank in settings:
+        loss = passes.loss(projection(directions[kind], rank, layer), progress.batch_done)
+        seed = request.seed if kind == "random" else None
+        rows.append(Row(layer, request.stage, kind, rank, seed, loss, loss - full_loss))
+        run_directory.write_bytes(path, rank_curves.to_csv(rows))
+        progress.row_done(rows[-1])
+    report(str(path))
+    report(rank_curves.answer(rows, config.model.head_dim))
+    title = f"Keys projected {STAGES[request.stage]}: {config.arm}, {about}"
+    rank_curves.write_figure(rows, config.model.head_dim, title, path)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------
+# Directions and projections, on the host in float64.
+
+
+def top_directions(factor: spectral.Factor) -> np.ndarray:
+    """Right singular vectors of the uncentred vectors behind a factor, strongest first.
+
+    Args:
+        factor: with leading axes [N, G], on the host.
+    Returns:
+        [N, G, K, K] float64; column r is direction r, columns are orthonormal.
+    """
+    r, mean = np.asarray(factor.r, np.float64), np.asarray(factor.mean, np.float64)
+    root = np.sqrt(np.asarray(factor.count, np.float64))
+    rows = np.concatenate([r, (root[..., None] * mean)[..., None, :]], axis=-2)
+    return np.linalg.svd(rows, full_matrices=True)[2].swapaxes(-1, -2)
+
+
+def random_directions(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Orthonormalised Gaussian vectors, [..., K, K] float64; every column is a direction.
+
+    The r directions of a rank are the first r columns: those of a smaller rank are among them.
+    """
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal(shape))[0]
+
+
+def projection(directions_NGKK: np.ndarray, rank: int, layer: str) -> np.ndarray:
+    """The projectors on the first directions of each head, [N, G, K, K] float32.
+
+    Args:
+        directions_NGKK: orthonormal columns.
+        rank: how many directions are kept.
+        layer: "all", or the index of the only layer that is projected; others get the identity.
+    """
+    kept = directions_NGKK[..., :rank]
+    projectors = kept @ kept.swapaxes(-1, -2)
+    if layer != ALL:
+        only = projectors[int(layer)]
+        projectors = np.broadcast_to(np.eye(kept.shape[-2]), projectors.shape).copy()
+        projectors[int(layer)] = only
+    return projectors.astype(np.float32)
+
+
+# --------------------------------------------------------------------------------------------
+# Passes over the validation tokens.
+
+
+class _Batch(NamedTuple):
+    tokens: jax.Array  # [B, T+1]
+    valid: jax.Array  # bool [B], False where a row is padding
+
+
+class _Passes:
+    """A checkpoint and its validation batches on the devices. Each step compiles once."""
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: datasets.Dataset,
+        params: model.Params,
+        tokens: int,
+        stage: str,
+    ) -> None:
+        self._config = config
+        self._stage = stage
+        self._mesh = sharding.make_mesh()
+        self._replicated = sharding.replicated(self._mesh)
+        self._params = jax.device_put(params, self._replicated)
+        sequences = pipeline.num_validation_sequences(dataset.manifest, tokens)
+        self.num_tokens = sequences * config.model.sequence_length
+        most = config.eval.batch_sequences * self._mesh.size
+        read = pipeline.read_validation(
+            dataset.directory,
+            dataset.manifest,
+            num_tokens=tokens,
+            sequences_per_batch=min(most, sharding.round_up_to_devices(self._mesh, sequences)),
+        )
+        put = functools.partial(sharding.put_batch, self._mesh)
+        self._batches = [_Batch(put(batch.tokens), put(batch.mask)) for batch in read]
+        self.num_batches = len(self._batches)
+        self._look = jax.jit(self._look_step, out_shardings=self._replicated, donate_argnums=1)
+        self._project = jax.jit(self._project_step, out_shardings=self._replicated)
+
+    def look(self, batch_done: Callable[[], None]) -> tuple[float, spectral.Factor]:
+        """Loss of the model as it is, and the factor [N, G] of its keys over all tokens."""
+        c = self._config.model
+        empty = spectral.empty_factor((c.num_layers, c.num_kv_heads), c.head_dim)
+        factor, total = jax.device_put(empty, self._replicated), 0.0
+        for batch in self._batches:
+            factor, loss_sum = self._look(self._params, factor, batch)
+            total += np.asarray(loss_sum).sum(dtype=np.float64)
+            batch_done()
+        return float(total / self.num_tokens), jax.device_get(factor)
+
+    def loss(self, projection_NGKK: np.ndarray, batch_done: Callable[[], None]) -> float:
+        """Validation loss with projected keys, nats per predicted token."""
+        matrices, total = jax.device_put(projection_NGKK, self._replicated), 0.0
+        for batch in self._batches:
+            loss_sum = self._project(self._params, matrices, batch)
+            total += np.asarray(loss_sum).sum(dtype=np.float64)
+            batch_done()
+        return float(total / self.num_tokens)
+
+    def _look_step(
+        self, params: model.Params, factor: spectral.Factor, batch: _Batch
+    ) -> tuple[spectral.Factor, jax.Array]:
+        pre_rope = self._stage == "pre_rope"
+
+        def keys(vectors: model.HeadVectors) -> spectral.Factor:
+            seen = vectors.key_pre_BTGK if pre_rope else vectors.key_post_BTGK
+            return spectral.factor(seen.swapaxes(1, 2))  # [B, G]
+
+        inputs_BT = batch.tokens[:, :-1]
+        hidden, seen = model.apply_with_probe(params, inputs_BT, self._config.model, keys)
+        seen = seen._replace(count=jnp.where(batch.valid[None, :, None], seen.count, 0))
+        by_sequence = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), seen)
+        merged = spectral.merge(factor, spectral.merge_leading_axis(by_sequence))
+        return merged, self._loss_sums(params, hidden, batch)
+
+    def _project_step(self, params: model.Params, matrices: jax.Array, batch: _Batch) -> jax.Array:
+        hidden = model.apply_with_key_projection(
+            params, batch.tokens[:, :-1], self._config.model, matrices, self._stage
+        )
+        return self._loss_sums(params, hidden, batch)
+
+    def _loss_sums(self, params: model.Params, hidden: jax.Array, batch: _Batch) -> jax.Array:
+        """[B] summed losses of the rows, 0 where a row is padding."""
+        sums = losses.token_losses(
+            hidden,
+            params["embedding"],
+            batch.tokens[:, 1:],
+            chunk_tokens=self._config.train.loss_chunk_tokens * self._mesh.size,
+        )
+        return jnp.where(batch.valid, sums, 0.0)
+
+
+# --------------------------------------------------------------------------------------------
+# What is asked for, and what is there.
+
+
+def _read_config(workdir: pathlib.Path) -> Config:
+    config = run_directory.read_config(workdir)
+    if config is None:
+        raise errors.UsageError(
+            f"{workdir}: not a run directory, expected config.json in it. "
+            "Give the --workdir of a run of qkjax.main."
+        )
+    return config
+
+
+def _check(request: Request, config: Config) -> tuple[list[int], list[str], int]:
+    """Ranks ascending, "all" or indices of layers in order, and tokens, all in range."""
+    head_dim, num_layers = config.model.head_dim, config.model.num_layers
+    ranks = request.ranks
+    if ranks is None:
+        ranks = (*(2**i for i in range(head_dim.bit_length()) if 2**i < head_dim), head_dim)
+    wrong = [rank for rank in ranks if not 1 <= rank <= head_dim]
+    if wrong or not ranks:
+        raise errors.UsageError(
+            f"--ranks: expected ranks from 1 to the run's head_dim {head_dim}, found "
+            f"{wrong or 'none'}. Give others, separated by commas."
+        )
+    if request.stage not in STAGES:
+        raise errors.UsageError(
+            f"--stage: expected one of {', '.join(STAGES)}, found {request.stage!r}. Give one."
+        )
+    indices = [str(index) for index in range(num_layers)]
+    layers: list[str] = []
+    for layer in request.layers:
+        if layer not in (ALL, "each", *indices):
+            raise errors.UsageError(
+                f"--layers: expected all, each or indices from 0 to {num_layers - 1}, found "
+                f"{layer!r}. Give some of these, separated by commas."
+            )
+        layers += indices if layer == "each" else [layer]
+    if not layers:
+        raise errors.UsageError("--layers: empty. Give all, each or indices of layers.")
+    tokens = config.eval.tokens if request.tokens is None else request.tokens
+    if tokens < 0:
+        raise errors.UsageError(f"--tokens: {tokens}, expected 0 (all) or more. Give another.")
+    return sorted(set(ranks)), list(dict.fromkeys(layers)), tokens
+
+
+def _open_dataset(workdir: pathlib.Path, config: Config, data_dir: str | None) -> datasets.Dataset:
+    """The dataset that the run was trained on, wherever it lies now."""
+    directory = config.data.dir if data_dir is None else data_dir
+    if directory and not pathlib.Path(directory, "dataset.json").is_file():
+        raise errors.UsageError(
+            f"{directory}: no dataset.json there, expected the dataset of {workdir}. "
+            "Where it has moved, give --data_dir=DIR."
+        )
+    data = dataclasses.replace(config.data, dir=directory)
+    dataset = datasets.open_dataset(dataclasses.replace(config, data=data))
+    path = workdir / "environment.json"
+    try:
+        trained_on = json.loads(path.read_bytes())["dataset_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise errors.UsageError(
+            f"{path}: does not name the dataset of the run ({error!r}). Restore it from a copy."
+        ) from error
+    if dataset.manifest.fingerprint != trained_on:
+        raise errors.UsageError(
+            f"{dataset.directory}: another dataset than the run's, fingerprint "
+            f"{dataset.manifest.fingerprint[:12]}, expected {trained_on[:12]}. "
+            "Give the directory of the run's dataset as --data_dir=DIR."
+        )
+    return dataset
+
+
+def _restore(workdir: pathlib.Path, config: Config, step: int | None) -> tuple[int, model.Params]:
+    directory = workdir / "checkpoints"
+    with contextlib.closing(checkpoint.Checkpoints(directory, read_only=True)) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise errors.UsageError(f"{directory}: no checkpoint there. Let the run save one.")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise errors.UsageError(
+                f"--step: {directory} has no checkpoint of step {step}. It has {steps}."
+            )
+        return step, checkpoints.restore_params(step, model.parameter_shapes(config.model))
+
+
+class _Progress:
+    """A line for every row, and one now and then within a long pass."""
+
+    def __init__(
+        self, report: Callable[[str], None], every_seconds: float, num_passes: int, num_batches: int
+    ) -> None:
+        self._report, self._every_seconds = report, every_seconds
+        self._num_passes, self._num_batches = num_passes, num_batches
+        self._batches = 0
+        self._begun = self._shown = time.monotonic()
+
+    def batch_done(self) -> None:
+        self._batches += 1
+        now = time.monotonic()
+        done, batch = divmod(self._batches, self._num_batches)
+        if batch and now - self._shown >= self._every_seconds:
+            self._shown = now
+            self._report(
+                f"pass {done + 1}/{self._num_passes}  batch {batch}/{self._num_batches}  "
+                f"{self._left()}"
+            )
+
+    def row_done(self, row: Row) -> None:
+        self._shown = time.monotonic()
+        where = "all layers" if row.layer == ALL else f"layer {row.layer}"
+        self._report(
+            f"pass {self._batches // self._num_batches}/{self._num_passes}  {where}, {row.kind} "
+            f"{row.rank}: val/loss {row.val_loss:.4f} ({row.delta:+.4f})  {self._left()}"
+        )
+
+    def _left(self) -> str:
+        pace = (time.monotonic() - self._begun) / self._batches
+        seconds = round(pace * (self._num_passes * self._num_batches - self._batches))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"

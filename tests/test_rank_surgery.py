@@ -1,0 +1,406 @@
+"""Rank surgery: projected keys against plain numpy, full rank, planted ranks, files, refusals."""
+
+import csv
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import reference_model
+import small_run
+
+from qkjax import checkpoint, config, errors, model, rank_curves, rank_surgery, run_directory, train
+from qkjax.data import manifest, pipeline
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+HEAD_DIM, STEPS = 16, 300
+RANKS = (1, 4, HEAD_DIM)
+Case = tuple[pathlib.Path, config.Config]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A run that has learned enough for its keys to matter: two kv heads, 300 steps."""
+    directory = tmp_path_factory.mktemp("rank_surgery")
+    dataset = small_run.make_dataset(directory / "dataset")
+    run_config = small_run.make_config(
+        dataset,
+        "muon",
+        "learned",
+        model__num_kv_heads=2,
+        train__tokens=STEPS * small_run.TOKENS_PER_STEP,
+        checkpoint__every_tokens=STEPS * small_run.TOKENS_PER_STEP,
+        eval__at_tokens=(),
+        data__max_epochs=10,
+        eval__batch_sequences=4,  # two batches, the last with a padded row
+    )
+    train.train_and_evaluate(run_config, directory / "run")
+    return directory / "run", run_directory.read_config(directory / "run")
+
+
+@pytest.fixture(scope="module")
+def measured(case: Case) -> dict[str, list[rank_curves.Row]]:
+    """Both stages, every layer, every file."""
+    requests = {
+        stage: rank_surgery.Request(ranks=RANKS, stage=stage) for stage in rank_surgery.STAGES
+    }
+    return {stage: measure(case[0], request) for stage, request in requests.items()}
+
+
+def measure(workdir: pathlib.Path, request: rank_surgery.Request) -> list[rank_curves.Row]:
+    return rank_surgery.measure(workdir, request, report=lambda line: None)
+
+
+def only(rows: list[rank_curves.Row], layer: str, kind: str, rank: int) -> rank_curves.Row:
+    (row,) = [row for row in rows if (row.layer, row.kind, row.rank) == (layer, kind, rank)]
+    return row
+
+
+def copied(case: Case, directory: pathlib.Path, params: model.Params | None = None) -> pathlib.Path:
+    """The run elsewhere, without results; with `params` as its only checkpoint, of step 3."""
+    shutil.copytree(case[0], directory, ignore=shutil.ignore_patterns("rank_surgery"))
+    if params is not None:
+        shutil.rmtree(directory / "checkpoints")
+        checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
+        checkpoints.save(3, params, {"count": np.zeros(1, np.float32)}, {})
+        checkpoints.wait()
+        checkpoints.close()
+    return directory
+
+
+def restore(case: Case) -> model.Params:
+    workdir, run_config = case
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True)
+    return checkpoints.restore_params(STEPS, model.parameter_shapes(run_config.model))
+
+
+def validation_records(run_config: config.Config) -> np.ndarray:
+    """int [7, T+1]."""
+    (batch,) = pipeline.read_validation(
+        run_config.data.dir,
+        manifest.load(run_config.data.dir),
+        num_tokens=0,
+        sequences_per_batch=7,
+    )
+    return batch.tokens
+
+
+# --------------------------------------------------------------------------------------------
+# What is computed.
+
+
+class Reference:
+    """The decoder in numpy, float64, whose keys pass through a function of ours."""
+
+    def __init__(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), restore(case))
+        self.config = case[1].model
+        self.records = validation_records(case[1])
+        self.monkeypatch = monkeypatch
+
+    def loss(self, change_keys) -> float:
+        """Mean loss; change_keys(layer, stage, key [T, G, K]) returns the keys to go on with.
+
+        The reference calls `rotate` H times for the queries of a layer, after G times for keys.
+        """
+        c, original = self.config, reference_model.rotate
+        calls = 0
+
+        def rotate(x_TK, base):
+            nonlocal calls
+            layer, head = divmod(calls, c.num_kv_heads + c.num_heads)
+            calls += 1
+            if head >= c.num_kv_heads:  # a query
+                return original(x_TK, base)
+            x_TK = change_keys(layer, head, "pre_rope", x_TK)
+            return change_keys(layer, head, "post_rope", original(x_TK, base))
+
+        total = 0.0
+        with self.monkeypatch.context() as patch:
+            patch.setattr(reference_model, "rotate", rotate)
+            for record in self.records:
+                calls = 0
+                logits, _ = reference_model.logits(self.params, record[:-1], c)
+                shifted = logits - logits.max(-1, keepdims=True)
+                log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+                total -= log_p[np.arange(len(log_p)), record[1:]].sum()
+        return total / (len(self.records) * c.sequence_length)
+
+    def top(self, stage: str) -> dict[tuple[int, int], np.ndarray]:
+        """(layer, head) -> [K, K], rows are right singular vectors of all keys of the stage."""
+        keys: dict[tuple[int, int], list[np.ndarray]] = {}
+
+        def collect(layer, head, now, key_TK):
+            if now == stage:
+                keys.setdefault((layer, head), []).append(key_TK)
+            return key_TK
+
+        self.loss(collect)
+        return {
+            place: np.linalg.svd(np.concatenate(parts), full_matrices=False)[2]
+            for place, parts in keys.items()
+        }
+
+
+@pytest.mark.parametrize("stage", list(rank_surgery.STAGES))
+def test_equals_numpy_with_its_own_directions(case, measured, stage, monkeypatch):
+    reference = Reference(case, monkeypatch)
+    top = reference.top(stage)
+    for layer in ("all", "1"):
+
+        def project(at_layer, head, now, key_TK, layer=layer):
+            if now != stage or layer not in ("all", str(at_layer)):
+                return key_TK
+            directions = top[at_layer, head][:4]
+            return key_TK @ directions.T @ directions
+
+        expected = reference.loss(project)
+        assert only(measured[stage], layer, "top", 4).val_loss == pytest.approx(expected, abs=2e-5)
+
+
+def test_full_rank_changes_nothing(case, measured):
+    """In float32 the projector is the identity to 1e-7, and so is the loss."""
+    val_loss = run_directory.read_summary(case[0])["val/loss"]
+    for rows in measured.values():
+        full = [row for row in rows if row.rank == HEAD_DIM]
+        assert len(full) == 2 * 3  # kinds x (all, 0, 1)
+        for row in full:
+            assert row.val_loss == pytest.approx(val_loss, abs=1e-5)
+            assert abs(row.delta) < 1e-5
+
+
+def test_top_directions_are_never_worse_than_random_ones(measured):
+    """By energy they are the best; by loss one of 16 may be as bad as another after RoPE."""
+    for rows in measured.values():
+        for layer in ("all", "0", "1"):
+            for rank in (1, 4):
+                top, random = (only(rows, layer, kind, rank).delta for kind in rank_curves.KINDS)
+                assert top < random + rank_curves.TOLERANCE, (layer, rank)
+    for rank in (1, 4):
+        top, random = (
+            only(measured["pre_rope"], "all", kind, rank).delta for kind in rank_curves.KINDS
+        )
+        assert top < random - 0.1, rank
+
+
+def test_the_stages_differ(measured):
+    """Keys after RoPE turn with the position: one direction holds less of them."""
+    before, after = (only(measured[stage], "all", "top", 1) for stage in rank_surgery.STAGES)
+    assert after.delta > before.delta + 0.02
+
+
+def test_seeds_give_other_random_directions_and_the_same_top_ones(case, measured, tmp_path):
+    request = rank_surgery.Request(ranks=(4,), layers=("all",), seed=1, tokens=0)
+    rows = measure(copied(case, tmp_path / "run"), request)
+    old = measured["pre_rope"]
+    assert only(rows, "all", "top", 4).val_loss == only(old, "all", "top", 4).val_loss
+    assert only(rows, "all", "random", 4).val_loss != only(old, "all", "random", 4).val_loss
+    assert [row.seed for row in rows] == [None, 1]
+
+
+# --------------------------------------------------------------------------------------------
+# A planted rank.
+
+
+def test_a_planted_rank_is_found(case, tmp_path):
+    """Key kernels of rank 4 a head: 4 directions lose nothing before RoPE, which spreads them."""
+    params = restore(case)
+    kernel_NDX = params["blocks"]["attention"]["key"]["kernel"]
+    heads = case[1].model.num_kv_heads
+    basis = np.linalg.qr(np.random.default_rng(5).standard_normal((heads, HEAD_DIM, 4)))[0]
+    kernel = kernel_NDX.reshape(*kernel_NDX.shape[:2], heads, HEAD_DIM)
+    planted = np.einsum("ndgk,gkr,gjr->ndgj", kernel, basis, basis)
+    params["blocks"]["attention"]["key"]["kernel"] = planted.reshape(kernel_NDX.shape).astype(
+        np.float32
+    )
+    copy = copied(case, tmp_path / "run", params)
+    losses = {}
+    for stage in rank_surgery.STAGES:
+        request = rank_surgery.Request(ranks=(1, 4), layers=("all",), stage=stage)
+        losses[stage] = measure(copy, request)
+    assert abs(only(losses["pre_rope"], "all", "top", 4).delta) < 1e-5
+    assert only(losses["pre_rope"], "all", "top", 1).delta > 0.01
+    assert only(losses["pre_rope"], "all", "random", 4).delta > 0.01
+    assert only(losses["post_rope"], "all", "top", 4).delta > 1e-3
+    assert rank_curves.dimensions_used(losses["pre_rope"]) == 4
+    assert sorted(path.name for path in (copy / "rank_surgery").iterdir()) == [
+        f"step_00000003{stage}.{suffix}"
+        for stage in ("", "_post_rope")
+        for suffix in ("csv", "png", "svg")
+    ]
+
+
+def test_projections_keep_what_they_should():
+    directions = rank_surgery.random_directions((3, 2, 8, 8), seed=0)
+    together = rank_surgery.projection(directions, 3, "all")
+    np.testing.assert_allclose(together @ together, together, atol=1e-6)
+    np.testing.assert_allclose(np.trace(together, axis1=-2, axis2=-1), 3, atol=1e-6)
+    alone = rank_surgery.projection(directions, 3, "1")
+    np.testing.assert_array_equal(alone[1], together[1])
+    np.testing.assert_array_equal(alone[[0, 2]], np.broadcast_to(np.eye(8), (2, 2, 8, 8)))
+
+
+# --------------------------------------------------------------------------------------------
+# What is written and said.
+
+
+def row(rank: int, delta: float, layer: str = "all", kind: str = "top") -> rank_curves.Row:
+    return rank_curves.Row(layer, "pre_rope", kind, rank, None, 2.0 + delta, delta)
+
+
+def test_the_answer_is_the_smallest_rank_within_a_hundredth_of_a_nat():
+    rows = [row(2, 0.4), row(4, 0.0101), row(8, 0.01), row(16, -0.02)]
+    rows += [row(1, 0.0, kind="random"), row(1, 0.0, layer="0")]
+    assert rank_curves.dimensions_used(rows) == 8
+    assert rank_curves.answer(rows, 16) == (
+        "dimensions used, to within 0.01 nat: 8 of 16 (rank 4 loses 0.0101 nat)"
+    )
+    assert rank_curves.dimensions_used(rows[:2]) is None
+    assert "or fewer (no smaller rank" in rank_curves.answer(rows[2:], 16)
+    assert "more than 4 of 16" in rank_curves.answer(rows[:2], 16)
+    assert "--layers=all" in rank_curves.answer(rows[4:], 16)
+
+
+def test_csv_has_every_setting_once(case, measured):
+    for stage, suffix in (("pre_rope", ""), ("post_rope", "_post_rope")):
+        path = case[0] / "rank_surgery" / f"step_00000300{suffix}.csv"
+        with path.open() as file:
+            found = list(csv.DictReader(file))
+        columns = ["layer", "stage", "kind", "rank", "seed", "val_loss", "delta"]
+        assert list(found[0]) == columns
+        expected = [
+            (layer, stage, kind, str(rank), "0" if kind == "random" else "")
+            for layer in ("all", "0", "1")
+            for kind in ("top", "random")
+            for rank in RANKS
+        ]
+        assert [tuple(line[name] for name in columns[:5]) for line in found] == expected
+        for line, row in zip(found, measured[stage], strict=True):
+            assert float(line["val_loss"]) == pytest.approx(row.val_loss, rel=1e-8)
+            assert float(line["delta"]) == pytest.approx(row.delta, rel=1e-5)
+
+
+def test_figure_names_its_axes_and_is_the_same_every_time(tmp_path):
+    rows = [
+        row(rank, 1 / rank - 0.1, layer, kind)
+        for layer in ("all", *map(str, range(9)))
+        for kind in rank_curves.KINDS
+        for rank in (1, 8, 16)
+    ]
+    images = []
+    for name in ("a.csv", "b.csv"):
+        rank_curves.write_figure(rows, 16, "A title", tmp_path / name)
+        images.append((tmp_path / name).with_suffix(".svg").read_text())
+        assert (tmp_path / name).with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert images[0] == images[1]
+    for text in (
+        "A title",
+        "all layers together",
+        "one layer at a time, random directions",
+        "directions kept of each head's 16 (log2)",
+        "added validation loss (nat per token; linear below 0.01)",
+        "0.01 nat",
+    ):
+        assert f"<!-- {text} -->" in images[0], text
+
+
+def test_without_matplotlib_the_csv_is_complete(case, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(errors.UsageError, match=r"pip install -e '\.\[report\]'") as raised:
+        rank_curves.write_figure([row(1, 0.0)], 16, "", tmp_path / "step.csv")
+    assert "step.csv is complete" in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------
+# The command.
+
+
+def command(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "tools/rank_surgery.py", *flags], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_command_answers_from_a_moved_dataset(case, tmp_path):
+    """A run directory and a dataset that were moved; one layer and all; part of the tokens."""
+    workdir = copied(case, tmp_path / "run")
+    shutil.copytree(case[1].data.dir, tmp_path / "moved")
+    values = json.loads((workdir / "config.json").read_text())
+    values["data"]["dir"] = str(tmp_path / "gone")
+    values["log"]["every_seconds"] = 0.0
+    (workdir / "config.json").write_text(json.dumps(values))
+    with pytest.raises(errors.UsageError, match=r"gone: no dataset\.json.*give --data_dir=DIR"):
+        measure(workdir, rank_surgery.Request())
+    flags = (f"--workdir={workdir}", "--ranks=16,1", "--layers=all,1", "--tokens=160")
+    done = command(*flags, f"--data_dir={tmp_path / 'moved'}", "--step=0")
+    assert done.returncode == 0, done.stderr
+    assert "step 0, 160 validation tokens" in done.stdout
+    assert "pass 1/9  batch 1/2  " in done.stdout
+    assert "pass 9/9  batch 1/2  " in done.stdout
+    assert "pass 9/9  layer 1, random 16: val/loss " in done.stdout
+    assert "0:00:00 left" in done.stdout
+    assert "dimensions used, to within 0.01 nat: 1 of 16" in done.stdout  # untrained
+    rows = (workdir / "rank_surgery" / "step_00000000.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("request_", "text"),
+    [
+        ({"ranks": (4, 17)}, r"--ranks: .*1 to the run's head_dim 16, found \[17\]"),
+        ({"ranks": (0,)}, r"--ranks: .*found \[0\]"),
+        ({"ranks": ()}, "--ranks: .*found none"),
+        ({"layers": ("2",)}, "--layers: .*indices from 0 to 1, found '2'"),
+        ({"layers": ()}, "--layers: empty"),
+        ({"tokens": -1}, "--tokens: -1"),
+        ({"stage": "sideways"}, "--stage: .*pre_rope, post_rope, found 'sideways'"),
+        ({"step": 7}, r"--step: .*no checkpoint of step 7. It has \[0, 300\]"),
+        ({"data_dir": "nowhere"}, "nowhere: no dataset.json there"),
+    ],
+)
+def test_wrong_requests_are_refused(case, request_, text):
+    with pytest.raises(errors.UsageError, match=text):
+        measure(case[0], rank_surgery.Request(**request_))
+
+
+def test_another_dataset_is_refused(case, tmp_path):
+    other = small_run.make_dataset(tmp_path / "other", seed=1)
+    with pytest.raises(errors.UsageError, match="another dataset than the run's"):
+        measure(case[0], rank_surgery.Request(data_dir=str(other)))
+
+
+def test_what_is_no_run_is_refused(case, tmp_path):
+    with pytest.raises(errors.UsageError, match=r"not a run directory, expected config\.json"):
+        measure(tmp_path, rank_surgery.Request())
+    for name in ("config.json", "environment.json"):
+        shutil.copy(case[0] / name, tmp_path)
+    for _ in range(2):  # without the directory, then with an empty one
+        with pytest.raises(errors.UsageError, match="checkpoints: no checkpoint there"):
+            measure(tmp_path, rank_surgery.Request())
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    (tmp_path / "environment.json").write_text("{}")
+    with pytest.raises(errors.UsageError, match="does not name the dataset"):
+        measure(tmp_path, rank_surgery.Request())
+
+
+def test_keys_that_are_not_finite_are_refused(case, tmp_path):
+    params = restore(case)
+    params["blocks"]["attention"]["key"]["kernel"][0, 0, 0] = np.nan
+    copy = copied(case, tmp_path / "run", params)
+    with pytest.raises(errors.UsageError, match="keys of step 3 are not finite"):
+        measure(copy, rank_surgery.Request(ranks=(1,)))
+
+
+def test_flags_are_refused_in_one_line(case):
+    for flags, text in (
+        ((), "--workdir: missing"),
+        ((f"--workdir={case[0]}", "--ranks=1,two"), "--ranks: 'two' is not an integer"),
+    ):
+        done = command(*flags)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"ERROR: {text}") and done.stderr.count("\n") == 1
