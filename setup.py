@@ -29,18 +29,21 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
+        "data": ["datasets>=4.0", "zstandard>=0.23"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "export": ["torch==2.13.0", "transformers>=5.0", "safetensors>=0.5"],
         "eval": ["torch==2.13.0", "transformers>=5.0", "lm-eval>=0.4.13", "accelerate>=1.10"],
         "report": ["matplotlib>=3.9"],
         "bench": ["torch==2.13.0"],
         "test": [
+            "datasets>=4.0",
             "matplotlib>=3.9",
             "mypy>=1.15",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.11",
             "tensorboard>=2.19",
+            "zstandard>=0.23",
         ],
     },
 )

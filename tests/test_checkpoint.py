@@ -1,5 +1,6 @@
 """checkpoint.py: round trips, digests, what is kept, and every kind of damage."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from typing import NamedTuple
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -108,6 +110,25 @@ def test_round_trip_keeps_every_bit_and_type(arm, tmp_path):
     assert meta["opt_state_sha256"] == checkpoint.digests(opt_state)[1]
     assert meta["format_version"] == 1
     checkpoints.close()
+
+
+class Moments(NamedTuple):
+    """A state whose fields do not stand in the order of their names."""
+
+    second: np.ndarray
+    first: np.ndarray
+
+
+def test_fields_of_a_state_are_not_mixed_up(tmp_path):
+    opt_state = (*(np.float32(i) for i in range(12)), Moments(np.zeros(3), np.ones(3)))
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(0, {"x": np.zeros(1)}, opt_state, {})
+        checkpoints.wait()
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+            ({"x": np.zeros(1)}, opt_state),
+        )
+        assert_same_bits(checkpoints.restore(0, *shapes).opt_state, opt_state)
 
 
 def test_digest_is_as_documented():

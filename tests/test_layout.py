@@ -15,8 +15,10 @@ STREET = [
     spectral muon losses sharding data.manifest
     """,
     """
-    flops data.docstrings data.sources data.holdout data.tokenizer data.shards data.staging
-    data.mixing data.prepare data.check data.dataset data.pipeline attention model optimizer
+    flops data.docstrings data.documents data.hub data.tfds_text data.sources data.holdout
+    data.tokenizer data.request data.overlap data.shards data.staging data.encoding data.reading
+    data.mixing data.journal data.job data.prepare data.check data.dataset data.pipeline attention
+    model optimizer
     """,
     """
     train_step eval_step environment run_directory tensorboard writers checkpoint

@@ -15,12 +15,14 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import tokenizers
 from array_record.python import array_record_module
 
 from qkjax import errors
-from qkjax.data import check, docstrings, manifest, mixing, prepare, shards
+from qkjax.data import check, docstrings, manifest, prepare, reading, shards
 
 ROOT = Path(__file__).resolve().parents[1]
 T = 16
@@ -213,6 +215,18 @@ def test_copies_of_a_validation_document_never_reach_training(tmp_path):
     assert check.check(out, progress=_quiet).extra_files == []
 
 
+def test_copies_count_once_in_the_validation_split_too(tmp_path):
+    held_out = [text for text in _documents(300, 3) if _pool(text)]
+    texts = [copy for text in held_out[:5] for copy in _variants(text).values()]
+    path = _write_jsonl(tmp_path / "a.jsonl", [*texts, *_documents(300, 3)])
+    other = _write_jsonl(tmp_path / "b.jsonl", [*texts, *_documents(300, 4)])
+    made = _prepare(tmp_path / "out", path, other, weights=(1.0, 1.0))
+    with np.load(tmp_path / "out" / "documents-validation.npz") as table:
+        assert len(set(table["hash64"].tolist())) == len(table["hash64"]) > 5
+    assert made.dropped["duplicates_of_validation"] >= 3 * 5
+    check.check(tmp_path / "out", progress=_quiet)
+
+
 def test_a_mix_holds_its_shares_all_along(tmp_path):
     paths = [_write_jsonl(tmp_path / f"{s}.jsonl", _documents(500, s)) for s in (5, 6)]
     out = tmp_path / "out"
@@ -248,7 +262,7 @@ def test_a_mix_ends_when_the_first_source_is_used_up(tmp_path):
 
 
 def test_validation_of_a_mix_is_found_behind_the_training_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(mixing, "_BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(reading, "_CHUNK_CHARACTERS", 500)
     texts = _documents(400, 9)
     path = _write_jsonl(tmp_path / "a.jsonl", texts)
     made = _prepare(tmp_path / "out", path, train_tokens=1_000)
@@ -259,7 +273,7 @@ def test_validation_of_a_mix_is_found_behind_the_training_tokens(tmp_path, monke
 
 def test_the_batch_size_does_not_show(tmp_path, corpus, monkeypatch):
     _prepare(tmp_path / "a" / "data", corpus)
-    monkeypatch.setattr(mixing, "_BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(reading, "_CHUNK_CHARACTERS", 1)
     _prepare(tmp_path / "b" / "data", corpus)
     assert _files(tmp_path / "a" / "data") == _files(tmp_path / "b" / "data")
 
@@ -278,10 +292,10 @@ def test_empty_documents_and_bad_lines_are_counted(tmp_path):
     [
         ({"validation_tokens": 50_000}, r"--validation_tokens: .* 50001, .* holds \d+\."),
         ({"train_tokens": 10**6}, r"--train_tokens: 1000000 .* need 1000001 .* holds \d+\."),
-        ({"sequence_length": 10**6, "validation_tokens": 1}, r"needs 1000001 .* found \d+"),
+        ({"sequence_length": 10**6, "validation_tokens": 1}, r"to give 1000001, .* holds \d+\."),
         ({"tokenizer": "train:9999"}, r"give only \d+ tokens, expected 9999"),
         ({"tokenizer": "train:9"}, "expected at least 257"),
-        ({"tokenizer": "hf:x"}, "unknown tokenizer"),
+        ({"tokenizer": "hub:x"}, "unknown tokenizer"),
         ({"tokenizer": "nowhere.json"}, r"nowhere\.json: no such tokenizer file"),
         ({"tokenizer": ""}, "--tokenizer: missing"),
         ({"weights": (1.0, 2.0)}, r"--weight: expected one a source \(1\), found 2"),
@@ -303,16 +317,72 @@ def test_a_refused_request_leaves_nothing(tmp_path, corpus, changes, message):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("bad", ["json", "gz"])
-def test_broken_input_is_one_line_exit_2_and_no_dataset(tmp_path, corpus, bad):
+def test_too_little_training_text_is_refused(tmp_path):
+    texts = [text for text in _documents(900, 11) if _pool(text)]
     out = tmp_path / "out"
+    with pytest.raises(errors.UsageError, match=r"one record needs 17 training tokens, found 0\."):
+        _prepare(out, _write_jsonl(tmp_path / "a.jsonl", texts), tokenizer="train:257")
+    assert not out.exists()
+
+
+def _broken(kind, folder, corpus):
+    """A source that cannot be read, and what is said of it."""
     lines = corpus.read_bytes().splitlines(keepends=True)
-    path = tmp_path / {"json": "broken.jsonl", "gz": "broken.jsonl.gz"}[bad]
-    path.write_bytes(b"".join([*lines[:200], b'{"text": \n', *lines[200:]]))
-    done = _command("prepare_data", *_flags(path, out))
+    table = pa.table({"text": [json.loads(line)["text"] for line in lines]})
+    path = folder / f"broken.{kind}"
+    match kind:
+        case "jsonl":
+            path.write_bytes(b"".join([*lines[:200], b'{"text": \n', *lines[200:]]))
+            return f"jsonl:{path}", f"{path}:201: not valid JSON"
+        case "jsonl.gz":
+            path.write_bytes(b"".join(lines))
+            return f"jsonl:{path}", f"{path}: truncated or damaged after line 0"
+        case "parquet":
+            pa.parquet.write_table(table, path)
+            path.write_bytes(path.read_bytes()[:-100])
+            return f"parquet:{path}", f"{path}: no readable parquet, stopped after row 0"
+        case "column.parquet":
+            pa.parquet.write_table(table, path)
+            return f"parquet:{path}:body", f"{path}: no column 'body', found text"
+        case "binary.txt":
+            path.write_bytes(b"\x7fELF\x00\x01" * 99)
+            return f"text:{path}", f"{path}:1: a NUL byte"
+        case "empty.jsonl":
+            path.touch()
+            return f"jsonl:{path}", f"{path}: empty, expected JSON lines"
+        case "hf":
+            path.mkdir()
+            pa.parquet.write_table(table, path / "train.parquet")
+            return f"hf:{path}:default:dev", f"--source=hf:{path}:default:dev: cannot be opened"
+        case "truncated.hf":
+            path.mkdir()
+            pa.parquet.write_table(table.slice(0, 100), path / "train-00000-of-00002.parquet")
+            pa.parquet.write_table(table.slice(100), path / "train-00001-of-00002.parquet")
+            data = (path / "train-00001-of-00002.parquet").read_bytes()
+            (path / "train-00001-of-00002.parquet").write_bytes(data[:-100])
+            return f"hf:{path}", f"{path}: stopped after row "
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "jsonl",
+        "jsonl.gz",
+        "parquet",
+        "column.parquet",
+        "binary.txt",
+        "empty.jsonl",
+        "hf",
+        "truncated.hf",
+    ],
+)  # fmt: skip
+def test_broken_input_is_one_line_exit_2_and_no_dataset(tmp_path, corpus, kind):
+    out = tmp_path / "out"
+    source, problem = _broken(kind, tmp_path, corpus)
+    done = _command("prepare_data", *_flags("", out, source=source))
     assert done.returncode == 2
-    assert done.stderr.startswith(f"ERROR: {path}") and done.stderr.count("\n") == 1
-    assert (":201: not valid JSON" if bad == "json" else "after line 0") in done.stderr
+    assert done.stderr.startswith(f"ERROR: {problem}") and done.stderr.count("\n") == 1
     assert not out.exists()
 
 
@@ -417,22 +487,20 @@ def _wait_for(condition, process):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_run_looks_unfinished_and_the_next_gives_the_same_dataset(
     tmp_path, corpus, monkeypatch, kill
 ):
     monkeypatch.setattr(shards, "RECORDS_PER_SHARD", 64)
     out = tmp_path / "killed" / "data"
     process = _start_slowly(*_flags(corpus, out))
-    _wait_for(lambda: len(list(out.glob(".unfinished/*"))) >= 3, process)
+    finished = out / ".unfinished" / "train-00001.unfinished"
+    _wait_for(finished.exists, process)
     process.send_signal(kill)
-    assert process.wait() == (130 if kill == signal.SIGINT else -signal.SIGKILL)
-    if kill == signal.SIGINT:
-        assert not out.exists()
-    else:
-        assert {p.name for p in out.iterdir()} == {".prepare.lock", ".unfinished"}
-        with pytest.raises(errors.UsageError, match=r"dataset\.json: missing"):
-            manifest.load(out)
+    assert process.wait() == (130 if kill == signal.SIGINT else -kill)
+    assert {p.name for p in out.iterdir()} == {".prepare.lock", ".unfinished"}
+    with pytest.raises(errors.UsageError, match=r"dataset\.json: missing"):
+        manifest.load(out)
     _prepare(out, corpus)
     assert not (out / ".unfinished").exists()
     unbroken = tmp_path / "unbroken" / "data"
@@ -482,7 +550,7 @@ def test_a_lock_file_without_a_holder_blocks_nobody(tmp_path, corpus):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_full_disk_is_exit_4_and_no_dataset(tmp_path, corpus):
+def test_a_full_disk_is_exit_4_and_the_next_run_goes_on(tmp_path, corpus):
     out = tmp_path / "out"
     code = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000,) * 2);"
@@ -493,7 +561,9 @@ def test_a_full_disk_is_exit_4_and_no_dataset(tmp_path, corpus):
     )
     assert done.returncode == 4
     assert done.stderr.startswith(f"ERROR: {out}") and done.stderr.count("\n") == 1
-    assert not out.exists()
+    assert {p.name for p in out.iterdir()} == {".prepare.lock", ".unfinished"}
+    _prepare(out, corpus)
+    check.check(out, progress=_quiet)
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ import optax
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from qkjax import errors
 from qkjax.data import docstrings, sources
 
 TEXTS = ["first text", "", "dritter Text: ä€😀", "a\x00b\u2028c\ttab"]
-OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}
+OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".zst": zstandard.open}
 
 
 def _write_lines(path, lines):
@@ -44,7 +45,7 @@ def _refusal(spec, **options):
 
 
 @pytest.mark.parametrize("suffix", OPENERS)
-def test_jsonl_plain_gz_xz_give_the_same_documents(tmp_path, suffix):
+def test_jsonl_plain_or_compressed_gives_the_same_documents(tmp_path, suffix):
     path = _write_lines(tmp_path / f"a.jsonl{suffix}", _json_lines(TEXTS))
     source = sources.open_source(f"jsonl:{path}")
     documents = list(source.documents())
@@ -113,7 +114,18 @@ def test_an_empty_jsonl_file_is_refused(tmp_path):
     assert _refusal(f"jsonl:{path}").startswith(f"{path}: empty")
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_zstd_frames_lines_across_blocks_and_a_missing_library(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl.zst"
+    lines = [json.dumps({"text": f"{i} " * 3000}).encode() + b"\n" for i in range(40)]
+    frames = [b"".join(lines[:25]), b"".join(lines[25:]).rstrip(b"\n")]
+    path.write_bytes(b"".join(map(zstandard.ZstdCompressor().compress, frames)))
+    assert _texts(f"jsonl:{path}") == [f"{i} " * 3000 for i in range(40)]
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    message = _refusal(f"jsonl:{path}")
+    assert "needs the library zstandard" in message and "pip install -e '.[data]'" in message
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 def test_a_damaged_archive_is_named_with_the_last_good_line(tmp_path, suffix):
     lines = [json.dumps({"text": f"{i} " * 400}).encode() for i in range(2000)]
     path = _write_lines(tmp_path / f"a.jsonl{suffix}", lines)
@@ -190,16 +202,16 @@ def test_a_text_file_that_is_no_utf8_is_named(tmp_path, content, problem):
 @pytest.mark.parametrize(
     ("spec", "problem"),
     [
-        ("csv:x", "unknown source. Known are: docstrings, jsonl:GLOB"),
+        ("csv:x", "unknown source. Known are: docstrings, hf:DATASET"),
         ("jsonl", "unknown source"),
         ("jsonl:", "unknown source"),
         ("docstrings:numpy", "docstrings takes no argument"),
         ("text:{tmp}/nothing*", "no file matches"),
-        ("jsonl:{tmp}/a.jsonl.zst", "a.jsonl.zst: .zst is not read, only plain, .gz and .xz"),
+        ("jsonl:{tmp}/a.jsonl.bz2", "a.jsonl.bz2: .bz2 is not read, only plain, .gz, .xz and"),
     ],
 )
 def test_an_unknown_source_is_refused(tmp_path, spec, problem):
-    (tmp_path / "a.jsonl.zst").touch()
+    (tmp_path / "a.jsonl.bz2").touch()
     assert problem in _refusal(spec.format(tmp=tmp_path))
 
 

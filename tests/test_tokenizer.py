@@ -202,7 +202,7 @@ def test_kinds_of_tokenizers(tmp_path):
     assert tokenizer_lib.trained_size("train:4096") == 4096
     assert tokenizer_lib.trained_size(str(tmp_path / "a:b.json")) is None
     assert tokenizer_lib.trained_size("tokenizer.json") is None
-    for spec in ("hf:SmolLM2", "train", "train:", "train:4k", "train:-5", ""):
+    for spec in ("hub:SmolLM2", "train", "train:", "train:4k", "train:-5", ""):
         with pytest.raises(errors.UsageError):
             if tokenizer_lib.trained_size(spec) is None:
                 tokenizer_lib.load(spec)

@@ -249,7 +249,8 @@ def test_a_control_changes_its_own_parameters_and_no_others(arm, recipe, control
     (one, _), (other, _) = parent.run(params, 1), child.run(params, 1)
     one, other = by_name(one.params), by_name(other.params)
     assert one.keys() == other.keys()
-    assert {name for name in one if not np.array_equal(one[name], other[name])} == leaves
+    # Two programs may round differently; a control moves its parameters by a hundred times more.
+    assert {name for name in one if np.abs(one[name] - other[name]).max() > 1e-5} == leaves
     if control.endswith("decayed"):  # new = old - rate x (Adam's direction + decay x old)
         o, undecayed = child.config.optimizer, parent.config.optimizer
         rate = o.auxiliary_learning_rate * child.config.schedule.factor(0)
@@ -267,7 +268,9 @@ def test_gamma_decay_reaches_nothing_else_in_later_steps():
     undecayed, _ = unclipped("adamw", "learned", "tiny,seed,undecayed").run(
         initial_params(t.config), 1
     )
-    jax.tree.map(np.testing.assert_array_equal, state.opt_state, undecayed.opt_state)
+    moments = by_name(undecayed.opt_state)
+    for name, leaf in by_name(state.opt_state).items():
+        assert np.linalg.norm(leaf - moments[name]) <= 1e-6 * np.linalg.norm(leaf), name
 
 
 def overflowing_params(c):

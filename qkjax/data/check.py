@@ -78,6 +78,13 @@ def summary(report: Report) -> str:
         f"  0 of {manifest.documents['validation'].num_documents:,} validation documents occur "
         "in training"
     )
+    for name, counts in manifest.overlap.items():
+        if isinstance(counts, dict):
+            dropped = ", dropped" if manifest.overlap["documents_dropped"] else ""
+            lines.append(
+                f"  {counts['training_documents']:,} training documents share a 13-gram with "
+                f"{name}{dropped} (as counted when the dataset was made)"
+            )
     if report.extra_files:
         lines.append(f"  not listed, so nothing reads them: {', '.join(report.extra_files)}")
     return "\n".join(lines)

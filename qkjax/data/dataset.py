@@ -8,7 +8,7 @@ from absl import logging
 from qkjax import errors
 from qkjax.config import Config
 from qkjax.data import manifest as manifests
-from qkjax.data import prepare
+from qkjax.data import prepare, request, staging
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -28,10 +28,14 @@ def require_directory(config: Config) -> None:
         UsageError: names the command that makes a dataset.
     """
     if not config.data.dir and config.scale != "tiny":
+        options = ["--preset=pilot" if config.scale == "pilot" else "--preset=study"]
+        if config.model.sequence_length != request.PRESETS["study"]["sequence_length"]:
+            options.append(f"--sequence_length={config.model.sequence_length}")
+        if not config.data.end_of_text:
+            options.append("--end_of_text=false")
         raise errors.UsageError(
             f"data.dir: scale {config.scale} needs a prepared dataset. Make one with `python "
-            "tools/prepare_data.py --source=NAME --tokenizer=FILE "
-            f"--sequence_length={config.model.sequence_length} --out=DIR`, then pass "
+            f"tools/prepare_data.py {' '.join(options)} --out=DIR`, then pass "
             "--config.data.dir=DIR."
         )
 
@@ -44,6 +48,7 @@ def open_dataset(config: Config) -> Dataset:
     """
     require_directory(config)
     if config.data.dir:
+        staging.require_local("data.dir", config.data.dir)
         directory = pathlib.Path(config.data.dir)
     else:
         name = "embedded" if config.data.end_of_text else "embedded-without-end-of-text"

@@ -65,7 +65,8 @@ class Manifest:
 
     `sources`: per source its name, weight, training documents and tokens, and what it was read
     from. `split`: the rule that chose the validation documents. `dropped`: how many documents
-    were left out, by reason. `request`: the options of the command that made the dataset.
+    were left out, by reason. `overlap`: 13-grams that training documents share with validation
+    and benchmarks ({} where they were not counted). `request`: the options of the command.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Manifest:
     dropped: dict[str, int]
     splits: dict[str, Split]
     documents: dict[str, DocumentsRecord] = dataclasses.field(default_factory=dict)
+    overlap: dict[str, Any] = dataclasses.field(default_factory=dict)
     request: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -238,6 +240,7 @@ class _Reader:
                 )
                 for name in documents
             },
+            overlap=self._get({"overlap": {}, **content}, "overlap", dict),
             request=self._get(content, "request", dict),
         )
 

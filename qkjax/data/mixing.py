@@ -1,129 +1,96 @@
 """Documents of one or several sources to the two token streams of a dataset.
 
-Training documents are taken from the source that is furthest behind its share, so shares hold
-within one document at every point of the stream; validation documents likewise, from quotas that
-each source fills in stream order out of its pool.
+The validation documents are found first, in a pass of their own: each source fills its quota in
+stream order out of its pool. Then the training stream: every document is taken from the source
+that is furthest behind its share, so shares hold within one document at every point. Both streams
+are pure functions of the sources; how far ahead documents are read and encoded does not show.
 """
 
+import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from qkjax import errors
-from qkjax.data import holdout, shards, sources
-from qkjax.data import tokenizer as tokenizer_lib
+from qkjax.data import encoding, holdout, overlap, reading, shards, sources
 
-# Enough text for all cores of encode_batch; what it makes of it takes some hundred MB at most.
-_BATCH_CHARACTERS = 1 << 20
 _PROGRESS_SECONDS = 5.0
 
 
-@dataclass
-class Dropped:
-    """Documents that the dataset leaves out, by reason."""
+@dataclasses.dataclass
+class Counts:
+    """Documents that the training stream left out, by reason, and n-grams that it met.
+
+    `documents` and `ngrams`: for each of overlap.NAMES, training documents that share an n-gram
+    with it, and how many n-grams of theirs those are.
+    """
 
     empty: int = 0
     duplicates_of_validation: int = 0
     validation_pool_unused: int = 0
+    overlapping: int = 0
+    documents: list[int] = dataclasses.field(default_factory=lambda: [0] * len(overlap.NAMES))
+    ngrams: list[int] = dataclasses.field(default_factory=lambda: [0] * len(overlap.NAMES))
 
 
-class _Encoded(NamedTuple):
-    ids: np.ndarray
-    num_text: int
-    document_hash: int
+@dataclasses.dataclass
+class Validation:
+    """The validation documents in the order of their stream.
+
+    `held_out`: hash -> (source, number of the document in it), for those that the split holds.
+    `ngrams`: their n-grams, uint64 [n].
+    """
+
+    held_out: dict[int, tuple[int, int]]
+    ngrams: np.ndarray
 
 
-class Stream:
-    """One source while it is read: encoded documents wait here until a split takes them."""
+class TrainStream:
+    """The training documents of one source."""
 
     def __init__(
         self,
-        source: sources.Source,
-        tokenizer: tokenizer_lib.Tokenizer,
-        *,
-        quota: int,
-        end_of_text: bool,
-        held_out: set[int],
-        dropped: Dropped,
+        reader: reading.Reader,
+        number: int,
+        held_out: dict[int, tuple[int, int]],
+        counts: Counts,
+        decontaminate: bool,
     ) -> None:
         """Args:
-        quota: how many validation tokens this source gives, at least.
-        held_out: hashes of the validation documents; shared by the streams of a dataset.
-        dropped: is counted up; shared likewise.
+        number: of the source; a held-out document at its own place is no duplicate.
+        counts: is counted up; shared by the streams of a dataset.
         """
-        self.source = source
-        self.train: deque[_Encoded] = deque()
-        self.validation: deque[_Encoded] = deque()
-        self.validation_tokens = 0
-        self.exhausted = False
-        self._tokenizer = tokenizer
-        self.quota = quota
-        self._end = np.array([tokenizer.eos_id] if end_of_text else [], np.uint32)
+        self.reader = reader
+        self._number = number
         self._held_out = held_out
-        self._dropped = dropped
-        self._documents = source.documents()
+        self._counts = counts
+        self._decontaminate = decontaminate
 
-    @property
-    def quota_filled(self) -> bool:
-        """True when the source has given its validation tokens."""
-        return self.validation_tokens >= self.quota
-
-    def next_train(self) -> _Encoded | None:
+    def next_train(self) -> reading.Item | None:
         """The next training document; None when the source is used up."""
-        while not self.train and not self.exhausted:
-            self._read_batch(with_train=True)
-        return self.train.popleft() if self.train else None
+        while (item := self.reader.next()) is not None:
+            if item.kind == encoding.EMPTY:
+                self._counts.empty += 1
+            elif item.kind == encoding.POOL:
+                place = self._held_out.get(item.document_hash)
+                if place is None:
+                    self._counts.validation_pool_unused += 1
+                elif place != (self._number, item.number):
+                    self._counts.duplicates_of_validation += 1
+            elif not self._count_overlaps(item) or not self._decontaminate:
+                return item
+            else:
+                self._counts.overlapping += 1
+        return None
 
-    def fill_quota(self) -> None:
-        """Reads on for validation documents alone, after the training stream has ended."""
-        while not self.quota_filled and not self.exhausted:
-            self._read_batch(with_train=False)
-
-    def _read_batch(self, *, with_train: bool) -> None:
-        batch = list(self._take(with_train))
-        for (_, document_hash), ids in zip(
-            batch, self._tokenizer.encode_batch([text for text, _ in batch]), strict=True
-        ):
-            encoded = _Encoded(np.concatenate([ids, self._end]), len(ids), document_hash)
-            if not holdout.in_pool(document_hash):
-                self.train.append(encoded)
-            elif self._wanted(document_hash):
-                self.validation.append(encoded)
-                self.validation_tokens += len(encoded.ids)
-                self._held_out.add(document_hash)
-
-    def _take(self, with_train: bool) -> Iterator[tuple[str, int]]:
-        characters = 0
-        for document in self._documents:
-            normalised = holdout.normalise(document.text)
-            if not normalised:
-                self._dropped.empty += 1
-                continue
-            document_hash = holdout.hash64(normalised)
-            if holdout.in_pool(document_hash):
-                if not self._wanted(document_hash):
-                    continue
-            elif not with_train:
-                continue
-            yield document.text, document_hash
-            characters += len(document.text)
-            if characters >= _BATCH_CHARACTERS:
-                return
-        self.exhausted = True
-
-    def _wanted(self, document_hash: int) -> bool:
-        if document_hash in self._held_out:
-            self._dropped.duplicates_of_validation += 1
-        elif self.quota_filled:
-            self._dropped.validation_pool_unused += 1
-        else:
-            return True
-        return False
+    def _count_overlaps(self, item: reading.Item) -> bool:
+        for i, found in enumerate(item.overlaps.tolist()):
+            self._counts.documents[i] += found > 0
+            self._counts.ngrams[i] += found
+        return bool(item.overlaps.any())
 
 
 def validation_quotas(num_tokens: int, weights: Sequence[float]) -> list[int]:
@@ -132,76 +99,135 @@ def validation_quotas(num_tokens: int, weights: Sequence[float]) -> list[int]:
     return [math.ceil(num_tokens * weight / total) for weight in weights]
 
 
-def write_train(
-    streams: Sequence[Stream],
-    weights: Sequence[float],
-    writer: shards.SplitWriter,
-    progress: Callable[[str], None],
-) -> None:
-    """Writes the training stream until the writer is full or a source is used up at its share."""
-    tokens = [0] * len(streams)
-    report = _Report(progress)
-    while not writer.full:
-        index = _furthest_behind(tokens, weights)
-        document = streams[index].next_train()
-        if document is None:
-            break
-        tokens[index] += _add(writer, document, index)
-        report.tick(writer)
-
-
 def write_validation(
-    streams: Sequence[Stream], weights: Sequence[float], writer: shards.SplitWriter
-) -> None:
-    """Writes the validation stream, after `write_train`.
+    opened: Sequence[sources.Source],
+    weights: Sequence[float],
+    encoder: encoding.Encoder,
+    writer: shards.SplitWriter,
+    end: np.ndarray,
+) -> Validation:
+    """Finds the validation documents and writes their stream.
 
+    Args:
+        end: uint32 [0 or 1], what follows every document.
     Raises: UsageError where the pools hold fewer tokens than the quotas, with both numbers.
     """
-    for stream in streams:
-        stream.fill_quota()
-        if not stream.quota_filled:
-            raise errors.UsageError(
-                f"--validation_tokens: {stream.source.name} has to give {stream.quota}, its "
-                f"validation pool ({holdout.POOL_FRACTION:.0%} of the documents, chosen by hash) "
-                f"holds {stream.validation_tokens}. Ask for fewer, or bring more text."
-            )
-    tokens = [0] * len(streams)
+    quotas = validation_quotas((writer.max_tokens or 0) + 1, weights)
+    seen: set[int] = set()
+    waiting = [
+        _fill_quota(source, encoder, quota, seen, end)
+        for source, quota in zip(opened, quotas, strict=True)
+    ]
+    tokens = [0] * len(waiting)
+    held_out: dict[int, tuple[int, int]] = {}
+    ngrams = [np.zeros(0, np.uint64)]
     while not writer.full:
-        left = [index for index, stream in enumerate(streams) if stream.validation]
-        position = _furthest_behind([tokens[i] for i in left], [weights[i] for i in left])
-        index = left[position]
-        tokens[index] += _add(writer, streams[index].validation.popleft(), index)
+        left = [index for index, items in enumerate(waiting) if items]
+        index = left[_furthest_behind([tokens[i] for i in left], [weights[i] for i in left])]
+        item = waiting[index].popleft()
+        tokens[index] += _add(writer, item, index, end)
+        held_out[item.document_hash] = (index, item.number)
+        ngrams.append(overlap.ngrams([holdout.normalise(item.text)]).hashes)
+    return Validation(held_out, np.concatenate(ngrams))
+
+
+def write_train(
+    streams: Sequence[TrainStream],
+    weights: Sequence[float],
+    tokens: list[int],
+    writer: shards.SplitWriter,
+    end: np.ndarray,
+    progress: Callable[[str], None],
+) -> None:
+    """Writes the training stream until the writer is full or a source is used up at its share.
+
+    Args:
+        tokens: what each source has given already; is counted up.
+        end: uint32 [0 or 1], what follows every document.
+    """
+    report = _Report(progress, writer, [stream.reader.source for stream in streams])
+    while not writer.full:
+        index = _furthest_behind(tokens, weights)
+        item = streams[index].next_train()
+        if item is None:
+            break
+        tokens[index] += len(item.ids) + len(end)  # before a shard may be finished and noted down
+        _add(writer, item, index, end)
+        report.tick()
+
+
+def _fill_quota(
+    source: sources.Source,
+    encoder: encoding.Encoder,
+    quota: int,
+    seen: set[int],
+    end: np.ndarray,
+) -> deque[reading.Item]:
+    """The first documents of a source's pool that hold `quota` tokens, each text once."""
+    reader = reading.Reader(source, encoder, encoding.POOL)
+    items: deque[reading.Item] = deque()
+    tokens = 0
+    while tokens < quota:
+        item = reader.next()
+        if item is None:
+            raise errors.UsageError(
+                f"--validation_tokens: {source.name} has to give {quota}, its validation pool "
+                f"({holdout.POOL_FRACTION:.0%} of the documents, chosen by hash) holds {tokens}. "
+                "Ask for fewer, or bring more text."
+            )
+        if item.kind == encoding.POOL and item.document_hash not in seen:
+            seen.add(item.document_hash)
+            items.append(item)
+            tokens += len(item.ids) + len(end)
+    reader.close()
+    return items
 
 
 def _furthest_behind(tokens: Sequence[int], weights: Sequence[float]) -> int:
     return min(range(len(tokens)), key=lambda i: tokens[i] / weights[i])
 
 
-def _add(writer: shards.SplitWriter, document: _Encoded, source: int) -> int:
+def _add(writer: shards.SplitWriter, item: reading.Item, source: int, end: np.ndarray) -> int:
     writer.add(
-        document.ids,
-        num_text=document.num_text,
-        document_hash=document.document_hash,
+        np.concatenate([item.ids, end]),
+        num_text=len(item.ids),
+        document_hash=item.document_hash,
         source=source,
     )
-    return len(document.ids)
+    return len(item.ids) + len(end)
 
 
 class _Report:
-    """A line every few seconds: tokens so far, rate, and the time left where the end is known."""
+    """A line every few seconds: tokens so far, rate, and the time left where it can be told."""
 
-    def __init__(self, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        progress: Callable[[str], None],
+        writer: shards.SplitWriter,
+        opened: Sequence[sources.Source],
+    ) -> None:
         self._progress = progress
+        self._writer = writer
+        self._sources = opened
+        self._first = writer.num_tokens
         self._start = self._last = time.monotonic()
 
-    def tick(self, writer: shards.SplitWriter) -> None:
+    def tick(self) -> None:
         now = time.monotonic()
         if now - self._last < _PROGRESS_SECONDS:
             return
         self._last = now
-        rate = writer.num_tokens / (now - self._start)
-        text = f"{writer.num_tokens:,} training tokens, {rate:,.0f} tokens/s"
-        if writer.max_tokens is not None:
-            left = max(0, writer.max_tokens - writer.num_tokens) / rate
-            text += f", {left:,.0f} s left of {writer.max_tokens:,} tokens"
+        tokens = self._writer.num_tokens
+        rate = max(1.0, (tokens - self._first) / (now - self._start))
+        text = f"{tokens:,} training tokens, {rate:,.0f} tokens/s"
+        if self._writer.max_tokens is not None:
+            left = max(0, self._writer.max_tokens - tokens) / rate
+            text += f", {left:,.0f} s left of {self._writer.max_tokens:,} tokens"
+        elif (fraction := self._fraction()) > 0:
+            # The shares are fixed, so the source that is read furthest ends first, and with it all.
+            left = tokens * (1 - fraction) / fraction / rate
+            text += f", about {left:,.0f} s left, {fraction:.0%} read"
         self._progress(text)
+
+    def _fraction(self) -> float:
+        return max((source.fraction or 0.0 for source in self._sources), default=0.0)

@@ -4,11 +4,13 @@ Record i of a split is stream[i*T : i*T + T + 1], so neighbours share one token 
 is predicted once; the tail that fills no record is dropped.
 """
 
+import base64
+import dataclasses
 import os
-from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
@@ -20,6 +22,9 @@ RECORDS_PER_SHARD = 1024
 # Measured: a group of one makes a record readable alone, as the global shuffle needs.
 _WRITER_OPTIONS = "group_size:1"
 _SHARD_NAME = "{split}-{index:05d}-of-{count:05d}.array_record"
+_ROW = np.dtype(
+    [("hash64", "<u8"), ("first", "<i8"), ("length", "<i8"), ("end", "<i8"), ("source", "<u2")]
+)
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,21 @@ class WrittenSplit:
     documents_by_source: list[int]
     tokens_by_source: list[int]
 
+    @classmethod
+    def from_plain(cls, content: dict[str, Any]) -> "WrittenSplit":
+        """What `dataclasses.asdict` made of one, perhaps by way of JSON."""
+        split = content["split"]
+        written = tuple(manifest_lib.Shard(**shard) for shard in split["shards"])
+        return cls(
+            manifest_lib.Split(split["num_sequences"], split["num_tokens"], written),
+            manifest_lib.DocumentsRecord(**content["documents"]),
+            content["documents_by_source"],
+            content["tokens_by_source"],
+        )
+
 
 class SplitWriter:
-    """Writes one split into `directory`; memory holds one record and the table of documents."""
+    """Writes one split into `directory`; memory holds one document and the rows of one shard."""
 
     def __init__(
         self,
@@ -44,12 +61,14 @@ class SplitWriter:
         vocab_size: int,
         num_sources: int,
         max_sequences: int | None,
+        on_shard: Callable[[], None] = lambda: None,
     ) -> None:
         """Args:
         sequence_length: T; records have T+1 ids.
         vocab_size: decides uint16 or uint32; an id outside it is refused.
         num_sources: how many sources `add` may name.
         max_sequences: stops there, in the middle of a document if need be; None: no end.
+        on_shard: is called whenever a shard is finished; `state` is whole then.
         """
         self._directory = directory
         self._split = split
@@ -58,17 +77,17 @@ class SplitWriter:
         self._dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
         self._max_sequences = max_sequences
         self._writer: array_record_module.ArrayRecordWriter | None = None
-        self._records: list[int] = []  # per shard
+        self._open_records = 0  # of the shard that is being written
+        self._finished: list[manifest_lib.Shard] = []
         self._pending: list[np.ndarray] = []
         self._num_pending = 0
         self.num_sequences = 0
         self.num_tokens = 0  # of the stream, the tail included
-        self._hashes = array("Q")
-        self._first_tokens = array("q")
-        self._lengths = array("q")
-        self._sources = array("H")
-        self._ends = array("q")
+        self._rows: list[tuple[int, int, int, int, int]] = []  # not yet in the file of rows
+        self._num_rows = 0
+        self._rows_path = directory / f"{split}-documents.unfinished"
         self._num_sources = num_sources
+        self._on_shard = on_shard
 
     @property
     def full(self) -> bool:
@@ -95,14 +114,43 @@ class SplitWriter:
                 f"tokenizer: made the id {int(ids.max())}, expected below {self._vocab_size}. "
                 "The tokenizer.json is damaged: bring it again."
             )
-        self._hashes.append(document_hash)
-        self._first_tokens.append(self.num_tokens)
-        self._lengths.append(num_text)
-        self._sources.append(source)
+        first = self.num_tokens
         self.num_tokens += len(ids)
-        self._ends.append(self.num_tokens)
+        self._rows.append((document_hash, first, num_text, self.num_tokens, source))
         self._pending.append(ids)
         self._num_pending += len(ids)
+        if self._num_pending > self._length:
+            self._write_records()
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs to go on behind the finished shards, JSON-able."""
+        self._flush_rows()
+        carry = np.concatenate([*self._pending, np.zeros(0, np.uint32)]).astype("<u4")
+        return {
+            "shards": [dataclasses.asdict(shard) for shard in self._finished],
+            "num_tokens": self.num_tokens,
+            "num_rows": self._num_rows,
+            "carry": base64.b64encode(carry.tobytes()).decode(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`, right after construction in the same directory.
+
+        Raises: StorageError where a finished shard is not the one that was written.
+        """
+        for number, shard in enumerate(state["shards"]):
+            self._finished.append(manifest_lib.Shard(**shard))
+            path = self._staged_path(number)
+            if not path.exists():  # it had its final name already
+                for named in self._directory.glob(f"{self._split}-{number:05d}-of-*"):
+                    os.replace(named, path)
+            check_finished(path, shard["sha256"])
+        self.num_sequences = sum(shard.num_records for shard in self._finished)
+        self.num_tokens = state["num_tokens"]
+        self._num_rows = state["num_rows"]
+        os.truncate(self._rows_path, self._num_rows * _ROW.itemsize)
+        self._pending = [np.frombuffer(base64.b64decode(state["carry"]), "<u4").astype(np.uint32)]
+        self._num_pending = len(self._pending[0])
         if self._num_pending > self._length:
             self._write_records()
 
@@ -111,35 +159,29 @@ class SplitWriter:
 
         Raises: StorageError where a shard does not read back as it was written.
         """
-        self._close_shard()
-        count = len(self._records)
-        shards = []
-        for index, num_records in enumerate(self._records):
-            path = self._directory / _SHARD_NAME.format(split=self._split, index=index, count=count)
-            os.replace(self._staged_path(index), path)
-            shards.append(
-                manifest_lib.Shard(
-                    file=path.name,
-                    sha256=manifest_lib.file_sha256(path),
-                    num_bytes=path.stat().st_size,
-                    num_records=num_records,
-                )
-            )
-        return self._describe(tuple(shards))
+        if self._writer is not None:
+            self._close_shard()
+        count = len(self._finished)
+        renamed = []
+        for index, shard in enumerate(self._finished):
+            name = _SHARD_NAME.format(split=self._split, index=index, count=count)
+            os.replace(self._staged_path(index), self._directory / name)
+            renamed.append(dataclasses.replace(shard, file=name))
+        return self._describe(tuple(renamed))
 
     def _describe(self, shards: tuple[manifest_lib.Shard, ...]) -> WrittenSplit:
+        self._flush_rows()
         kept = self.num_sequences * self._length + 1 if self.num_sequences else 0
-        first = np.array(self._first_tokens, np.int64)
-        inside = first < kept  # documents of the dropped tail are not part of the dataset
-        sources = np.array(self._sources, np.int64)[inside]
-        tokens = np.minimum(np.array(self._ends, np.int64)[inside], kept) - first[inside]
+        rows = np.fromfile(self._rows_path, _ROW)
+        rows = rows[rows["first"] < kept]  # the dropped tail is not part of the dataset
+        tokens = np.minimum(rows["end"], kept) - rows["first"]
         path = self._directory / f"documents-{self._split}.npz"
         with open(path, "wb") as file:
             np.savez(
                 file,
-                hash64=np.array(self._hashes, np.uint64)[inside],
-                first_token=first[inside],
-                length=np.array(self._lengths, np.int64)[inside],
+                hash64=rows["hash64"].astype(np.uint64),
+                first_token=rows["first"].astype(np.int64),
+                length=rows["length"].astype(np.int64),
             )
             file.flush()
             os.fsync(file.fileno())
@@ -147,11 +189,19 @@ class SplitWriter:
         return WrittenSplit(
             split=manifest_lib.Split(self.num_sequences, self.num_sequences * self._length, shards),
             documents=manifest_lib.DocumentsRecord(
-                path.name, manifest_lib.file_sha256(path), int(inside.sum())
+                path.name, manifest_lib.file_sha256(path), len(rows)
             ),
-            documents_by_source=[int((sources == s).sum()) for s in by_source],
-            tokens_by_source=[int(tokens[sources == s].sum()) for s in by_source],
+            documents_by_source=[int((rows["source"] == s).sum()) for s in by_source],
+            tokens_by_source=[int(tokens[rows["source"] == s].sum()) for s in by_source],
         )
+
+    def _flush_rows(self) -> None:
+        with open(self._rows_path, "ab" if self._num_rows else "wb") as file:
+            np.array(self._rows, _ROW).tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
+        self._num_rows += len(self._rows)
+        self._rows = []
 
     def _write_records(self) -> None:
         ids = np.concatenate(self._pending)
@@ -159,28 +209,27 @@ class SplitWriter:
         while len(ids) - start > self._length and not self.full:
             self._write_record(ids[start : start + self._length + 1])
             start += self._length
+            if self._open_records == RECORDS_PER_SHARD:
+                self._pending = [ids[start:]]  # the state speaks of what follows this shard
+                self._close_shard()
+                self._on_shard()
         self._pending = [ids[start:]]
         self._num_pending = len(ids) - start
 
     def _write_record(self, ids: np.ndarray) -> None:
-        if self._records and self._records[-1] == RECORDS_PER_SHARD:
-            self._close_shard()
         try:
             if self._writer is None:
-                self._records.append(0)
-                path = self._staged_path(len(self._records) - 1)
+                path = self._staged_path(len(self._finished))
                 self._writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
             self._writer.write(ids.astype(self._dtype).tobytes())
         except RuntimeError as error:
             raise self._storage_error(error) from None
-        self._records[-1] += 1
+        self._open_records += 1
         self.num_sequences += 1
 
     def _close_shard(self) -> None:
-        if self._writer is None:
-            return
-        index = len(self._records) - 1
-        path = self._staged_path(index)
+        assert self._writer is not None
+        path = self._staged_path(len(self._finished))
         try:
             self._writer.close()
             self._writer = None
@@ -191,11 +240,17 @@ class SplitWriter:
             reader.close()
         except RuntimeError as error:
             raise self._storage_error(error) from None
-        if found != self._records[index]:
+        if found != self._open_records:
             raise errors.StorageError(
-                f"{path}: {self._records[index]} records were written, {found} read back. "
+                f"{path}: {self._open_records} records were written, {found} read back. "
                 "Check the disk."
             )
+        self._finished.append(
+            manifest_lib.Shard(
+                path.name, manifest_lib.file_sha256(path), path.stat().st_size, found
+            )
+        )
+        self._open_records = 0
 
     def _staged_path(self, index: int) -> Path:
         return self._directory / f"{self._split}-{index:05d}.unfinished"
@@ -210,6 +265,15 @@ class SplitWriter:
 def token_dtype(vocab_size: int) -> str:
     """The smallest of uint16 and uint32 that holds every id below vocab_size."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def check_finished(path: Path, sha256: str) -> None:
+    """Refuses to go on behind a shard that is not the one that was finished: StorageError."""
+    if not path.exists() or manifest_lib.file_sha256(path) != sha256:
+        raise errors.StorageError(
+            f"{path}: expected the shard with sha256 {sha256}, which an interrupted command "
+            f"finished. Remove {path.parent} and run the command again."
+        )
 
 
 def read_records(

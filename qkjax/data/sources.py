@@ -1,56 +1,38 @@
-"""Text documents by name: `docstrings`, `jsonl:GLOB[:FIELD]`, `parquet:GLOB[:COLUMN]`, `text:GLOB`.
+"""Text documents by name: from files, from the Hugging Face hub, from TFDS, from docstrings.
 
 A source yields its documents in the same order every time it is asked, each with its position
 (file and line or row), so that whatever is wrong with one can be found.
 """
 
-import abc
+import contextlib
 import glob
 import gzip
+import itertools
 import json
 import lzma
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any
 
 from qkjax import errors
-from qkjax.data import docstrings
+from qkjax.data import docstrings, hub, tfds_text
+from qkjax.data.documents import Document, FileSource, Source
 
-KINDS = ("docstrings", "jsonl:GLOB[:FIELD]", "parquet:GLOB[:COLUMN]", "text:GLOB")
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-_REFUSED_SUFFIXES = {".zst", ".bz2", ".zip", ".7z", ".tar", ".lz4"}
+KINDS = (
+    "docstrings",
+    "hf:DATASET[:CONFIG][:SPLIT][:COLUMN]",
+    "jsonl:GLOB[:FIELD]",
+    "parquet:GLOB[:COLUMN]",
+    "text:GLOB",
+    "tfds:NAME[:SPLIT][:FEATURE]",
+)
+_REFUSED_SUFFIXES = {".bz2", ".zip", ".7z", ".tar", ".lz4"}
 _PARQUET_BATCH_ROWS = 256
+_COUNT_LINES = 64
+_ZSTD_BYTES = 1 << 16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BAD_LINE_REMEDY = "Mend it, or skip bad lines with --max_bad_lines=N"
-
-
-class Document(NamedTuple):
-    """One text and where it stands: `file:line`, `file row N`, or a name."""
-
-    text: str
-    position: str
-
-
-class Source(abc.ABC):
-    """Documents in a deterministic order, any number of times.
-
-    Attributes:
-        name: the spec that the user wrote.
-        bad_lines: lines that the latest pass skipped; never above max_bad_lines.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.bad_lines = 0
-
-    @abc.abstractmethod
-    def documents(self) -> Iterator[Document]:
-        """Yields every document; raises UsageError that names file and line of a broken one."""
-
-    @abc.abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """What the documents are read from, for dataset.json: versions, or files and bytes."""
 
 
 def open_source(spec: str, *, max_bad_lines: int = 0) -> Source:
@@ -69,6 +51,10 @@ def open_source(spec: str, *, max_bad_lines: int = 0) -> Source:
                 "Write --source=docstrings."
             )
         return _Docstrings(spec)
+    if kind == "hf" and rest:
+        return hub.HubDataset(spec, rest)
+    if kind == "tfds" and rest:
+        return tfds_text.TfdsText(spec, rest)
     if kind not in ("jsonl", "parquet", "text") or not rest:
         raise errors.UsageError(f"--source={spec}: unknown source. Known are: {', '.join(KINDS)}.")
     if kind == "text":
@@ -98,7 +84,7 @@ def _files(spec: str, pattern: str) -> list[Path]:
     for path in files:
         if path.suffix in _REFUSED_SUFFIXES:
             raise errors.UsageError(
-                f"{path}: {path.suffix} is not read, only plain, .gz and .xz. Unpack it first."
+                f"{path}: {path.suffix} is not read, only plain, .gz, .xz and .zst. Unpack it."
             )
     return files
 
@@ -109,37 +95,41 @@ class _Docstrings(Source):
         self._versions = docstrings.versions()
         self._documents: list[Document] | None = None
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, start: int = 0) -> Iterator[Document]:
         if self._documents is None:  # 14 MB, and several seconds of parsing
             self._documents = [Document(text, name) for name, text in docstrings.documents()]
-        yield from self._documents
+        for number, document in enumerate(self._documents[start:], start=start):
+            self.fraction = number / len(self._documents)
+            yield document
 
     def describe(self) -> dict[str, Any]:
         return {"versions": self._versions}
 
 
-class _FileSource(Source):
-    def __init__(self, name: str, files: list[Path]) -> None:
-        super().__init__(name)
-        self._files = files
+class _LineSource(FileSource):
+    """Files of lines, plain or compressed."""
 
-    def documents(self) -> Iterator[Document]:
-        self.bad_lines = 0
-        for path in self._files:
-            yield from self._read(path)
+    def _lines(self, path: Path) -> Iterator[bytes]:
+        """The lines; a damaged archive is named with the last good line."""
+        number = 0
+        try:
+            with open(path, "rb") as raw, _unpacked(path, raw) as file:
+                for line in file:
+                    number += 1
+                    if number % _COUNT_LINES == 0:
+                        self._count(path, raw.tell())
+                    yield line
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+            raise errors.UsageError(
+                f"{path}: truncated or damaged after line {number} ({error}). Bring the file again."
+            ) from None
 
-    def describe(self) -> dict[str, Any]:
-        return {"files": len(self._files), "bytes": sum(p.stat().st_size for p in self._files)}
 
-    @abc.abstractmethod
-    def _read(self, path: Path) -> Iterator[Document]: ...
-
-
-class _Text(_FileSource):
+class _Text(_LineSource):
     """Every file is one document."""
 
     def _read(self, path: Path) -> Iterator[Document]:
-        data = b"".join(_lines(path)).removeprefix(_BYTE_ORDER_MARK)
+        data = b"".join(self._lines(path)).removeprefix(_BYTE_ORDER_MARK)
         if b"\0" in data:
             line = data.count(b"\n", 0, data.index(b"\0")) + 1
             raise errors.UsageError(
@@ -157,7 +147,7 @@ class _Text(_FileSource):
         yield Document(text, str(path))
 
 
-class _JsonLines(_FileSource):
+class _JsonLines(_LineSource):
     """Every line is a JSON object with the text in one field."""
 
     def __init__(self, name: str, files: list[Path], field: str, max_bad_lines: int) -> None:
@@ -167,7 +157,7 @@ class _JsonLines(_FileSource):
 
     def _read(self, path: Path) -> Iterator[Document]:
         number = 0
-        for number, line in enumerate(_lines(path), start=1):
+        for number, line in enumerate(self._lines(path), start=1):
             if number == 1:
                 line = line.removeprefix(_BYTE_ORDER_MARK)
             if not line.strip():
@@ -209,29 +199,59 @@ class _JsonLines(_FileSource):
             raise errors.UsageError(f"{problem}{after}. {_BAD_LINE_REMEDY}.")
 
 
-class _Parquet(_FileSource):
+class _Parquet(FileSource):
     """Every row is a document; null counts as empty text."""
 
     def __init__(self, name: str, files: list[Path], column: str) -> None:
         super().__init__(name, files)
         self._column = column
+        self._row = 0
 
-    def _read(self, path: Path) -> Iterator[Document]:
-        import pyarrow
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        for path in self._files:
+            num_rows = self._num_rows(path) if start else 0
+            if start < num_rows or not start:
+                yield from self._read(path, start)
+            start = max(0, start - num_rows)
+
+    def _num_rows(self, path: Path) -> int:
         import pyarrow.parquet
 
-        row = 0
+        with self._named(path), pyarrow.parquet.ParquetFile(path) as file:
+            return file.metadata.num_rows
+
+    def _read(self, path: Path, start: int = 0) -> Iterator[Document]:
+        import pyarrow.parquet
+
+        self._count(path, 0)
+        self._row = 0
+        with self._named(path), pyarrow.parquet.ParquetFile(path) as file:
+            self._check_column(path, file.schema_arrow)
+            groups = range(file.metadata.num_row_groups)
+            ends = list(itertools.accumulate(file.metadata.row_group(g).num_rows for g in groups))
+            first = sum(end <= start for end in ends)  # whole row groups are skipped unread
+            self._row = ends[first - 1] if first else 0
+            batches = file.iter_batches(
+                _PARQUET_BATCH_ROWS, row_groups=list(groups[first:]), columns=[self._column]
+            )
+            for batch in batches if first < len(ends) else ():
+                self._count(path, path.stat().st_size * self._row // max(ends[-1], 1))
+                for value in batch.column(0):
+                    self._row += 1
+                    if self._row > start:
+                        yield Document(value.as_py() or "", f"{path} row {self._row}")
+
+    @contextlib.contextmanager
+    def _named(self, path: Path) -> Iterator[None]:
+        """Says which file pyarrow could not read, and how far it came."""
+        import pyarrow
+
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                self._check_column(path, file.schema_arrow)
-                for batch in file.iter_batches(_PARQUET_BATCH_ROWS, columns=[self._column]):
-                    for value in batch.column(0):
-                        row += 1
-                        yield Document(value.as_py() or "", f"{path} row {row}")
+            yield
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise errors.UsageError(
-                f"{path}: no readable parquet, stopped after row {row} ({reason}). "
+                f"{path}: no readable parquet, stopped after row {self._row} ({reason}). "
                 "The file is truncated or damaged: bring it again."
             ) from None
 
@@ -252,15 +272,42 @@ class _Parquet(_FileSource):
             )
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines of a plain, gz or xz file; a damaged archive is named with the last good line."""
-    number = 0
+@contextlib.contextmanager
+def _unpacked(path: Path, raw: IO[bytes]) -> Iterator[Any]:
+    """`raw` decompressed as the suffix of `path` says."""
+    if path.suffix == ".gz":
+        yield gzip.open(raw, "rb")
+    elif path.suffix == ".xz":
+        yield lzma.open(raw, "rb")
+    elif path.suffix == ".zst":
+        yield _zstd_lines(path, raw)
+    else:
+        yield raw
+
+
+def _zstd_lines(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
+    """Lines of zstd frames. The library's own reader takes a truncated file for a whole one."""
     try:
-        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
-            for line in file:
-                number += 1
-                yield line
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        import zstandard
+    except ModuleNotFoundError:
         raise errors.UsageError(
-            f"{path}: truncated or damaged after line {number} ({error}). Bring the file again."
+            f"{path}: .zst needs the library zstandard, which is not installed. "
+            "Run: pip install -e '.[data]'"
         ) from None
+    frame, begun, rest = None, False, b""
+    try:
+        while block := raw.read(_ZSTD_BYTES):
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                begun = True
+                *lines, rest = (rest + frame.decompress(block)).split(b"\n")
+                for line in lines:
+                    yield line + b"\n"
+                block = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    except zstandard.ZstdError as error:
+        raise EOFError(error) from None
+    if frame is not None or not begun:
+        raise EOFError("the last frame is not complete")
+    if rest:
+        yield rest

@@ -1,8 +1,8 @@
 """A directory that one process fills and that looks finished only when it is.
 
 Everything is written in the hidden folder `.unfinished` of the directory and moved out at the
-end, the manifest last. A killed run leaves that folder, which the next run throws away. Nothing
-that a run did not write itself is ever removed.
+end, the manifest last. A killed run leaves that folder, and the next run finds it. Nothing that a
+run did not write itself is ever removed.
 """
 
 import contextlib
@@ -48,30 +48,38 @@ def locked(
         lock.close()
 
 
+def require_local(field: str, directory: str | Path) -> None:
+    """Refuses a bucket: ArrayRecord reads and writes local files only. UsageError."""
+    if "://" in str(directory):
+        raise errors.UsageError(
+            f"{field}: {directory} is a remote path, expected a local directory. Prepare and read "
+            "locally and copy the directory as it is; docs/data.md has the commands."
+        )
+
+
 def begin(directory: Path) -> Path:
-    """An empty folder to work in, under the lock; leftovers of a killed run are removed.
+    """The folder to work in, under the lock, with whatever an interrupted run left there.
 
     Raises: UsageError where the directory holds anything that no run of ours left.
     """
     work = directory / _WORK
     with contextlib.suppress(FileNotFoundError, ValueError):
-        for name in json.loads((work / _MOVED).read_text()):
-            (directory / name).unlink(missing_ok=True)
+        _take_back(directory, json.loads((work / _MOVED).read_text()))
     foreign = sorted(p.name for p in directory.iterdir() if p.name not in (_LOCK, _WORK))
     if foreign:
         raise errors.UsageError(
             f"{directory}: holds other files ({', '.join(foreign[:5])}), expected a new or empty "
             "directory. Name another --out; nothing was removed."
         )
-    discard(directory)
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     return work
 
 
 def publish(directory: Path, manifest: manifest_lib.Manifest) -> None:
-    """Moves the finished files out of the work folder; the manifest makes them a dataset."""
+    """Moves the manifest's files out of the work folder; the manifest makes them a dataset."""
     work = directory / _WORK
-    names = sorted(path.name for path in work.iterdir())
+    names = [manifest.tokenizer.file, *(record.file for record in manifest.documents.values())]
+    names += [shard.file for split in manifest.splits.values() for shard in split.shards]
     moved = work / _MOVED
     with open(moved, "w", encoding="utf-8") as file:
         json.dump(names, file)
@@ -84,8 +92,7 @@ def publish(directory: Path, manifest: manifest_lib.Manifest) -> None:
         manifest_lib.write(manifest, directory)
     except BaseException:
         if not (directory / manifest_lib.FILE_NAME).exists():
-            for name in names:
-                (directory / name).unlink(missing_ok=True)
+            _take_back(directory, names)
         raise
     discard(directory)
 
@@ -93,6 +100,14 @@ def publish(directory: Path, manifest: manifest_lib.Manifest) -> None:
 def discard(directory: Path) -> None:
     """Removes the work folder, which holds only what a run wrote itself."""
     shutil.rmtree(directory / _WORK, ignore_errors=True)
+
+
+def _take_back(directory: Path, names: list[str]) -> None:
+    """Undoes a move that was cut short: without its manifest no file belongs outside."""
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(directory / name, directory / _WORK / name)
+    (directory / _WORK / _MOVED).unlink(missing_ok=True)
 
 
 def _lock(directory: Path, wait: bool, progress: Callable[[str], None]) -> IO[str]:

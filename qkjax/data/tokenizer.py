@@ -13,11 +13,12 @@ import numpy as np
 import tokenizers
 
 from qkjax import errors
-from qkjax.data import holdout
+from qkjax.data import holdout, hub
 from qkjax.data import manifest as manifest_lib
 
 FILE_NAME = "tokenizer.json"
-KINDS = ("train:SIZE", "FILE (a tokenizer.json)")
+KINDS = ("train:SIZE", "FILE (a tokenizer.json)", "hf:NAME (a model of the hub, or a directory)")
+_HUB = "hf:"
 EOS_TOKENS = ("<|endoftext|>", "</s>", "<eos>")
 _BYTES = 256
 # What a tokenizer must give back unchanged, up to the normalisation under which documents are
@@ -32,7 +33,7 @@ class Tokenizer:
     """A Hugging Face tokenizer with its end-of-text token.
 
     Attributes:
-        content: the bytes of its tokenizer.json.
+        content, sha256: the bytes of its tokenizer.json, and their digest.
         vocab_size: every id is below it.
         eos_token, eos_id: the end-of-text token, which no text encodes to.
     """
@@ -47,6 +48,7 @@ class Tokenizer:
         Raises: UsageError where it is not one, has no such token, or loses text.
         """
         self.content = content
+        self.sha256 = hashlib.sha256(content).hexdigest()
         try:
             self._backend = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
@@ -106,7 +108,15 @@ class Tokenizer:
 
 
 def load(path: str | Path, *, eos_token: str = "") -> Tokenizer:
-    """The tokenizer of a tokenizer.json file; UsageError where it cannot be used."""
+    """The tokenizer of a tokenizer.json file or of `hf:NAME`; UsageError where it cannot be used.
+
+    Args:
+        eos_token: the end-of-text token; "" takes the one that `hf:NAME` names, else looks for
+            one of EOS_TOKENS.
+    """
+    if str(path).startswith(_HUB):
+        content, named = hub.fetch_tokenizer(str(path), str(path).removeprefix(_HUB))
+        return Tokenizer(content, eos_token=eos_token or named, name=str(path))
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
@@ -181,7 +191,7 @@ def train(texts: Iterable[str], vocab_size: int, *, eos_token: str = "") -> Toke
 
 
 def trained_size(spec: str) -> int | None:
-    """SIZE of `train:SIZE`, None where `spec` names a file; UsageError for another kind."""
+    """SIZE of `train:SIZE`, None where `load` reads `spec`; UsageError for another kind."""
     kind, colon, rest = spec.partition(":")
     if kind == "train" and colon:
         if not rest.isascii() or not rest.isdigit():
@@ -190,6 +200,8 @@ def trained_size(spec: str) -> int | None:
                 "Write for example --tokenizer=train:4096."
             )
         return int(rest)
+    if kind == "hf" and rest:
+        return None
     if not spec or (colon and "/" not in kind and not Path(spec).exists()):
         raise errors.UsageError(
             f"--tokenizer={spec}: unknown tokenizer. Known are: {', '.join(KINDS)}."

@@ -1,0 +1,284 @@
+"""The making of one dataset in its work folder: tokenizer, validation, training, and a journal."""
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qkjax import errors
+from qkjax.data import encoding, holdout, journal, mixing, overlap, reading, shards, sources
+from qkjax.data import manifest as manifest_lib
+from qkjax.data import tokenizer as tokenizer_lib
+from qkjax.data.request import Request
+
+# A tokenizer is trained on no more than this, shared by weight: its memory grows with the text.
+_TOKENIZER_CHARACTERS = 64_000_000
+_HELD_OUT = "held-out.npy"
+
+
+class Job:
+    """The making of one dataset in a work folder, and the journal of it."""
+
+    def __init__(
+        self,
+        request: Request,
+        opened: Sequence[sources.Source],
+        tokenizer: tokenizer_lib.Tokenizer | None,
+        work: Path,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._request = request
+        self._opened = opened
+        self._work = work
+        self._progress = progress
+        self._benchmarks = (
+            overlap.benchmark_files(request.benchmark_dir) if request.benchmark_dir else {}
+        )
+        identity = journal.identity(self._description(tokenizer))
+        saved = journal.load(work, identity)
+        if saved is None:
+            for path in work.iterdir():  # of another command, or of one that was killed early
+                path.unlink()
+        self._journal: dict[str, Any] = saved or {"identity": identity}
+        self._tokenizer = tokenizer or self._train_tokenizer()
+        ends = [self._tokenizer.eos_id] if request.end_of_text else []
+        self._end = np.array(ends, np.uint32)
+
+    def run(self, name: str, workers: int) -> manifest_lib.Manifest:
+        """Writes everything but dataset.json into the work folder."""
+        record = self._write_tokenizer()
+        encoder = encoding.open_encoder(self._tokenizer, workers)
+        try:
+            validation = self._validation(encoder)
+            train, streams, counts = self._train(encoder)
+        finally:
+            encoder.close()
+        return _manifest(
+            self._request,
+            name,
+            record,
+            self._opened,
+            {"train": train, "validation": validation},
+            counts,
+            sum(stream.reader.bad_lines for stream in streams),
+            self._overlap(counts),
+        )
+
+    def _description(self, tokenizer: tokenizer_lib.Tokenizer | None) -> dict[str, Any]:
+        files = [path for paths in self._benchmarks.values() for path in paths]
+        return {
+            "request": self._request.plain(),
+            "read_from": [source.describe() for source in self._opened],
+            "tokenizer": tokenizer and tokenizer.sha256,
+            "benchmarks": [manifest_lib.file_sha256(path) for path in files],
+            "records_per_shard": shards.RECORDS_PER_SHARD,
+            # Another version may split text into other tokens.
+            "tokenizers": importlib.metadata.version("tokenizers"),
+        }
+
+    def _train_tokenizer(self) -> tokenizer_lib.Tokenizer:
+        path = self._work / tokenizer_lib.FILE_NAME
+        if "tokenizer" in self._journal:
+            return tokenizer_lib.load(path, eos_token=self._request.eos_token)
+        size = tokenizer_lib.trained_size(self._request.tokenizer)
+        assert size is not None  # a FILE was loaded before anything was created
+        self._progress(f"training a tokenizer of {size} tokens on the training documents")
+        texts = _training_texts(self._opened, self._request.weights)
+        return tokenizer_lib.train(texts, size, eos_token=self._request.eos_token)
+
+    def _write_tokenizer(self) -> manifest_lib.TokenizerRecord:
+        path = self._work / tokenizer_lib.FILE_NAME
+        with open(path, "wb") as file:
+            file.write(self._tokenizer.content)
+            file.flush()
+            os.fsync(file.fileno())
+        self._save(tokenizer=self._tokenizer.sha256)
+        return manifest_lib.TokenizerRecord(
+            file=path.name,
+            sha256=self._tokenizer.sha256,
+            vocab_size=self._tokenizer.vocab_size,
+            eos_id=self._tokenizer.eos_id,
+        )
+
+    def _validation(self, encoder: encoding.Encoder) -> shards.WrittenSplit:
+        if "validation" in self._journal:
+            written = shards.WrittenSplit.from_plain(self._journal["validation"])
+            for shard in written.split.shards:
+                shards.check_finished(self._work / shard.file, shard.sha256)
+            return written
+        self._progress("finding the validation documents")
+        writer = self._writer("validation", self._request.validation_tokens)
+        found = mixing.write_validation(
+            self._opened, self._request.weights, encoder, writer, self._end
+        )
+        hashes = {name: overlap.benchmark_ngrams(f) for name, f in self._benchmarks.items()}
+        overlap.build({"validation": found.ngrams, **hashes}, self._work)
+        places = [(key, *place) for key, place in found.held_out.items()]
+        np.save(self._work / _HELD_OUT, np.array(places, np.uint64))
+        written = writer.close()
+        self._save(validation=dataclasses.asdict(written))
+        return written
+
+    def _train(
+        self, encoder: encoding.Encoder
+    ) -> tuple[shards.WrittenSplit, list[mixing.TrainStream], mixing.Counts]:
+        saved = self._journal.get("train")
+        counts = mixing.Counts(**(saved["counts"] if saved else {}))
+        starts = saved["documents"] if saved else [0] * len(self._opened)
+        tokens = saved["tokens"] if saved else [0] * len(self._opened)
+        places = np.load(self._work / _HELD_OUT).tolist()
+        held_out = {key: (source, number) for key, source, number in places}
+        streams = [
+            mixing.TrainStream(
+                reading.Reader(
+                    source, encoder, encoding.TRAIN, index_folder=str(self._work), start=start
+                ),
+                number,
+                held_out,
+                counts,
+                self._request.decontaminate,
+            )
+            for number, (source, start) in enumerate(zip(self._opened, starts, strict=True))
+        ]
+
+        def note_down() -> None:
+            self._save(
+                train={
+                    "counts": dataclasses.asdict(counts),
+                    "documents": [stream.reader.consumed for stream in streams],
+                    "tokens": tokens,
+                    "writer": writer.state(),
+                }
+            )
+
+        writer = self._writer("train", self._request.train_tokens, note_down)
+        if saved:
+            self._progress(
+                f"going on behind {len(saved['writer']['shards'])} finished shards "
+                f"({saved['writer']['num_tokens']:,} training tokens)"
+            )
+            writer.restore(saved["writer"])
+        else:
+            self._progress(f"writing records of {self._request.sequence_length}+1 tokens")
+        mixing.write_train(
+            streams, self._request.weights, tokens, writer, self._end, self._progress
+        )
+        _check_enough(self._request, writer)
+        return writer.close(), streams, counts
+
+    def _writer(
+        self, split: str, num_tokens: int | None, on_shard: Callable[[], None] = lambda: None
+    ) -> shards.SplitWriter:
+        length = self._request.sequence_length
+        return shards.SplitWriter(
+            self._work,
+            split,
+            sequence_length=length,
+            vocab_size=self._tokenizer.vocab_size,
+            num_sources=len(self._request.sources),
+            max_sequences=num_tokens and math.ceil(num_tokens / length),
+            on_shard=on_shard,
+        )
+
+    def _overlap(self, counts: mixing.Counts) -> dict[str, Any]:
+        sizes = overlap.load(self._work).num_ngrams()
+        result: dict[str, Any] = {
+            "ngram_words": overlap.LENGTH,
+            "documents_dropped": self._request.decontaminate,
+        }
+        for i, name in enumerate(overlap.NAMES):
+            files = self._benchmarks.get(name, [])
+            result[name] = {
+                "ngrams": sizes[name],
+                "training_documents": counts.documents[i],
+                "training_ngrams": counts.ngrams[i],
+            }
+            if name in overlap.BENCHMARKS:
+                names = [path.name for path in files]
+                result[name] = {"files": names, **result[name]} if files else None
+        return result
+
+    def _save(self, **parts: Any) -> None:
+        self._journal |= parts
+        journal.save(self._work, self._journal)
+
+
+def _training_texts(opened: Sequence[sources.Source], weights: Sequence[float]) -> Iterator[str]:
+    for source, weight in zip(opened, weights, strict=True):
+        left = _TOKENIZER_CHARACTERS * weight / math.fsum(weights)
+        for document in source.documents():
+            if left <= 0:
+                break
+            if not holdout.in_pool(holdout.hash64(holdout.normalise(document.text))):
+                left -= len(document.text)
+                yield document.text
+
+
+def _check_enough(request: Request, train: shards.SplitWriter) -> None:
+    names = ", ".join(request.sources)
+    if request.train_tokens is not None and not train.full:
+        at_shares = " at these weights" if len(request.sources) > 1 else ""
+        raise errors.UsageError(
+            f"--train_tokens: {request.train_tokens} in whole records need "
+            f"{(train.max_tokens or 0) + 1} tokens, {names} holds {train.num_tokens}{at_shares}. "
+            "Ask for fewer, or bring more text."
+        )
+    if not train.num_sequences:
+        raise errors.UsageError(
+            f"--source={names}: one record needs {request.sequence_length + 1} training tokens, "
+            f"found {train.num_tokens}. Bring more text, or lower --sequence_length."
+        )
+
+
+def _manifest(
+    request: Request,
+    name: str,
+    tokenizer: manifest_lib.TokenizerRecord,
+    opened: Sequence[sources.Source],
+    written: dict[str, shards.WrittenSplit],
+    counts: mixing.Counts,
+    bad_lines: int,
+    overlaps: dict[str, Any],
+) -> manifest_lib.Manifest:
+    train = written["train"]
+    total = math.fsum(request.weights)
+    return manifest_lib.Manifest(
+        name=name,
+        sequence_length=request.sequence_length,
+        dtype=shards.token_dtype(tokenizer.vocab_size),
+        end_of_text=request.end_of_text,
+        tokenizer=tokenizer,
+        sources=tuple(
+            {
+                "name": source.name,
+                "weight": weight / total,
+                "documents": documents,
+                "tokens": tokens,
+                "read_from": source.describe(),
+            }
+            for source, weight, documents, tokens in zip(
+                opened,
+                request.weights,
+                train.documents_by_source,
+                train.tokens_by_source,
+                strict=True,
+            )
+        ),
+        split=dict(holdout.RULE),
+        dropped={
+            "empty": counts.empty,
+            "duplicates_of_validation": counts.duplicates_of_validation,
+            "validation_pool_unused": counts.validation_pool_unused,
+            "overlapping": counts.overlapping,
+            "bad_lines": bad_lines,
+        },
+        splits={split: result.split for split, result in written.items()},
+        documents={split: result.documents for split, result in written.items()},
+        overlap=overlaps,
+        request=request.plain(),
+    )

@@ -1,0 +1,67 @@
+"""The dataset of a config: what is said where there is none, and how often it is passed over."""
+
+import pytest
+import small_run
+
+from qkjax import config as config_lib
+from qkjax import errors
+from qkjax.data import dataset, prepare
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return small_run.make_dataset(tmp_path_factory.mktemp("dataset") / "data")  # 160 records
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("full", "--preset=study"),
+        ("pilot", "--preset=pilot"),
+        ("pilot,seed", "--preset=pilot --end_of_text=false"),
+        ("1b5", "--preset=study"),
+    ],
+)
+def test_a_scale_without_data_names_the_command_that_makes_it(words, options):
+    config = config_lib.resolve(config_lib.base("muon", "none", words))
+    with pytest.raises(errors.UsageError) as caught:
+        dataset.require_directory(config)
+    assert f"`python tools/prepare_data.py {options} --out=DIR`" in str(caught.value)
+
+
+def test_the_named_command_follows_the_sequence_length():
+    values = config_lib.base("muon", "none", "pilot")
+    values.model.sequence_length = 1024
+    with pytest.raises(errors.UsageError, match="--preset=pilot --sequence_length=1024 --out"):
+        dataset.require_directory(config_lib.resolve(values))
+
+
+@pytest.mark.parametrize(("sequences", "passes"), [(160, None), (200, "1.25"), (640, "4.00")])
+def test_more_than_one_pass_is_warned_of_with_its_number(made, caplog, sequences, passes):
+    config = small_run.make_config(
+        made, train__tokens=sequences * small_run.LENGTH, eval__at_tokens=()
+    )
+    with caplog.at_level("WARNING"):
+        assert dataset.open_dataset(config).directory == made
+    said = [record.getMessage() for record in caplog.records]
+    if passes is None:
+        assert not said
+    else:
+        assert any(f"this run passes {passes} times over its training split" in s for s in said)
+
+
+def test_more_than_four_passes_need_max_epochs(made):
+    fields = {"train__tokens": 644 * small_run.LENGTH, "eval__at_tokens": ()}
+    with pytest.raises(errors.UsageError, match=r"train\.tokens: .* are 4\.03 passes over the"):
+        dataset.open_dataset(small_run.make_config(made, **fields))
+    dataset.open_dataset(small_run.make_config(made, data__max_epochs=5, **fields))
+
+
+def test_a_bucket_is_refused_before_anything_is_written(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    request = prepare.Request(sources=("docstrings",), tokenizer="train:300")
+    with pytest.raises(errors.UsageError, match=r"--out: gs://bucket/x is a remote path"):
+        prepare.prepare(request, "gs://bucket/x")
+    with pytest.raises(errors.UsageError, match=r"data\.dir: s3://bucket/x is a remote path"):
+        dataset.open_dataset(small_run.make_config("s3://bucket/x"))
+    assert not list(tmp_path.iterdir())
