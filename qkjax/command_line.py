@@ -32,7 +32,7 @@ def run(
         parse: reads the flags and returns argv[0] and what is left; `config_flag.parse` where
             the command takes a --config.
         positionals: names of the arguments without --name= that the command needs; `main` is
-            called with their values.
+            called with their values. A last name that ends in "..." takes one or more.
         exit_at_once: leave without waiting for threads; a failed Orbax save would keep the
             process for five minutes.
     """
@@ -60,15 +60,16 @@ def _run(
         return 0
     try:
         values = parse(argv)[1:]
-        if len(values) > len(positionals):
+        repeated = bool(positionals) and positionals[-1].endswith("...")
+        if len(values) > len(positionals) and not repeated:
             raise errors.UsageError(
                 f"{values[len(positionals)]}: a stray argument, which nothing reads. "
                 "Write options as --name=value, with '=' and without spaces."
             )
         if len(values) < len(positionals):
             raise errors.UsageError(
-                f"{positionals[len(values)]}: missing, expected {' '.join(positionals)}. "
-                "See --help."
+                f"{positionals[len(values)]}: missing, expected {' '.join(positionals)} on the "
+                "command line. See --help."
             )
         return main(*values) or 0
     except (flags.Error, errors.QkjaxError, OSError, KeyboardInterrupt) as error:

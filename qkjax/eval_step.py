@@ -1,9 +1,4 @@
-"""The frozen validation split: loss and key spectra, accumulated and decomposed under jit.
-
-All stages live in ONE factor, along its heads axis, so that no two QR or SVD calls of a program
-are independent of each other. On CPU a batched LAPACK call waits for the thread pool that it runs
-on: two at a time leave a pool of two threads waiting for itself, for ever (jaxlib 0.10.2).
-"""
+"""The frozen validation split: loss and spectra, accumulated and decomposed under jit."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,49 +7,50 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qkjax import losses, model, sharding, spectral
+from qkjax import losses, model, probes, sharding, spectral
 from qkjax.config import Config
-
-STAGES = ("key_pre_rope", "key_post_rope")
 
 
 class Spectra(NamedTuple):
-    """What the factors of a whole evaluation decompose into."""
+    """What the statistics of a whole evaluation decompose into."""
 
     metrics: dict[str, jax.Array]  # DESIGN.md section 4's metric name -> [] float32
     arrays: dict[str, jax.Array]  # its array name -> float32
 
 
 EvalStep = Callable[
-    [model.Params, spectral.Factor, jax.Array, jax.Array], tuple[spectral.Factor, jax.Array]
+    [model.Params, probes.Statistics, jax.Array, jax.Array], tuple[probes.Statistics, jax.Array]
 ]
+LossStep = Callable[[model.Params, jax.Array, jax.Array], jax.Array]
 
 
-def empty_factor(config: Config) -> spectral.Factor:
-    """The start of an evaluation: no vectors seen; leading axes [N, stages * heads]."""
-    c = config.model
-    return spectral.empty_factor((c.num_layers, len(STAGES) * c.num_kv_heads), c.head_dim)
+def empty_statistics(config: Config, mesh: Mesh) -> probes.Statistics:
+    """The start of an evaluation: nothing seen; on every device of the mesh."""
+    empty = probes.empty_statistics(config, mesh.devices.flat[0].platform)
+    return jax.device_put(empty, sharding.replicated(mesh))
 
 
 def make_eval_step(config: Config, mesh: Mesh) -> EvalStep:
-    """Compiles `step(params, factor, tokens [B, T+1], valid [B]) -> (factor, loss_sum [B])`.
+    """Compiles `step(params, statistics, tokens, valid) -> (statistics, loss_sum [B])`.
 
-    tokens and valid are sharded over `data`. Rows that are not valid count nowhere; loss_sum is
-    the float32 sum over the T predicted positions of each row, in nats.
+    tokens [B, T+1] and valid [B] are sharded over `data`. Rows that are not valid count nowhere;
+    loss_sum is the float32 sum over the T predicted positions of each row, in nats.
     """
 
     def step(
-        params: model.Params, factor: spectral.Factor, tokens: jax.Array, valid: jax.Array
-    ) -> tuple[spectral.Factor, jax.Array]:
-        hidden, seen = model.apply_with_probe(params, tokens[:, :-1], config.model, _probe)
-        loss_sum = losses.token_losses(
-            hidden,
-            params["embedding"],
-            tokens[:, 1:],
-            chunk_tokens=config.train.loss_chunk_tokens * mesh.size,
+        params: model.Params, statistics: probes.Statistics, tokens: jax.Array, valid: jax.Array
+    ) -> tuple[probes.Statistics, jax.Array]:
+        exact = not isinstance(statistics.vectors, spectral.Factor)
+        sequences_seen = statistics.vectors.count[0, 0] // config.model.sequence_length
+        rows = probes.rows_of(valid, sequences_seen)
+
+        def probe(vectors: model.HeadVectors) -> probes.Statistics:
+            return probes.look(vectors, rows, exact)
+
+        hidden, seen = model.apply_with_probe(params, tokens[:, :-1], config.model, probe)
+        return probes.merge(statistics, seen), _loss_sums(
+            config, mesh, params, hidden, tokens, valid
         )
-        merged = spectral.merge(factor, _over_sequences(seen, valid))
-        return merged, jnp.where(valid, loss_sum, 0.0)
 
     replicated, over_rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     return jax.jit(
@@ -65,34 +61,110 @@ def make_eval_step(config: Config, mesh: Mesh) -> EvalStep:
     )
 
 
-@jax.jit
-def decompose(factor: spectral.Factor) -> Spectra:
-    """Singular values of every layer and head, and their participation ratios' means.
+def make_loss_step(config: Config, mesh: Mesh) -> LossStep:
+    """Compiles `step(params, tokens, valid) -> loss_sum`: the eval step without its probes."""
 
-    A metric is the mean over heads, then over layers.
+    def step(params: model.Params, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+        hidden = model.apply(params, tokens[:, :-1], config.model)
+        return _loss_sums(config, mesh, params, hidden, tokens, valid)
+
+    replicated, over_rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    return jax.jit(step, in_shardings=(replicated, over_rows, over_rows), out_shardings=replicated)
+
+
+def _loss_sums(
+    config: Config,
+    mesh: Mesh,
+    params: model.Params,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    valid: jax.Array,
+) -> jax.Array:
+    loss_sum = losses.token_losses(
+        hidden,
+        params["embedding"],
+        tokens[:, 1:],
+        chunk_tokens=config.train.loss_chunk_tokens * mesh.size,
+    )
+    return jnp.where(valid, loss_sum, 0.0)
+
+
+def decompose(statistics: probes.Statistics, params: model.Params) -> Spectra:
+    """Every array and metric of an evaluation but the loss, after its last batch.
+
+    A metric is the mean over heads, then over layers; of `aa` and `overlap` over the heads that
+    have one; `attention/max_logit` is the largest of all. Call it under jit, on one device.
     """
-    metrics, arrays = {}, {}
-    heads = jnp.split(factor.mean, len(STAGES), axis=1)
-    for stage, mean in zip(STAGES, heads, strict=True):
-        arrays[f"{stage}_mean"] = mean
-    spectra = spectral.singular_values_raw_and_centred(factor)
-    for centring, sigmas in zip(("raw", "centred"), spectra, strict=True):
-        for stage, sigma in zip(STAGES, jnp.split(sigmas, len(STAGES), axis=1), strict=True):
+    # jaxlib's batched LAPACK calls wait on XLA's thread pool for parts of themselves: as many of
+    # them at a time as the pool has threads, and none goes on. So all stages go into one call, and
+    # each call comes after the one before; many devices of one host would break that order.
+    factors = probes.factor(statistics.vectors)
+    centred = spectral.singular_values(factors, centred=True)
+    raw = spectral.singular_values(_after(factors, centred), centred=False)
+    metrics: dict[str, jax.Array] = {}
+    arrays: dict[str, jax.Array] = {}
+    slices = probes.slices_of(statistics)
+    for stage, heads in slices.items():
+        where = stage.replace("_", "/", 1)
+        for centring, sigma in (("raw", raw[:, heads]), ("centred", centred[:, heads])):
             arrays[f"{stage}_{centring}"] = sigma
-            ratio = spectral.participation_ratio(sigma)
-            vectors, _, rope = stage.partition("_")
-            metrics[f"pr/{vectors}/{rope}/{centring}"] = ratio.mean(axis=1).mean(axis=0)
-    arrays["num_tokens"] = factor.count[0, 0].astype(jnp.float32)
-    return Spectra(metrics, arrays)
+            for name, measure in spectral.MEASURES.items():
+                metrics[f"{name}/{where}/{centring}"] = _over_heads(measure(sigma))
+        arrays[f"{stage}_mean"] = factors.mean[:, heads]
+
+    keys = jax.tree.map(lambda leaf: leaf[:, slices["key_pre_rope"]], factors)
+    ratio, arrays["aa"] = spectral.axis_alignment(_after(keys, raw))
+    arrays["aa_ratio"] = ratio
+    arrays["overlap"] = overlap = spectral.subspace_overlap(_after(keys, ratio))
+    metrics["aa/key"] = jnp.nanmean(arrays["aa"])
+    metrics["overlap/key"] = jnp.nanmean(overlap)
+    for name, norms in statistics.norms.items():
+        arrays[f"{name}_norm_mean"] = norms.mean
+        arrays[f"{name}_norm_p99"] = probes.norm_quantile(norms)
+        arrays[f"{name}_norm_max"] = norms.largest
+        metrics[f"norm/{name}"] = _over_heads(norms.mean)
+    arrays["max_logit"] = statistics.attention.max_logit
+    arrays["entropy"] = statistics.attention.entropy
+    metrics["attention/max_logit"] = arrays["max_logit"].max()
+    metrics["attention/entropy"] = _over_heads(arrays["entropy"])
+    of_weights = _of_weights(params["blocks"]["attention"], keys.r.shape[-1], overlap)
+    metrics["wqk/pr"] = _over_heads(spectral.participation_ratio(of_weights["wqk_singular_values"]))
+    arrays["num_tokens"] = keys.count[0, 0].astype(jnp.float32)
+    return Spectra(metrics, arrays | of_weights)
 
 
-def _probe(vectors: model.HeadVectors) -> spectral.Factor:
-    """One factor per sequence, [B, stages * heads]: a sharded batch needs no exchange for it."""
-    stages = jnp.concatenate([vectors.key_pre_BTGK, vectors.key_post_BTGK], axis=2)
-    return spectral.factor(stages.swapaxes(1, 2))
+def _after(factor: spectral.Factor, done: jax.Array) -> spectral.Factor:
+    """The factor, but not before `done`, which is never negative: a dependency XLA cannot drop."""
+    return factor._replace(r=_wait(factor.r, done))
 
 
-def _over_sequences(seen: spectral.Factor, valid: jax.Array) -> spectral.Factor:
-    """Merges [N, B, heads] over the valid sequences to [N, heads]."""
-    counted = seen._replace(count=jnp.where(valid[None, :, None], seen.count, 0))
-    return spectral.merge_leading_axis(jax.tree.map(lambda x: x.swapaxes(0, 1), counted))
+def _wait(x: jax.Array, done: jax.Array) -> jax.Array:
+    return jnp.where(done.ravel()[0] < 0, 0.0, x)
+
+
+def _of_weights(attention: model.Params, head_dim: int, done: jax.Array) -> dict[str, jax.Array]:
+    """Gammas, where there are any, and the spectrum of W_q^T W_k of every query head.
+
+    In the [in, out] layout of the kernels that product is W_q W_k^T. The gammas of QK-Norm are
+    folded in; the normalisation itself, which depends on the input, is not.
+    """
+    arrays = {}
+    kernels = {}
+    for name in ("query", "key"):
+        kernel = attention[name]["kernel"]
+        kernel = kernel.reshape(*kernel.shape[:2], -1, head_dim).swapaxes(1, 2)  # [N, heads, D, K]
+        if f"{name}_norm" in attention:
+            gamma = attention[f"{name}_norm"]["gamma"]
+            arrays[f"gamma_{name[0]}"] = gamma
+            kernel = kernel * gamma[:, None, None, :]
+        kernels[name] = kernel
+    sharing = kernels["query"].shape[1] // kernels["key"].shape[1]
+    key = jnp.repeat(kernels["key"], sharing, axis=1)
+    arrays["wqk_singular_values"] = spectral.product_singular_values(
+        _wait(kernels["query"], done), key
+    )
+    return arrays
+
+
+def _over_heads(values_NH: jax.Array) -> jax.Array:
+    return values_NH.mean(axis=1).mean(axis=0)

@@ -166,6 +166,20 @@ def _svd(r: jax.Array) -> jax.Array:
         return jnp.linalg.svd(r, full_matrices=False, compute_uv=False)
 
 
+def product_singular_values(a_DK: jax.Array, b_DK: jax.Array) -> jax.Array:
+    """Singular values of A B^T through the thin QR factors: no [D, D] matrix.
+
+    Args:
+        a_DK, b_DK: [..., D, K].
+    Returns:
+        [..., K] float32, descending; the other D - K are 0. NaN where something is not finite.
+    """
+    r_a, r_b = _triangular(jnp.stack([a_DK, b_DK]).astype(jnp.float32))  # one LAPACK call
+    with jax.default_matmul_precision("highest"):
+        product = jnp.einsum("...ak,...bk->...ab", r_a, r_b)
+        return jnp.linalg.svd(product, full_matrices=False, compute_uv=False)
+
+
 def _triangular(rows: jax.Array) -> jax.Array:
     """R [..., K, K] of the QR factorisation of [..., n, K]; zero rows fill up where n < K."""
     num_rows, dim = rows.shape[-2:]
@@ -273,19 +287,16 @@ def subspace_overlap(f: Factor) -> jax.Array:
     Of heads i and j: ||V_i^T V_j||_F^2 / 8, V the 8 leading right singular vectors.
 
     Args:
-        f: factor with leading axes [..., G], G the kv heads of a layer; K at least 8.
+        f: factor with leading axes [..., G], G the kv heads of a layer.
     Returns:
-        [..., G] float32 in [0, 1]; random directions give 8 / K. NaN where there is no other
-        head, or where the keys of a head it is compared with, or its own, do not vary.
+        [..., G] float32 in [0, 1]; random directions give 8 / K. Heads whose keys do not vary are
+        left out; NaN where the head is one of them, or where there is no other.
     """
     with jax.default_matmul_precision("highest"):
         _, sigma, vectors = jnp.linalg.svd(f.r, full_matrices=False)
         leading = vectors[..., :_LEADING, :]
         products = jnp.einsum("...iak,...jbk->...ijab", leading, leading)
-    overlap = (products**2).sum(axis=(-2, -1)) / _LEADING
+    overlap = (products**2).sum(axis=(-2, -1)) / leading.shape[-2]
     varies = sigma[..., 0] > 0
-    overlap = jnp.where(varies[..., :, None] & varies[..., None, :], overlap, jnp.nan)
-    num_heads = overlap.shape[-1]
-    others = jnp.where(jnp.eye(num_heads, dtype=bool), 0.0, overlap)
-    count = jnp.float32(num_heads - 1)
-    return jnp.where(varies, others.sum(axis=-1) / count, jnp.nan)
+    compared = varies[..., :, None] & varies[..., None, :] & ~jnp.eye(varies.shape[-1], dtype=bool)
+    return jnp.where(compared, overlap, 0.0).sum(axis=-1) / compared.sum(axis=-1)

@@ -410,6 +410,7 @@ class _Run:
             "diverged_step": diverged_step,
             "wall_seconds": self._wall_seconds(),
         }
+        summary = run_directory.plain(summary)
         run_directory.write_summary(self.directory, summary)
         return summary
 

@@ -66,6 +66,10 @@ def batches(sequences, size):
         yield pipeline.ValidationBatch(tokens, np.arange(size) < len(rows))
 
 
+def compile_quickly(jitted, arguments):
+    return jitted.lower(*arguments).compile(compiler_options=QUICK)
+
+
 class Measurer:
     """An Evaluator whose step is compiled quickly."""
 
@@ -73,11 +77,7 @@ class Measurer:
         self.mesh = sharding.make_mesh()
         self.evaluator = evaluation.Evaluator(c, self.mesh)
         self.size = self.evaluator.sequences_per_batch(10**6)
-        step = eval_step.make_eval_step(c, self.mesh)
-        tokens = jax.ShapeDtypeStruct((self.size, T + 1), np.int32)
-        valid = jax.ShapeDtypeStruct((self.size,), np.bool_)
-        shapes = model.parameter_shapes(c.model), jax.eval_shape(lambda: eval_step.empty_factor(c))
-        self.evaluator._step = step.lower(*shapes, tokens, valid).compile(compiler_options=QUICK)
+        self.evaluator._compile = compile_quickly
 
     def __call__(self, params, sequences, interrupted=lambda: False):
         params = jax.device_put(params, sharding.replicated(self.mesh))
@@ -86,14 +86,14 @@ class Measurer:
 
 @functools.cache
 def learned():
-    """QK-Norm; 4 sequences a batch and device."""
-    c = small("learned", 4)
+    """QK-Norm; 3 sequences a batch and device."""
+    c = small("learned", 3)
     return c, Measurer(c), random_params(c)
 
 
 @functools.cache
 def measured():
-    """Eleven sequences in batches of four, so that the last batch has a padded row."""
+    """Eleven sequences in batches of three, so that the last batch has a padded row."""
     _, measure, params = learned()
     return measure(params, skewed_sequences(11))
 
@@ -201,15 +201,16 @@ def test_collapsed_keys_far_from_0_over_two_hundred_batches():
 
 def test_tokens_of_padded_rows_are_not_read():
     c, measure, params = learned()
-    step = measure.evaluator._step
     params = jax.device_put(params, sharding.replicated(measure.mesh))
     results = []
     for filling in (0, 63):
         tokens = skewed_sequences(measure.size)
         tokens[-1] = filling
         valid = np.arange(measure.size) < measure.size - 1
-        factors = jax.device_put(eval_step.empty_factor(c), sharding.replicated(measure.mesh))
-        results.append(jax.device_get(step(params, factors, tokens, valid)))
+        statistics = eval_step.empty_statistics(c, measure.mesh)
+        arguments = (params, statistics, tokens, valid)
+        step = measure.evaluator._program("step", measure.size, *arguments)
+        results.append(jax.device_get(step(*arguments)))
     jax.tree.map(np.testing.assert_array_equal, *results)
     assert results[0][1][-1] == 0 and (results[0][1][:-1] > 0).all()
 

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 STREET = [
     """
     startup __init__ data.__init__ errors presets command_line config config_flag signals
-    spectral muon losses sharding data.manifest
+    spectral moments muon losses sharding data.manifest
     """,
     """
     flops data.docstrings data.documents data.hub data.tfds_text data.sources data.holdout
@@ -21,12 +21,13 @@ STREET = [
     model optimizer
     """,
     """
-    train_step eval_step environment run_directory tensorboard writers checkpoint
+    train_step probes eval_step environment run_directory tensorboard writers checkpoint
     """,
     """
     progress evaluation resources rank_curves rank_surgery train
     """,
     """
+    study.__init__ study.quantities study.run_spectra study.drawing study.figures
     """,
     """
     main
@@ -39,7 +40,8 @@ PLACES = {
 }
 PURE = ("spectral", "muon", "losses", "attention")  # arrays in, arrays out: nothing of ours
 # Answer in under a second, or are read by the report: no jax at import, however deep.
-LIGHT = ("main", "command_line", "config_flag", "run_directory", "data.dataset", "data.check")
+LIGHT = ("main", "command_line", "config_flag", "run_directory", "data.dataset", "data.check",
+         "study.figures")  # fmt: skip
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "clu", "tensorflow_datasets"}
 ONLY_IN = {"flax": {"model"}, "orbax": {"checkpoint"}, "clu": {"tensorboard"},
            "torch": set(), "tensorflow": set(), "transformers": set()}  # fmt: skip

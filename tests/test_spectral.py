@@ -333,6 +333,10 @@ def test_overlap_of_equal_orthogonal_and_random_subspaces():
 def test_overlap_is_undefined_without_other_heads_or_without_keys():
     roots = np.random.default_rng(18).standard_normal((3, K, K))
     assert np.isnan(_overlap(_factor_of(roots[:, None]))).all()
-    dead = roots * [[[1]], [[0]], [[1]]]
-    found = _overlap(_factor_of(np.stack([roots, dead])))
-    assert np.isfinite(found[0]).all() and np.isnan(found[1]).all()
+    dead, alone = roots * [[[1]], [[0]], [[1]]], roots * [[[1]], [[0]], [[0]]]
+    found = _overlap(_factor_of(np.stack([roots, dead, alone])))
+    assert np.isfinite(found[0]).all() and np.isnan(found[2]).all()
+    np.testing.assert_array_equal(np.isnan(found[1]), [False, True, False])
+    # The other two are compared with each other alone, in the first row with the third head too.
+    pair = _overlap(_factor_of(roots[[0, 2]]))
+    np.testing.assert_allclose(found[1, [0, 2]], pair, rtol=1e-5)

@@ -252,6 +252,7 @@ def test_tensorboard_reads_every_scalar_of_a_stopped_run(datasets, tmp_path, mon
         (event.step, tag): event.value
         for tag in events.Tags()["scalars"]
         for event in events.Scalars(tag)
+        if np.isfinite(event.value)  # one kv head has no overlap: null there, NaN here
     }
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     expected = {

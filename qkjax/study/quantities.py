@@ -1,0 +1,145 @@
+"""Numbers per layer and head, by name: measures of singular values, and saved arrays.
+
+Measures are computed here, in numpy, from the singular values that a run saves, so that any of
+them can be had of any run that is on the disk. The formulas are those of `qkjax.spectral`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from qkjax import errors
+
+_HOLDS, _TIE = 0.9, 1e-6  # of r90, as in qkjax.spectral
+
+
+def _pr(s: np.ndarray) -> np.ndarray:
+    return s.sum(axis=-1) ** 2 / (s**2).sum(axis=-1)
+
+
+def _erank(s: np.ndarray) -> np.ndarray:
+    p = s / s.sum(axis=-1, keepdims=True)
+    return np.exp(-(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1))
+
+
+def _r90(s: np.ndarray) -> np.ndarray:
+    held = np.cumsum(np.sort(s**2, axis=-1)[..., ::-1], axis=-1)
+    short = (held < (_HOLDS - _TIE) * held[..., -1:]).sum(axis=-1)
+    return np.where(np.isfinite(held[..., -1]), short + 1.0, np.nan)
+
+
+# Of singular values divided by the largest one, [..., S] -> [...]; name -> formula and title.
+MEASURES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
+    "pr": (_pr, "participation ratio"),
+    "pr_cov": (lambda s: _pr(s**2), "covariance participation ratio"),
+    "erank": (_erank, "effective rank"),
+    "srank": (lambda s: (s**2).sum(axis=-1), "stable rank"),
+    "r90": (_r90, "directions for 90% of the energy"),
+}
+# Saved per head as they are; name -> title and unit.
+SAVED: dict[str, tuple[str, str]] = {
+    "max_logit": ("maximum attention logit", "dimensionless, after 1/sqrt(head_dim)"),
+    "entropy": ("attention entropy", "nats"),
+    "aa": ("axis alignment of keys", "0 random, 1 axes"),
+    "aa_ratio": ("axis alignment ratio r of keys", "dimensionless"),
+    "overlap": ("overlap of key subspaces between heads", "0 to 1"),
+}
+VECTORS = ("key", "query", "value", "wqk")
+STAGES = ("pre_rope", "post_rope")
+CENTRINGS = ("raw", "centred")
+_WQK = "wqk_singular_values"
+
+
+def measure(name: str, sigma_S: np.ndarray) -> np.ndarray:
+    """A measure of MEASURES of singular values, as `qkjax.spectral.MEASURES` defines it.
+
+    Args:
+        sigma_S: [..., S] singular values, any order, non-negative.
+    Returns:
+        [...] float64 in [1, S]; NaN where every singular value is 0 or one is not finite.
+    """
+    sigma_S = np.asarray(sigma_S, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return MEASURES[name][0](sigma_S / sigma_S.max(axis=-1, keepdims=True))
+
+
+class Quantity(NamedTuple):
+    """One number per layer and head: a measure of the singular values in an array, or an array."""
+
+    measure: str  # of MEASURES, or of SAVED
+    array: str  # name in spectra/step_*.npz
+
+    @property
+    def name(self) -> str:
+        """Stem of file names: "pr_key_post_rope_raw"."""
+        return self.measure if self.measure in SAVED else f"{self.measure}_{self.array}"
+
+    @property
+    def source(self) -> str:
+        """What is measured, in words: "key, post-RoPE, raw"; empty for an array of SAVED."""
+        if self.measure in SAVED:
+            return ""
+        if self.array == _WQK:
+            return "W_q^T W_k"
+        vectors, _, rest = self.array.partition("_")
+        rest = rest.replace("pre_rope_", "pre-RoPE, ").replace("post_rope_", "post-RoPE, ")
+        return f"{vectors}, {rest}"
+
+    @property
+    def title(self) -> str:
+        """The measure in words."""
+        return SAVED[self.measure][0] if self.measure in SAVED else MEASURES[self.measure][1]
+
+    @property
+    def counts_directions(self) -> bool:
+        """Whether values run from 1 to head_dim."""
+        return self.measure in MEASURES
+
+    def unit(self, head_dim: int) -> str:
+        """Unit of the values; counts of directions name how many there are."""
+        return f"directions of {head_dim}" if self.counts_directions else SAVED[self.measure][1]
+
+    def values(self, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+        """[layers, heads] float64; None where the evaluation did not record the array."""
+        if (array := arrays.get(self.array)) is None:
+            return None
+        if self.measure in SAVED:
+            return np.asarray(array, np.float64)
+        return measure(self.measure, array)
+
+
+def quantity(
+    measure: str, vectors: str | None = None, stage: str | None = None, centring: str | None = None
+) -> Quantity:
+    """The quantity that flags name; None: key, post_rope, raw, wherever the choice exists.
+
+    Raises:
+        UsageError: an unknown name, or a choice that the quantity does not have.
+    """
+    chosen = {"vectors": vectors, "stage": stage, "centring": centring}
+    known = {"vectors": VECTORS, "stage": STAGES, "centring": CENTRINGS}
+    for field, value in {**chosen, "measure": measure}.items():
+        names = known.get(field, (*MEASURES, *SAVED))
+        if value is not None and value not in names:
+            raise errors.UsageError(f"--{field}: {value!r} is unknown. Known: {', '.join(names)}.")
+    vectors = vectors or "key"
+    without: dict[str, str] = {}
+    if measure in SAVED:
+        without = dict.fromkeys(chosen, measure)
+    elif vectors == "wqk":
+        without = dict.fromkeys(("stage", "centring"), "wqk")
+    elif vectors == "value":
+        without = {"stage": "value"}
+    for field, owner in without.items():
+        if chosen[field] is not None:
+            raise errors.UsageError(
+                f"--{field}: {owner} has no {field}, expected none, found {chosen[field]}. "
+                f"Leave --{field} out."
+            )
+    if measure in SAVED:
+        return Quantity(measure, measure)
+    if vectors == "wqk":
+        return Quantity(measure, _WQK)
+    stages = () if vectors == "value" else (stage or "post_rope",)
+    return Quantity(measure, "_".join((vectors, *stages, centring or "raw")))

@@ -1,0 +1,252 @@
+"""What the evaluations of runs measured: read from run directories, and compared."""
+
+import csv
+import io
+import json
+import math
+import pathlib
+import re
+import zipfile
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from qkjax import errors, run_directory
+from qkjax.study.quantities import Quantity
+
+
+class Evaluation(NamedTuple):
+    """One pass over the validation data."""
+
+    step: int
+    tokens: int  # trained on before it
+    arrays: dict[str, np.ndarray]  # of DESIGN.md section 4
+
+
+class RunSpectra(NamedTuple):
+    """What a run is and what its evaluations measured, in ascending steps; at least one."""
+
+    label: str  # end of the path, as short as tells the runs of a figure apart
+    workdir: pathlib.Path
+    arm: str
+    seed: int
+    qk_norm: str
+    head_dim: int
+    sequence_length: int
+    dataset_fingerprint: str
+    evaluations: tuple[Evaluation, ...]
+    notes: tuple[str, ...]  # what was left out, for people
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps of the evaluations."""
+        return tuple(evaluation.step for evaluation in self.evaluations)
+
+    def at(self, step: int) -> Evaluation:
+        """The evaluation after `step` updates.
+
+        Raises:
+            UsageError: there is none; the message lists those there are.
+        """
+        for evaluation in self.evaluations:
+            if evaluation.step == step:
+                return evaluation
+        raise errors.UsageError(
+            f"--step: {step} was not evaluated in {self.workdir}. "
+            f"Choose one of {', '.join(map(str, self.steps))}."
+        )
+
+    def series(self, *arrays: str) -> list[Evaluation]:
+        """The evaluations that recorded all of `arrays`."""
+        return [e for e in self.evaluations if all(name in e.arrays for name in arrays)]
+
+
+def load_run(workdir: str | pathlib.Path, label: str = "") -> RunSpectra:
+    """Reads config.json, environment.json, metrics.jsonl and spectra/step_*.npz of a run.
+
+    Args:
+        label: the run's name in figures; the directory's name unless given.
+    Raises:
+        UsageError: not a run directory, no evaluation yet, or a damaged file.
+        StorageError: the disk failed.
+    """
+    path = pathlib.Path(workdir)
+    config = run_directory.read_config(path)
+    if config is None:
+        raise errors.UsageError(
+            f"{path}: not a run directory, expected a config.json in it. "
+            "Give the --workdir of a run."
+        )
+    rows = run_directory.read_metrics(path / "metrics.jsonl")
+    tokens = {row["step"]: row["tokens"] for row in rows if "tokens" in row}
+    evaluations, notes = [], []
+    for file in sorted((path / "spectra").glob("step_*.npz")):
+        match = re.fullmatch(r"step_(\d+)", file.stem)
+        if not match:
+            continue
+        step = int(match[1])
+        if step not in tokens:  # the run goes on, or was killed, between the two files
+            notes.append(f"{file}: left out, metrics.jsonl has no row of step {step}")
+            continue
+        evaluations.append(Evaluation(step, tokens[step], _read_arrays(file)))
+    if not evaluations:
+        raise errors.UsageError(
+            f"{path / 'spectra'}: no evaluation in it, expected step_*.npz. "
+            "Wait for the run's first evaluation."
+        )
+    return RunSpectra(
+        label=label or path.absolute().name,
+        workdir=path,
+        arm=config.arm,
+        seed=config.seed,
+        qk_norm=config.model.qk_norm,
+        head_dim=config.model.head_dim,
+        sequence_length=config.model.sequence_length,
+        dataset_fingerprint=_read_fingerprint(path / "environment.json"),
+        evaluations=tuple(sorted(evaluations, key=lambda evaluation: evaluation.step)),
+        notes=tuple(notes),
+    )
+
+
+def load_runs(workdirs: Sequence[str | pathlib.Path]) -> list[RunSpectra]:
+    """The runs in their order, labelled by the shortest path ends that tell them apart.
+
+    Raises:
+        UsageError: as `load_run`; or one run is given twice.
+    """
+    parts = [pathlib.Path(workdir).resolve().parts for workdir in workdirs]
+    for i, run in enumerate(parts):
+        if run in parts[:i]:
+            raise errors.UsageError(f"{workdirs[i]}: given twice. Name every run once.")
+    length = 1
+    while len({run[-length:] for run in parts}) < len(parts):
+        length += 1
+    labels = ["/".join(run[-length:]) for run in parts]
+    return [load_run(workdir, label) for workdir, label in zip(workdirs, labels, strict=True)]
+
+
+def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise errors.UsageError(
+            f"{path}: damaged ({error}), expected arrays of an evaluation. "
+            "Restore it from a copy, or move it away."
+        ) from error
+    except OSError as error:
+        raise run_directory.storage_error(path, error) from error
+
+
+def _read_fingerprint(path: pathlib.Path) -> str:
+    try:
+        return json.loads(path.read_bytes())["dataset_fingerprint"]
+    except OSError as error:
+        raise run_directory.storage_error(path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise errors.UsageError(
+            f"{path}: names no dataset_fingerprint ({error!r}). Restore it from a copy."
+        ) from error
+
+
+# --------------------------------------------------------------------------------------------
+# Comparing.
+
+
+class Compared(NamedTuple):
+    """One run in a comparison."""
+
+    run: RunSpectra
+    evaluation: Evaluation
+    values: np.ndarray  # [layers, heads]
+    difference: np.ndarray  # to the first run
+
+
+def compare(
+    runs: Sequence[RunSpectra], quantity: Quantity, step: int | None = None
+) -> list[Compared]:
+    """Runs after equally many training tokens, with their differences to the first one.
+
+    Args:
+        step: an evaluation of the first run; None is the last one that every run has.
+    Raises:
+        UsageError: the runs measured other validation data or another architecture, or one lacks
+            the evaluation or the quantity.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        if run.dataset_fingerprint != first.dataset_fingerprint:
+            raise errors.UsageError(
+                f"{run.workdir}: dataset {run.dataset_fingerprint}, "
+                f"but {first.workdir} has {first.dataset_fingerprint}. "
+                "Compare runs on one dataset: spectra depend on the validation tokens."
+            )
+    compared: list[Compared] = []
+    for run, evaluation in zip(runs, _evaluations(runs, step), strict=True):
+        values = quantity.values(evaluation.arrays)
+        if values is None:
+            raise errors.UsageError(
+                f"{run.workdir}: step {evaluation.step} has not recorded {quantity.array}. "
+                f"Recorded: {', '.join(sorted(evaluation.arrays))}."
+            )
+        base = compared[0] if compared else Compared(run, evaluation, values, values)
+        _check_comparable(base, run, evaluation, quantity.array)
+        compared.append(Compared(run, evaluation, values, values - base.values))
+    return compared
+
+
+def _check_comparable(base: Compared, run: RunSpectra, evaluation: Evaluation, array: str) -> None:
+    shape, expected = evaluation.arrays[array].shape, base.evaluation.arrays[array].shape
+    if shape != expected:
+        raise errors.UsageError(
+            f"{run.workdir}: {array} has shape {shape}, but {expected} in {base.run.workdir}. "
+            "Compare runs of one architecture."
+        )
+    tokens, expected_tokens = _num_tokens(evaluation), _num_tokens(base.evaluation)
+    if tokens != expected_tokens:
+        raise errors.UsageError(
+            f"{run.workdir}: measured on {tokens} validation tokens, "
+            f"but {base.run.workdir} on {expected_tokens}. Compare runs with one eval.tokens."
+        )
+
+
+def _evaluations(runs: Sequence[RunSpectra], step: int | None) -> list[Evaluation]:
+    """One evaluation of each run, all after equally many training tokens."""
+    by_tokens = [{e.tokens: e for e in run.evaluations} for run in runs]
+    if step is not None:
+        tokens = runs[0].at(step).tokens
+    elif common := set(by_tokens[0]).intersection(*by_tokens):
+        tokens = max(common)
+    else:
+        tokens = max(by_tokens[0])
+    for run, evaluations in zip(runs, by_tokens, strict=True):
+        if tokens not in evaluations:
+            raise errors.UsageError(
+                f"{run.workdir}: no evaluation after {tokens} tokens, which {runs[0].workdir} "
+                f"has. It has {', '.join(map(str, evaluations))}. Choose another --step."
+            )
+    return [evaluations[tokens] for evaluations in by_tokens]
+
+
+def _num_tokens(evaluation: Evaluation) -> int | None:
+    array = evaluation.arrays.get("num_tokens")
+    return None if array is None else int(array)
+
+
+def comparison_csv(compared: Sequence[Compared]) -> str:
+    """The comparison, one line per run, layer and head; an empty cell is undefined (NaN)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    fields = ("run", "arm", "seed", "step", "tokens", "layer", "head", "value", "difference")
+    writer.writerow(fields)
+    for run, evaluation, values, difference in compared:
+        for layer, head in np.ndindex(values.shape):
+            cells = (_cell(float(values[layer, head])), _cell(float(difference[layer, head])))
+            run_is = (run.label, run.arm, run.seed, evaluation.step, evaluation.tokens)
+            writer.writerow((*run_is, layer, head, *cells))
+    return text.getvalue()
+
+
+def _cell(value: float) -> str:
+    return f"{value:.9g}" if math.isfinite(value) else ""
