@@ -24,7 +24,8 @@ STREET = [
     train_step probes eval_step environment run_directory tensorboard writers checkpoint
     """,
     """
-    progress evaluation resources rank_curves rank_surgery train
+    progress evaluation resources rank_curves rank_surgery train export.__init__
+    export.trained_run export.hf export.card export.verify export.directory generation
     """,
     """
     study.__init__ study.quantities study.run_spectra study.drawing study.figures
@@ -44,7 +45,8 @@ LIGHT = ("main", "command_line", "config_flag", "run_directory", "data.dataset",
          "study.figures")  # fmt: skip
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "clu", "tensorflow_datasets"}
 ONLY_IN = {"flax": {"model"}, "orbax": {"checkpoint"}, "clu": {"tensorboard"},
-           "torch": set(), "tensorflow": set(), "transformers": set()}  # fmt: skip
+           "torch": {"export.verify"}, "tensorflow": set(),
+           "transformers": {"export.verify"}}  # fmt: skip
 
 
 def path_of(name: str) -> pathlib.Path:

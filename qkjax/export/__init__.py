@@ -1,0 +1,1 @@
+"""Trained parameters as a directory that stock Hugging Face classes load, and the proof of it."""

@@ -1,0 +1,118 @@
+"""README.md of an exported directory: what the model is, and whether it was verified."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from qkjax import run_directory
+from qkjax.export import hf
+from qkjax.export.trained_run import TrainedRun
+
+NOT_VERIFIED = ("Not verified. Export again with --verify to compare it with its run.",)
+_USE = """\
+    import transformers
+    model = transformers.AutoModelForCausalLM.from_pretrained("DIR")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("DIR")
+"""
+
+
+def render(run: TrainedRun, dtype: str, verification: Sequence[str] = NOT_VERIFIED) -> str:
+    """The model card, Markdown with the front matter of the hub; no paths, no times.
+
+    Args:
+        dtype: of the stored tensors.
+        verification: a paragraph, or the lines of a table, of what --verify found.
+    """
+    config, manifest = run.config, run.dataset.manifest
+    name = f"{config.arm}, {config.recipe}, {config.scale}, seed {config.seed}, step {run.step}"
+    rows = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in _facts(run, dtype))
+    end_of_text = f"{_cell(run.tokenizer.eos_token)} (id {run.tokenizer.eos_id})"
+    starts = (
+        "In training every document came after it:\n"
+        "  put it before a prompt that begins a document."
+        if manifest.end_of_text
+        else "In training documents followed each\n  other without it: the model has never seen it."
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [qkjax]
+---
+
+# qkjax: {name}
+
+A small research model of the study of QK-Norm under AdamW and Muon. It is no assistant, and its
+answers are not reliable. It loads with stock classes:
+
+{_USE}
+| | |
+|---|---|
+{rows}
+
+## Notes
+
+- The embedding is stored times sqrt({config.model.d_model}) and the final norm's weight divided by
+  it: the stock class does not scale the embedding. The head is tied to the embedding.
+- The end-of-text token {end_of_text} is also the one for beginning and padding.
+  The tokenizer does not add it. {starts}
+- transformers reads a special token written out in a text as that token; in training the same
+  characters were ordinary text.
+
+## Verification
+
+{chr(10).join(verification)}
+"""
+
+
+def _facts(run: TrainedRun, dtype: str) -> list[tuple[str, Any]]:
+    config, environment, summary = run.config, run.environment, run.summary or {}
+    manifest, optimizer = run.dataset.manifest, run.config.optimizer
+    versions, git = environment.get("versions") or {}, environment.get("git") or {}
+    rate = f"{optimizer.learning_rate:g}"
+    if optimizer.adam_learning_rate is not None:
+        rate += f", {optimizer.adam_learning_rate:g} for embedding and gammas"
+    diverged = summary.get("diverged_step")
+    return [
+        ("class", hf.architecture(config.model)),
+        ("tensors", dtype),
+        ("parameters", f"{sum(math.prod(x.shape) for x in jax.tree.leaves(run.params)):,}"),
+        ("arm", config.arm),
+        ("QK-Norm", config.model.qk_norm),
+        ("MLP", config.model.mlp),
+        ("recipe, scale, seed", f"{config.recipe}, {config.scale}, {config.seed}"),
+        ("optimiser, learning rate", f"{optimizer.name}, {rate}"),
+        ("step", f"{run.step:,} of {config.schedule.num_steps:,}"),
+        ("training tokens", f"{run.step * config.train.tokens_per_step:,}"),
+        ("context", f"{config.model.sequence_length:,} tokens"),
+        ("validation loss (nat per token)", _validation_loss(run)),
+        ("trained in", f"{config.model.dtype} on {_device(environment)}"),
+        ("diverged", "no" if diverged is None else f"at step {diverged}"),
+        ("dataset", manifest.name),
+        ("dataset fingerprint", manifest.fingerprint),
+        ("tokenizer sha256", run.tokenizer.sha256),
+        ("params_sha256 of the checkpoint", run.params_sha256),
+        ("qkjax, jax", f"{versions.get('qkjax')}, {versions.get('jax')}"),
+        ("git commit", git.get("sha")),
+    ]
+
+
+def _validation_loss(run: TrainedRun) -> str:
+    path = run.workdir / "metrics.jsonl"
+    rows = run_directory.read_metrics(path) if path.exists() else []
+    found = [row.get("val/loss") for row in rows if row["step"] == run.step]
+    return "not measured at this step" if not found or found[0] is None else f"{found[0]:.5f}"
+
+
+def _device(environment: dict[str, Any]) -> str:
+    devices = environment.get("devices") or {}
+    return f"{devices.get('count')} x {devices.get('kind')}"
+
+
+def _cell(value: Any) -> str:
+    """Text that stays in its cell, whatever names a user has given."""
+    text = "unknown" if value is None else " ".join(str(value).split())
+    for character in "\\|<>`[]*":
+        text = text.replace(character, f"\\{character}")
+    return text

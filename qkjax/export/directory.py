@@ -1,0 +1,136 @@
+"""A run exported: every file of the directory, put there as a whole or not at all."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+
+from qkjax import errors, run_directory
+from qkjax.data import manifest as manifests
+from qkjax.data import tokenizer as tokenizers
+from qkjax.export import card, hf, trained_run, verify
+from qkjax.export.trained_run import TrainedRun
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to export; None stands for the default."""
+
+    workdir: pathlib.Path
+    out: pathlib.Path
+    step: int | None = None  # of the checkpoint; the latest
+    dtype: str = "float32"  # of the tensors, one of hf.DTYPES
+    data_dir: str | None = None  # where the dataset lies now; where the run found it
+    verify_sequences: int = 0  # validation sequences to verify with; 0 = no verification
+
+
+def export(request: Request, report: Callable[[str], None] = print) -> None:
+    """Writes the directory; where asked, verifies it and writes the verdict into its model card.
+
+    Args:
+        report: gets a line for everything that is done.
+    Raises:
+        UsageError: what `open_run` refuses, an `out` that exists, a package that is missing; or
+            the directory does not compute what the run's model does: it stays, its card says so.
+        StorageError: the disk failed; nothing has appeared under the final name.
+    """
+    out = request.out
+    if out.exists() or out.is_symlink():
+        raise errors.UsageError(
+            f"--out: {out} is there already, and exports overwrite nothing. "
+            "Give a new directory, or move this one away."
+        )
+    if request.verify_sequences < 0:
+        raise errors.UsageError(
+            f"--verify_sequences: {request.verify_sequences}, expected 1 or more. Give another."
+        )
+    hf.require_safetensors()
+    if request.verify_sequences:
+        verify.require_torch()
+    run = trained_run.open_run(request.workdir, step=request.step, data_dir=request.data_dir)
+    write(run, out, request.dtype)
+    report(f"{out}: {hf.architecture(run.config.model)}, {request.dtype}, step {run.step}")
+    if not request.verify_sequences:
+        return
+    verdict = verify.verify(out, run, request.verify_sequences, report)
+    text = card.render(run, request.dtype, verdict.table())
+    run_directory.write_bytes(out / "README.md", text.encode())
+    if verdict.failed:
+        raise errors.UsageError(
+            f"{out}: verification failed: {'; '.join(verdict.failed)}. Do not use this directory "
+            "(its README.md says so); report the numbers above with the versions of torch, "
+            "transformers and jax."
+        )
+    report("verified")
+
+
+def write(run: TrainedRun, out: pathlib.Path, dtype: str = "float32") -> None:
+    """Writes every file into a hidden directory beside `out`, syncs them, and renames it.
+
+    A kill leaves at most that hidden directory, `.NAME.tmp-PID`, which may be deleted.
+
+    Raises:
+        UsageError: the stock class cannot hold the model.
+        StorageError: the disk failed.
+    """
+    config = hf.config_json(run.config.model, eos_id=run.tokenizer.eos_id, dtype=dtype)
+    tensors = hf.to_tensors(run.params, run.config.model, dtype=dtype)
+    texts = {
+        hf.CONFIG_FILE: _json(config),
+        "generation_config.json": _json({k: v for k, v in config.items() if k.endswith("_id")}),
+        **_tokenizer_files(run),
+        "README.md": card.render(run, dtype).encode(),
+    }
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our id
+        temporary.mkdir()
+        try:
+            hf.save_tensors(tensors, temporary / hf.WEIGHTS_FILE)
+            for name, content in texts.items():
+                (temporary / name).write_bytes(content)
+            usual = (temporary / hf.CONFIG_FILE).stat().st_mode
+            (temporary / hf.WEIGHTS_FILE).chmod(usual)  # safetensors makes it the owner's alone
+            for path in temporary.iterdir():
+                _sync(path)
+            manifests.sync_directory(temporary)
+            temporary.rename(out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        manifests.sync_directory(out.parent)
+    except OSError as error:
+        raise run_directory.storage_error(out, error) from error
+
+
+def _tokenizer_files(run: TrainedRun) -> dict[str, bytes]:
+    """The dataset's own tokenizer.json, byte for byte, and what both transformers 4 and 5 read."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # what 5 writes itself, 4 cannot load
+        "model_max_length": run.config.model.sequence_length,
+        "model_input_names": ["input_ids", "attention_mask"],  # no token types: generate refuses
+        "clean_up_tokenization_spaces": False,
+        **{f"{name}_token": run.tokenizer.eos_token for name in ("bos", "eos", "pad")},
+    }
+    pre_tokenizer = json.loads(run.tokenizer.content).get("pre_tokenizer") or {}
+    if "add_prefix_space" in pre_tokenizer:  # transformers would set its own default instead
+        config["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
+    return {
+        tokenizers.FILE_NAME: run.tokenizer.content,
+        "tokenizer_config.json": _json(config),
+    }
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,132 @@
+"""A run directory opened for use: config, verified parameters of one step, dataset, tokenizer."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from qkjax import checkpoint, errors, model, run_directory
+from qkjax.config import Config
+from qkjax.data import dataset as datasets
+from qkjax.data import manifest as manifests
+from qkjax.data import tokenizer as tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """One checkpoint of a run, with all that says what it is."""
+
+    workdir: pathlib.Path
+    config: Config
+    step: int  # updates done
+    params: model.Params  # numpy, float32, finite
+    params_sha256: str
+    dataset: datasets.Dataset
+    tokenizer: tokenizers.Tokenizer
+    environment: dict[str, Any]  # environment.json
+    summary: dict[str, Any] | None  # summary.json; None: the run is not finished
+
+
+def open_run(
+    workdir: pathlib.Path,
+    *,
+    step: int | None = None,
+    data_dir: str | None = None,
+    finished: bool = True,
+) -> TrainedRun:
+    """Opens a run; writes nothing in it. Of the dataset, only manifest and tokenizer are read.
+
+    Args:
+        step: of the checkpoint; None takes the latest.
+        data_dir: where the run's dataset lies now; None: where the run found it.
+        finished: refuse a run without summary.json.
+    Raises:
+        UsageError: no run, an unfinished one, no such checkpoint or a damaged one, parameters
+            that are not finite, another dataset than the run's, another vocabulary.
+    """
+    config = run_directory.read_config(workdir) if workdir.is_dir() else None
+    if config is None:
+        raise errors.UsageError(
+            f"{workdir}: not a run directory, expected config.json in it. "
+            "Give the --workdir of a run of qkjax.main."
+        )
+    summary = run_directory.read_summary(workdir)
+    if finished and summary is None:
+        raise errors.UsageError(
+            f"{workdir}: the run is not finished, expected summary.json in it. "
+            "Run its qkjax.main command again until it is done."
+        )
+    dataset = _open_dataset(workdir, config, data_dir)
+    tokenizer = tokenizers.of_dataset(dataset.manifest, dataset.directory)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise errors.UsageError(
+            f"{dataset.directory}: its tokenizer has {tokenizer.vocab_size} tokens, and the model "
+            f"of {workdir} has {config.model.vocab_size}. "
+            "Give the directory of the run's own dataset as --data_dir=DIR."
+        )
+    environment = _environment(workdir)
+    fingerprint, trained_on = dataset.manifest.fingerprint, environment["dataset_fingerprint"]
+    if fingerprint != trained_on:
+        raise errors.UsageError(
+            f"{dataset.directory}: another dataset than the run's, fingerprint "
+            f"{fingerprint[:12]}, expected {trained_on[:12]}. "
+            "Give the directory of the run's own dataset as --data_dir=DIR."
+        )
+    step, params, digest = _restore(workdir, config, step)
+    return TrainedRun(
+        workdir, config, step, params, digest, dataset, tokenizer, environment, summary
+    )
+
+
+def _open_dataset(workdir: pathlib.Path, config: Config, data_dir: str | None) -> datasets.Dataset:
+    directory = config.data.dir if data_dir is None else data_dir
+    if not directory:
+        return datasets.open_dataset(config)  # the embedded corpus, made where it is missing
+    if not pathlib.Path(directory, manifests.FILE_NAME).is_file():
+        raise errors.UsageError(
+            f"{directory}: no dataset.json there, expected the dataset of {workdir}. "
+            "Where it has moved, give --data_dir=DIR."
+        )
+    return datasets.Dataset(pathlib.Path(directory), manifests.load(directory))
+
+
+def _environment(workdir: pathlib.Path) -> dict[str, Any]:
+    path = workdir / "environment.json"
+    try:
+        record = json.loads(path.read_bytes())
+        if not isinstance(record["dataset_fingerprint"], str):
+            raise TypeError("dataset_fingerprint is no text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise errors.UsageError(
+            f"{path}: does not name the dataset of the run ({error!r}). Restore it from a copy."
+        ) from error
+    return record
+
+
+def _restore(
+    workdir: pathlib.Path, config: Config, step: int | None
+) -> tuple[int, model.Params, str]:
+    directory = workdir / "checkpoints"
+    with contextlib.closing(checkpoint.Checkpoints(directory, read_only=True)) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise errors.UsageError(f"{directory}: no checkpoint there. Let the run save one.")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise errors.UsageError(
+                f"--step: {directory} has no checkpoint of step {step}. Give one of {steps}."
+            )
+        params = checkpoints.restore_params(step, model.parameter_shapes(config.model))
+        digest = checkpoints.meta(step)["params_sha256"]
+    names = checkpoint.leaf_names(params)
+    for name, leaf in zip(names, jax.tree.leaves(params), strict=True):
+        if not np.isfinite(leaf).all():
+            raise errors.UsageError(
+                f"{directory / str(step)}: params/{name} has values that are not finite. "
+                f"Give an earlier --step; the run has {steps}."
+            )
+    return step, params, digest

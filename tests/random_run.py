@@ -1,0 +1,93 @@
+"""A run directory without training: random parameters of some size, and numpy's losses of them."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import reference_model
+import small_run
+
+from qkjax import checkpoint, config, model, run_directory
+from qkjax.data import manifest, pipeline
+
+STEP = small_run.STEPS
+
+
+def random_params(run_config: config.Config, seed: int = 0) -> model.Params:
+    """Activations and logits of order 1, gammas that are not 1: every mistake shows."""
+    chance = np.random.default_rng(seed)
+
+    def leaf(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith("gamma"):
+            return chance.uniform(0.5, 1.5, shape).astype(np.float32)
+        size = 0.2 if name == "embedding" else 1.5 / np.sqrt(shape[-2])
+        return (chance.standard_normal(shape) * size).astype(np.float32)
+
+    def fill(tree: Any, path: str = "") -> Any:
+        if isinstance(tree, dict):
+            return {name: fill(child, f"{path}/{name}".strip("/")) for name, child in tree.items()}
+        return leaf(path, tree.shape)
+
+    return fill(model.parameter_shapes(run_config.model))
+
+
+def records(dataset: pathlib.Path) -> np.ndarray:
+    """int [7, T+1]: the validation split."""
+    batches = pipeline.read_validation(
+        dataset, manifest.load(dataset), num_tokens=0, sequences_per_batch=7
+    )
+    return next(iter(batches)).tokens
+
+
+def reference_losses(params: model.Params, run_config: config.Config) -> np.ndarray:
+    """[7] float32 summed losses of the validation records, by numpy in float64."""
+    wide = _map(params)
+    sums = []
+    for record in records(pathlib.Path(run_config.data.dir)):
+        with np.errstate(all="ignore"):  # some tests give parameters that are not finite
+            logits, _ = reference_model.logits(wide, record[:-1], run_config.model)
+        log_sum = np.log(np.exp(logits).sum(-1))
+        sums.append((log_sum - logits[np.arange(len(logits)), record[1:]]).sum())
+    return np.array(sums, np.float32)
+
+
+def _map(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {name: _map(child) for name, child in tree.items()}
+    return np.asarray(tree, np.float64)
+
+
+def make(
+    directory: pathlib.Path,
+    dataset: pathlib.Path,
+    qk_norm: str = "none",
+    mlp: str = "swiglu",
+    params: model.Params | None = None,
+    **fields: Any,
+) -> pathlib.Path:
+    """Config, environment, one checkpoint, losses and summary, as a finished run leaves them."""
+    values = {"model__mlp": mlp, "model__num_kv_heads": 2, "model__num_heads": 4}
+    run_config = small_run.make_config(
+        dataset, "muon", qk_norm, **{**values, "model__head_dim": 8, **fields}
+    ).for_platform("cpu")
+    params = random_params(run_config) if params is None else params
+    directory.mkdir(parents=True)
+    fingerprint = manifest.load(dataset).fingerprint
+    run_directory.write_json(directory / "config.json", run_config.to_dict())
+    run_directory.write_json(directory / "environment.json", {"dataset_fingerprint": fingerprint})
+    checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
+    checkpoints.save(STEP, params, {"count": np.zeros(1, np.float32)}, {})
+    checkpoints.wait()
+    checkpoints.close()
+    write_losses(directory, reference_losses(params, run_config))
+    (directory / "metrics.jsonl").write_text(json.dumps({"step": STEP, "val/loss": 4.25}) + "\n")
+    run_directory.write_summary(directory, {"step": STEP, "diverged_step": None})
+    return directory
+
+
+def write_losses(directory: pathlib.Path, loss_sum: np.ndarray) -> None:
+    """validation/step_*.npz with these sums."""
+    path = directory / "validation" / f"step_{STEP:08d}.npz"
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, loss_sum=loss_sum, count=np.full(len(loss_sum), small_run.LENGTH, np.float32))
