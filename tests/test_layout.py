@@ -28,7 +28,7 @@ STREET = [
     export.trained_run export.hf export.card export.verify export.directory generation
     """,
     """
-    study.__init__ study.quantities study.run_spectra study.drawing study.figures
+    study.__init__ study.quantities study.run_spectra study.results study.drawing study.figures
     """,
     """
     main

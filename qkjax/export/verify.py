@@ -214,9 +214,10 @@ def _load(directory: pathlib.Path, config: ModelConfig) -> tuple[Any, Check]:
     import transformers
 
     try:
-        stock, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
+        stock, info = loaded
     except Exception as error:  # whatever it raises, the directory does not load
         return None, Check("loads", _first_line(error), passed=False)
     problems = [
