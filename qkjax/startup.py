@@ -15,6 +15,11 @@ def prepare_process() -> None:
     # XLA calls LAPACK from all threads of its pool. An OpenBLAS with threads of its own then spins
     # on its lock: 8 virtual devices on 2 cores made no headway in a minute (docs/log.md).
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # A study starts the same few programs dozens of times; JAX_ENABLE_COMPILATION_CACHE=false ends
+    # it. A directory that cannot be written costs a warning of jax.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "qkjax", "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     if _is_cpu_only() and importlib.metadata.version("jaxlib") in _YNN_VERSIONS:
         present = os.environ.get("XLA_FLAGS", "")
         if _YNN_OFF not in present:  # other versions would abort on the unknown flag

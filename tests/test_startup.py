@@ -33,3 +33,21 @@ def test_cpu_flags_are_set_and_join_those_of_the_user():
 def test_an_accelerator_gets_no_cpu_flag_and_the_users_values_stay():
     assert show(JAX_PLATFORMS="cuda") == ["1", "None"]
     assert show(JAX_PLATFORMS="cuda", OPENBLAS_NUM_THREADS="3")[0] == "3"
+
+
+def test_compiled_programs_are_kept_for_the_next_start(tmp_path):
+    code = (
+        "import qkjax, jax, jax.numpy as jnp; "
+        "jax.jit(lambda x: jnp.linalg.svd(x @ x.T)[1].sum())(jnp.ones((9, 9)))"
+    )
+    settings = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    env = {k: v for k, v in os.environ.items() if k not in settings}
+    env |= {"XDG_CACHE_HOME": str(tmp_path), settings[1]: "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    assert list((tmp_path / "qkjax" / "jax").iterdir())
+    (tmp_path / "file").touch()  # no directory can be made in it: a warning, and the result
+    unwritable = env | {"XDG_CACHE_HOME": str(tmp_path / "file")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=unwritable)
+    own = env | {settings[0]: str(tmp_path / "own")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=own)
+    assert list((tmp_path / "own").iterdir())
