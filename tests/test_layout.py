@@ -28,7 +28,8 @@ STREET = [
     export.trained_run export.hf export.card export.verify export.directory generation
     """,
     """
-    study.__init__ study.quantities study.run_spectra study.results study.drawing study.figures
+    study.__init__ study.quantities study.run_spectra study.results study.statistics
+    study.judgement study.clauses study.hypotheses study.verdicts study.drawing study.figures
     """,
     """
     main
@@ -42,7 +43,7 @@ PLACES = {
 PURE = ("spectral", "muon", "losses", "attention")  # arrays in, arrays out: nothing of ours
 # Answer in under a second, or are read by the report: no jax at import, however deep.
 LIGHT = ("main", "command_line", "config_flag", "run_directory", "data.dataset", "data.check",
-         "study.figures")  # fmt: skip
+         "study.figures", "study.results", "study.statistics", "study.verdicts")  # fmt: skip
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "clu", "tensorflow_datasets"}
 ONLY_IN = {"flax": {"model"}, "orbax": {"checkpoint"}, "clu": {"tensorboard"},
            "torch": {"export.verify"}, "tensorflow": set(),
