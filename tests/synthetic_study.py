@@ -157,8 +157,10 @@ def write_run(
                 _write_spectra(workdir, f"step_{step:08d}", row, run_config)
         rows.append(row)
         summary |= {name: value for name, value in row.items() if "/" in name}
-    final = run_config.eval.final_tokens >= 0 and diverged_after is None
-    if final:
+    if diverged_after is not None:  # the row of the step that was not finite
+        tokens = (end + 1) * train.tokens_per_step
+        rows.append({"step": end + 1, "tokens": tokens, "train/loss": None})
+    elif run_config.eval.final_tokens >= 0:
         measured = _metrics({metric: course(last) for metric, course in at.items()}, run_config)
         for name, value in measured.items():
             family, _, rest = name.partition("/")

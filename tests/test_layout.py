@@ -29,7 +29,8 @@ STREET = [
     """,
     """
     study.__init__ study.quantities study.run_spectra study.results study.statistics
-    study.judgement study.clauses study.hypotheses study.verdicts study.drawing study.figures
+    study.judgement study.clauses study.stability study.hypotheses study.items study.verdicts
+    study.drawing study.figures
     """,
     """
     main

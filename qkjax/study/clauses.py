@@ -219,17 +219,21 @@ def by_rule(
     *,
     limit: float,
     unit: str,
+    reaches: bool = False,
     too_short: str = "",
 ) -> Clause:
     """A clause that every run of an arm has to satisfy: measure < limit.
 
     Args:
+        reaches: whether the limit itself is still allowed.
         measure: None where the run is too short to be measured; infinite where it broke the rule
             without a number.
     """
     per_seed = {run.seed: measure(run) for run in study.of_arm(arm)}
     known = {seed: value for seed, value in per_seed.items() if value is not None}
-    broken = [seed for seed, value in known.items() if not value < limit]
+    broken = [
+        seed for seed, value in known.items() if not (value < limit or (reaches and value == limit))
+    ]
     worst = max(known.values(), default=math.nan)
     clause = Clause(
         name, text, INCONCLUSIVE, "", worst if math.isfinite(worst) else None, None, None, None,

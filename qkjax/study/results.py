@@ -18,6 +18,12 @@ from qkjax import config as configs
 from qkjax import errors, run_directory
 
 LOSS, PR = "val/loss", "pr/key/post_rope/raw"
+_PLAN_FIELDS = ("scale", "recipe", "arms", "controls", "seeds")  # of study.json, read here
+# What an item of downstream/<arm>/seed_<n>.items.jsonl holds, by task.
+_ITEM_FIELDS = {
+    "hellaswag": ("index", "item_sha256", "log_likelihoods", "gold", "acc", "acc_norm"),
+    "lambada": ("index", "item_sha256", "log_likelihood", "acc"),
+}
 
 
 class Probe(NamedTuple):
@@ -157,6 +163,9 @@ def load_study(workdir: str | pathlib.Path) -> Study:
             f"{path / 'study.json'}: no such file, expected a study of tools/run_study.py. "
             "Give the --workdir of a study."
         )
+    absent = [field for field in _PLAN_FIELDS if field not in plan]
+    if absent:
+        raise _damaged(path / "study.json", f"it lacks {', '.join(absent)}")
     runs: dict[tuple[str, int], RunResult] = {}
     missing, notes = [], []
     for arm in (*plan["arms"], *plan["controls"]):
@@ -186,7 +195,7 @@ def load_study(workdir: str | pathlib.Path) -> Study:
         downstream[arm, seed] = found
         lines = file.with_suffix(".items.jsonl")
         if lines.exists():
-            items[arm, seed] = _read_lines(lines)
+            items[arm, seed] = _read_items(lines)
     return Study(
         workdir=path,
         plan=plan,
@@ -221,18 +230,28 @@ def load_run(workdir: pathlib.Path) -> RunResult | str:
             f"{metrics}: ends at step {rows[-1]['step'] if rows else None}, but summary.json "
             f"says {summary['step']}. Restore it from a copy, or run this run again elsewhere."
         )
+    if rows[-1]["step"] - rows[0]["step"] != len(rows) - 1 or rows[0]["step"] != 0:
+        raise errors.UsageError(
+            f"{metrics}: holds {len(rows):,} rows up to step {rows[-1]['step']:,}, expected one of "
+            "every step from 0. Restore it from a copy, or run this run again elsewhere."
+        )
     probes = tuple(_probe(row) for row in rows if LOSS in row)
     if not probes:
         raise errors.UsageError(
             f"{metrics}: no evaluation in it, expected {LOSS}. Restore it from a copy."
         )
     environment = _read_json(workdir / "environment.json") or {}
+    if not environment.get("dataset_fingerprint"):
+        raise errors.UsageError(
+            f"{workdir / 'environment.json'}: names no dataset_fingerprint, so nobody can tell "
+            "what the run was trained on. Restore it from a copy, or train this run again."
+        )
     return RunResult(
         arm=config.arm,
         seed=config.seed,
         workdir=workdir,
         config=config,
-        dataset_fingerprint=str(environment.get("dataset_fingerprint")),
+        dataset_fingerprint=str(environment["dataset_fingerprint"]),
         environment=environment,
         summary=summary,
         rows=tuple(rows),
@@ -268,17 +287,39 @@ def _of_step(folder: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def _check_comparable(runs: list[RunResult]) -> None:
-    """Refuses runs on different data: no difference of theirs would mean anything."""
-    for run in runs[1:]:
+    """Refuses runs on different data or budgets: no difference of theirs would mean anything.
+
+    A diverged run has no final pass, so its validation sequences may be fewer.
+    """
+    counts: dict[int, RunResult] = {}
+    for run in runs:
         for what, ours, first in (
             ("dataset", run.dataset_fingerprint, runs[0].dataset_fingerprint),
-            ("validation sequences", len(run.sequence_losses), len(runs[0].sequence_losses)),
+            ("scale", run.config.scale, runs[0].config.scale),
+            ("recipe", run.config.recipe, runs[0].config.recipe),
+            ("steps", run.config.train.num_steps, runs[0].config.train.num_steps),
+            (
+                "tokens a step",
+                run.config.train.tokens_per_step,
+                runs[0].config.train.tokens_per_step,
+            ),
         ):
             if ours != first:
-                raise errors.UsageError(
-                    f"{run.workdir}: {what} {ours}, but {runs[0].workdir} has {first}. "
-                    "Runs of a study are compared on one dataset: train this one again."
-                )
+                raise _incomparable(run, what, ours, runs[0], first)
+        if not run.diverged:
+            counts.setdefault(len(run.sequence_losses), run)
+    if len(counts) > 1:
+        (first_count, first_run), (count, other) = list(counts.items())[:2]
+        raise _incomparable(other, "validation sequences", count, first_run, first_count)
+
+
+def _incomparable(
+    run: RunResult, what: str, ours: object, other: RunResult, theirs: object
+) -> errors.UsageError:
+    return errors.UsageError(
+        f"{run.workdir}: {what} {ours}, but {other.workdir} has {theirs}. Runs of a study are "
+        "compared on one dataset and one budget: train this one again."
+    )
 
 
 def _final_name(metric: str) -> str:
@@ -297,19 +338,32 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise errors.UsageError(
-            f"{path}: damaged ({error}). Delete it and run tools/run_study.py again."
-        ) from error
+        raise _damaged(path, str(error)) from error
     except OSError as error:
         raise run_directory.storage_error(path, error) from error
 
 
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def _read_items(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The items of a downstream result, each with the fields of its task."""
+    items = []
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            item = json.loads(line)
+            wanted = _ITEM_FIELDS.get(item["task"], ()) if isinstance(item, dict) else None
+            if wanted is None or (absent := [name for name in wanted if name not in item]):
+                lacks = "is no object" if wanted is None else f"lacks {', '.join(absent)}"
+                raise ValueError(f"line {number} {lacks}")
+            items.append(item)
+    except KeyError as error:
+        raise _damaged(path, f"line {number} lacks {error}") from error
     except ValueError as error:
-        raise errors.UsageError(
-            f"{path}: damaged ({error}). Delete it and run tools/run_study.py again."
-        ) from error
+        raise _damaged(path, str(error)) from error
     except OSError as error:
         raise run_directory.storage_error(path, error) from error
+    return items
+
+
+def _damaged(path: pathlib.Path, what: str) -> errors.UsageError:
+    return errors.UsageError(
+        f"{path}: damaged ({what}). Delete it and run tools/run_study.py again."
+    )

@@ -4,8 +4,9 @@
 """
 
 import dataclasses
+from collections.abc import Iterable
 
-from qkjax.study import hypotheses, statistics
+from qkjax.study import hypotheses, items, statistics
 from qkjax.study.clauses import Panel
 from qkjax.study.judgement import (
     INCONCLUSIVE,
@@ -19,16 +20,39 @@ from qkjax.study.results import Study
 
 __all__ = ["ALPHA", "Attribution", "Clause", "Judgement", "Verdict", "judge"]
 
-ALPHA = 0.025  # one-sided, over the family
+ALPHA = 0.025  # one-sided, over the family H1 to H4
 
 
 def judge(study: Study) -> Judgement:
-    """Every verdict of SCIENCE.md section 8 on a study, finished or not."""
+    """Every verdict of SCIENCE.md section 8 on a study, finished or not.
+
+    Returns:
+        H1 to H5, what the PR that QK-Norm costs under each optimiser is made of, and what a
+        reader has to know first.
+    """
     panel = Panel.of(study)
-    family = [hypotheses.constraint_trap(panel)]
+    family = [
+        hypotheses.constraint_trap(panel),
+        hypotheses.optimizer_behaviour(panel),
+        hypotheses.reversal(panel),
+        hypotheses.muon_alternative(panel),
+    ]
     rejected = statistics.holm({verdict.name: verdict.p for verdict in family}, ALPHA)
-    family = [_corrected(verdict, rejected[verdict.name]) for verdict in family]
-    return Judgement(tuple(family), (), (), panel.seeds)
+    deciding, shown = items.clauses(panel)
+    last = hypotheses.combine(
+        "H5",
+        "Rank predicts reasoning",
+        "Does the arm of higher rank answer more questions right?",
+        deciding,
+        shown=shown,
+    )
+    verdicts = (*(_corrected(verdict, rejected[verdict.name]) for verdict in family), last)
+    return Judgement(
+        verdicts=verdicts,
+        attributions=tuple(hypotheses.attribute(panel, name) for name in hypotheses.LABELS),
+        warnings=tuple(_warnings(panel, verdicts)),
+        seeds_used=panel.seeds,
+    )
 
 
 def _corrected(verdict: Verdict, rejected: bool) -> Verdict:
@@ -40,6 +64,32 @@ def _corrected(verdict: Verdict, rejected: bool) -> Verdict:
         verdict,
         status=INCONCLUSIVE,
         qualifier="",
-        reason=f"supported by its intervals, but not after Holm's correction over H1-H4 "
+        reason="supported by its intervals, but not after Holm's correction over H1-H4 "
         f"(p {verdict.p:.3g}): {verdict.reason}",
     )
+
+
+def _warnings(panel: Panel, verdicts: Iterable[Verdict]) -> Iterable[str]:
+    study = panel.study
+    if len(panel.seeds) == 1:
+        yield f"one seed ({panel.seeds[0]}): no replication, so no contrast is decided"
+    for seed in panel.left_out:
+        lacking = [f"{run.arm} ({run.why})" for run in study.missing if run.seed == seed]
+        yield f"seed {seed} is left out of every contrast, it lacks {', '.join(lacking)}"
+    for run in study.runs.values():
+        if run.diverged:
+            yield (
+                f"{run.arm} seed {run.seed} diverged at step {run.summary['diverged_step']:,}: "
+                "its loss counts as the initial one, its other numbers as the last finite ones"
+            )
+    for (arm, seed), found in study.downstream.items():
+        if items.is_sample(found):
+            yield f"{arm} seed {seed}: measured on the embedded sample, which decides nothing"
+    if study.plan.get("quick"):
+        yield "a quick study: its budgets are too small for its question"
+    for verdict in verdicts:
+        for clause in (*verdict.clauses, *verdict.shown):
+            for note in clause.notes:
+                if "would say" in note or "disagree" in note:
+                    yield f"{clause.name}: {note}"
+    yield from study.notes
