@@ -10,6 +10,7 @@ A number is where a metric ends; its course is linear from START. {step: value} 
 import json
 import math
 import pathlib
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,6 +116,42 @@ def write(
     return directory
 
 
+def write_downstream(
+    directory: pathlib.Path,
+    right: Mapping[str, float],
+    *,
+    seeds: Sequence[int] = (42, 43, 44),
+    items: int = 1_000,
+    sample: bool = False,
+    random_seed: int = 0,
+) -> None:
+    """downstream/ of the runs that are there: by arm the share of items answered right.
+
+    An item is as hard for every run; `right` is the mean of both tasks' accuracies.
+    """
+    random = np.random.default_rng(random_seed)
+    hard = random.standard_normal(items)
+    for arm, share in right.items():
+        for seed in seeds:
+            noise = 0.5 * random.standard_normal((2, items))
+            skill = np.quantile(hard + noise[0], share)
+            lines = []
+            for index in range(items):
+                hella, word = hard[index] + noise[:, index] < skill
+                name = {"index": index, "item_sha256": f"{index:064x}"}
+                likely = [-10.0, -10.0, -10.0, -9.0 + share if hella else -11.0 + share]
+                lines.append({"task": "hellaswag", **name, "log_likelihoods": likely, "gold": 3,
+                              "acc": int(hella), "acc_norm": int(hella)})  # fmt: skip
+                lines.append({"task": "lambada", **name, "log_likelihood": float(-3 - hard[index]),
+                              "greedy": bool(word), "acc": int(word)})  # fmt: skip
+            path = directory / "downstream" / arm / f"seed_{seed}.json"
+            run_directory.write_json(
+                path, {"run": {"params_sha256": f"{arm}-{seed}"}, "sample": sample, "tasks": {}}
+            )
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            path.with_suffix(".items.jsonl").write_text(text)
+
+
 def _typical(noise: float | Mapping[str, float]) -> float:
     return min(noise.values()) if isinstance(noise, Mapping) else noise
 
@@ -210,7 +247,9 @@ def _write_losses(
 ) -> None:
     """Sequences of different difficulty, whose mean is the loss."""
     length = run_config.model.sequence_length
-    difficulty = np.linspace(-0.5, 0.5, sequences)
+    random = np.random.default_rng(zlib.crc32(f"{run_config.arm}-{run_config.seed}".encode()))
+    own = 0.01 * random.standard_normal(sequences)  # beside what every run finds hard
+    difficulty = np.linspace(-0.5, 0.5, sequences) + own - own.mean()
     (workdir / "validation").mkdir(exist_ok=True)
     np.savez(
         workdir / "validation" / f"{name}.npz",

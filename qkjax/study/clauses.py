@@ -182,7 +182,7 @@ def _notes(
             f"the paired interval [{found.paired[0]:+.4g}, {found.paired[1]:+.4g}] alone would "
             f"say {other} ({other_words})"
         )
-    if min(found.per_seed) < 0 < max(found.per_seed):
+    if kind != NON_INFERIORITY and min(found.per_seed) < 0 < max(found.per_seed):
         notes.append("the seeds disagree in sign")
     return tuple(notes)
 

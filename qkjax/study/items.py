@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qkjax.study import statistics
-from qkjax.study.clauses import Panel, decide, figures
+from qkjax.study.clauses import Panel, decide, figures, listed
 from qkjax.study.judgement import INCONCLUSIVE, SUPERIORITY, Clause
 from qkjax.study.results import PR, Study
 
@@ -151,7 +151,7 @@ def _paired_scores(
             np.array([question.score(item) for item in items[arm]]) for arm in (FIRST, SECOND)
         )
         found[seed] = first, second
-    why = f"{question.task}: {'; '.join(lacking)}" if lacking else ""
+    why = f"{question.task}: {listed(lacking)}" if lacking else ""
     return found, why
 
 
