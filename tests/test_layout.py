@@ -30,7 +30,7 @@ STREET = [
     """
     study.__init__ study.quantities study.run_spectra study.results study.statistics
     study.judgement study.clauses study.stability study.hypotheses study.items study.verdicts
-    study.drawing study.figures
+    study.drawing study.figures study.packing
     """,
     """
     main
@@ -44,7 +44,8 @@ PLACES = {
 PURE = ("spectral", "muon", "losses", "attention")  # arrays in, arrays out: nothing of ours
 # Answer in under a second, or are read by the report: no jax at import, however deep.
 LIGHT = ("main", "command_line", "config_flag", "run_directory", "data.dataset", "data.check",
-         "study.figures", "study.results", "study.statistics", "study.verdicts")  # fmt: skip
+         "study.figures", "study.packing", "study.results", "study.statistics",
+         "study.verdicts")  # fmt: skip
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "clu", "tensorflow_datasets"}
 ONLY_IN = {"flax": {"model"}, "orbax": {"checkpoint"}, "clu": {"tensorboard"},
            "torch": {"export.verify"}, "tensorflow": set(),

@@ -1,0 +1,121 @@
+"""Archives of results: what is in them, what they unpack to, and the limits."""
+
+import pathlib
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import synthetic_study
+
+from qkjax import errors, run_directory
+from qkjax.study import packing, results
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def study(tmp_path) -> pathlib.Path:
+    """Four arms, two seeds, with spectra; one run has a checkpoint."""
+    directory = tmp_path / "study"
+    synthetic_study.write(directory, synthetic_study.arms(), seeds=(42, 43), spectra=True)
+    checkpoint = directory / "runs" / "muon_qk" / "seed_42" / "checkpoints"
+    for name in ("5/meta/metadata", "5/params/data", "381/meta/metadata", "381/params/data"):
+        run_directory.write_bytes(checkpoint / name, name.encode())
+    return directory
+
+
+def unpack(paths: list[pathlib.Path], into: pathlib.Path) -> pathlib.Path:
+    for path in paths:
+        with tarfile.open(path) as archive:
+            archive.extractall(into, filter="data")
+    return into
+
+
+def test_unpacked_archives_are_the_study_that_the_report_reads(study, tmp_path):
+    paths = packing.pack(study, tmp_path / "packed")
+    copy = results.load_study(unpack(paths, tmp_path / "home"))
+    original = results.load_study(study)
+    assert copy.values(results.PR) == original.values(results.PR)
+    for key, run in original.runs.items():
+        np.testing.assert_array_equal(copy.runs[key].sequence_losses, run.sequence_losses)
+        assert copy.runs[key].rows == run.rows
+
+
+def test_spectra_are_float16_where_that_is_harmless(study, tmp_path):
+    path = study / "runs" / "adamw_qk" / "seed_42" / "spectra" / "final.npz"
+    with np.load(path) as loaded:
+        arrays = dict(loaded)
+    arrays |= {"key_norm_max": np.full((2, 2), 1e5, np.float32)}  # beyond float16
+    arrays |= {"value_mean": np.full((2, 2), 1e-7, np.float32)}  # below its normal numbers
+    arrays |= {"aa": np.array([np.nan, 0.5], np.float32)}
+    np.savez(path, **arrays)
+    home = unpack(packing.pack(study, tmp_path / "packed"), tmp_path / "home")
+    with np.load(home / path.relative_to(study)) as packed:
+        assert packed["key_post_rope_raw"].dtype == packed["aa"].dtype == np.float16
+        assert packed["key_norm_max"].dtype == packed["value_mean"].dtype == np.float32
+        for name, array in arrays.items():
+            np.testing.assert_allclose(packed[name], array, rtol=2**-10)
+
+
+def test_checkpoints_only_where_asked_and_only_the_latest(study, tmp_path):
+    run = pathlib.Path("runs/muon_qk/seed_42/checkpoints")
+    home = unpack(packing.pack(study, tmp_path / "packed"), tmp_path / "home")
+    found = sorted(str(p.relative_to(home / run)) for p in (home / run).rglob("*") if p.is_file())
+    assert found == ["381/meta/metadata", "5/meta/metadata"]  # digests of every step
+    home = unpack(packing.pack(study, tmp_path / "full", checkpoints=True), tmp_path / "with")
+    assert (home / run / "381/params/data").read_bytes() == b"381/params/data"
+    assert not (home / run / "5/params").exists()
+
+
+def test_the_same_study_gives_the_same_bytes(study, tmp_path):
+    first, again = (packing.pack(study, tmp_path / name) for name in ("first", "again"))
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in again]
+
+
+def test_runs_stay_whole_and_archives_within_the_limits(study, tmp_path):
+    (whole,) = packing.pack(study, tmp_path / "one")
+    limits = packing.Limits(archives=4, bytes_each=int(0.4 * whole.stat().st_size))
+    paths = packing.pack(study, tmp_path / "packed", limits=limits)
+    assert 2 < len(paths) <= 4
+    holders: dict[str, set[int]] = {}
+    for i, path in enumerate(paths):
+        assert path.stat().st_size <= limits.bytes_each
+        with tarfile.open(path) as archive:
+            for name in archive.getnames():
+                if name.startswith("runs/"):
+                    holders.setdefault("/".join(name.split("/")[:3]), set()).add(i)
+    assert len(holders) == 8 and all(len(places) == 1 for places in holders.values())
+
+
+@pytest.mark.parametrize("share", [0.05, 0.6])  # of all: less than a run; less than all runs
+def test_too_much_writes_nothing(study, tmp_path, share):
+    (whole,) = packing.pack(study, tmp_path / "one")
+    limits = packing.Limits(archives=1, bytes_each=int(share * whole.stat().st_size))
+    with pytest.raises(errors.UsageError, match="expected at most 1 archives of"):
+        packing.pack(study, tmp_path / "packed", limits=limits)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_damaged_spectrum_is_named(study, tmp_path):
+    path = study / "runs" / "adamw_qk" / "seed_42" / "spectra" / "final.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(errors.UsageError, match=r"seed_42/spectra/final.npz: damaged"):
+        packing.pack(study, tmp_path / "packed")
+
+
+def test_the_command_packs_a_single_run(study, tmp_path):
+    run = study / "runs" / "adamw_qk" / "seed_42"
+    command = [sys.executable, "tools/pack_results.py", f"--out={tmp_path / 'packed'}"]
+    done = subprocess.run(
+        [*command, f"--workdir={run}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(str(tmp_path / "packed" / "seed_42-0.tar.gz"))
+    home = unpack([tmp_path / "packed" / "seed_42-0.tar.gz"], tmp_path / "home")
+    assert isinstance(results.load_run(home / "seed_42"), results.RunResult)
+    done = subprocess.run(
+        [*command, f"--workdir={tmp_path / 'home' / 'seed_42' / 'spectra'}"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "holds no run" in done.stderr

@@ -1,0 +1,38 @@
+"""Packs runs into small archives: python tools/pack_results.py --workdir=STUDY --out=DIR
+
+Everything that the report reads, spectra as float16 where that is harmless, no checkpoints unless
+asked: at most 8 archives of 16 MiB. At home: for a in DIR/*.tar.gz; do tar -xzf $a -C STUDY; done
+"""
+
+import pathlib
+
+from absl import flags
+
+from qkjax import command_line, errors
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Study or run directory.")
+_OUT = flags.DEFINE_string("out", None, "Where the archives go; made where it is missing.")
+_CHECKPOINTS = flags.DEFINE_bool("checkpoints", False, "Pack each run's latest checkpoint too.")
+_ARCHIVES = flags.DEFINE_integer("max_archives", 8, "Refuse to write more.", lower_bound=1)
+_MEBIBYTES = flags.DEFINE_float("max_mebibytes", 16, "Of each archive.", lower_bound=0)
+
+
+def main() -> None:
+    from qkjax.study import packing
+
+    workdir, out = _WORKDIR.value, _OUT.value
+    if not workdir or not out:
+        missing = "workdir" if not workdir else "out"
+        raise errors.UsageError(f"--{missing}: missing. See --help.")
+    paths = packing.pack(
+        pathlib.Path(workdir),
+        pathlib.Path(out),
+        checkpoints=_CHECKPOINTS.value,
+        limits=packing.Limits(_ARCHIVES.value, int(_MEBIBYTES.value * packing.MEBIBYTE)),
+    )
+    for path in paths:
+        print(f"{path}  {path.stat().st_size / packing.MEBIBYTE:.1f} MiB")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
