@@ -1,8 +1,11 @@
 """`--config=FILE.py[:words]` and its `--config.FIELD=VALUE` overrides, with errors for people."""
 
+import importlib.util
 import pathlib
 import re
+import sys
 import traceback
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -14,11 +17,31 @@ _EXPONENT = re.compile(r"(--config\.[\w.]+=)(\d+(?:\.\d*)?[eE]\+?\d+)")
 _OVERRIDE = re.compile(r"--(?:no)?config\.([\w.]+)")
 
 
-def define() -> flags.FlagHolder:
+def define(example: str = "configs/muon_noqk.py:tiny,seed") -> flags.FlagHolder:
     """Defines the flag --config of a command that trains."""
     return config_flags.DEFINE_config_file(
-        "config", None, "Config file, with words after a colon: configs/muon_noqk.py:tiny,seed"
+        "config", None, f"Config file, with words after a colon: {example}"
     )
+
+
+def load(path: pathlib.Path, words: str) -> ml_collections.ConfigDict:
+    """What get_config(words) of a config file returns; runs the code of the file.
+
+    Raises:
+        UsageError: the file is missing, broken, or has no get_config.
+    """
+    if not path.is_file():
+        raise _no_file(str(path))
+    try:
+        spec = importlib.util.spec_from_file_location(f"configs_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.get_config(words)
+    except errors.QkjaxError:
+        raise
+    except Exception as error:  # whatever a config file may raise
+        raise _explain(error, [f"--config={path}"]) from error
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -39,11 +62,7 @@ def parse(argv: list[str]) -> list[str]:
             )
     path = _config_path(argv)
     if path and not pathlib.Path(path).is_file():
-        shipped = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
-        raise errors.UsageError(
-            f"--config: no file {path}. Configs here: {', '.join(shipped) or 'none'}; run from "
-            "the repository's root or give the whole path."
-        )
+        raise _no_file(path)
     try:
         return flags.FLAGS([_EXPONENT.sub(_integral, argument) for argument in argv])
     except (flags.Error, errors.QkjaxError):
@@ -52,14 +71,25 @@ def parse(argv: list[str]) -> list[str]:
         raise _explain(error, argv) from error
 
 
+def _no_file(path: str) -> errors.UsageError:
+    shipped = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
+    return errors.UsageError(
+        f"--config: no file {path}. Configs here: {', '.join(shipped) or 'none'}; run from "
+        "the repository's root or give the whole path."
+    )
+
+
 def _integral(match: re.Match[str]) -> str:
     value = float(match[2])
     return f"{match[1]}{int(value)}" if value.is_integer() else match[0]
 
 
 def _config_path(argv: list[str]) -> str:
-    given = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
-    return given.partition(":")[0]
+    return _given(argv).partition(":")[0]
+
+
+def _given(argv: list[str]) -> str:
+    return next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
 
 
 def _explain(error: Exception, argv: list[str]) -> errors.UsageError:
@@ -84,7 +114,8 @@ def _explain(error: Exception, argv: list[str]) -> errors.UsageError:
 
 
 def _first_unknown_field(argv: list[str]) -> errors.UsageError | None:
-    known = _fields(config.base("muon", "none"))
+    path, _, words = _given(argv).partition(":")
+    known = _fields(load(pathlib.Path(path), words)) if path else []
     for argument in argv:
         override = _OVERRIDE.match(argument)
         if override and override[1] not in known:
@@ -113,10 +144,35 @@ def read(holder: flags.FlagHolder) -> config.Config:
     """The checked config of the command line.
 
     Raises:
-        UsageError: no --config, or fields that are wrong.
+        UsageError: no --config, that of a study, or fields that are wrong.
+    """
+    values = given(holder, "configs/muon_noqk.py:tiny")
+    if "model" not in values:
+        raise errors.UsageError(
+            f"--config: {_given(sys.argv)} is not the config of a run. Pass one of an arm, such as "
+            "--config=configs/muon_noqk.py:tiny; tools/run_study.py takes that of a study."
+        )
+    return config.resolve(values)
+
+
+def given(holder: flags.FlagHolder, example: str) -> ml_collections.ConfigDict:
+    """The config of the command line, overrides applied and nothing checked.
+
+    Raises:
+        UsageError: no --config.
     """
     if holder.value is None:
         raise errors.UsageError(
-            "--config: missing. Pass a config file, such as --config=configs/muon_noqk.py:tiny."
+            f"--config: missing. Pass a config file, such as --config={example}."
         )
-    return config.resolve(holder.value)
+    return holder.value
+
+
+def as_flags() -> list[str]:
+    """The flags --config... of the command line as they were read, for a command like this one."""
+    holder = flags.FLAGS["config"]
+    overrides = config_flags.get_override_values(holder)
+    return [
+        f"--config={config_flags.get_config_filename(holder)}",
+        *(f"--config.{field}={value}" for field, value in overrides.items()),
+    ]

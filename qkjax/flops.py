@@ -21,6 +21,19 @@ def peak_flops(device_kind: str) -> float | None:
     return _PEAKS.get(device_kind)
 
 
+def num_parameters(config: ModelConfig) -> int:
+    """Number of parameters, the tied embedding counted once; as `model.count_parameters`, by sum.
+
+    SCIENCE.md section 2: no biases, two gammas a layer and one at the end, with QK-Norm one
+    gamma_q and one gamma_k of head_dim a layer.
+    """
+    d, heads, kv_heads = config.d_model, config.num_heads, config.num_kv_heads
+    attention = 2 * d * config.head_dim * (heads + kv_heads)
+    mlp = (3 if config.mlp == "swiglu" else 2) * d * config.d_ff
+    gammas = 2 * d + (2 * config.head_dim if config.qk_norm != "none" else 0)
+    return config.vocab_size * d + config.num_layers * (attention + mlp + gammas) + d
+
+
 def training_flops_per_token(config: ModelConfig, num_parameters: int) -> float:
     """Forward and backward FLOP per trained token: 6 N + 12 N_layers H K T.
 

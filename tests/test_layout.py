@@ -30,7 +30,8 @@ STREET = [
     """
     study.__init__ study.quantities study.run_spectra study.results study.statistics
     study.judgement study.clauses study.stability study.hypotheses study.items study.verdicts
-    study.drawing study.figures study.packing
+    study.drawing study.figures study.packing study.plan_config study.plan_arms study.plan
+    study.plan_cost study.plan_lines study.sweep
     """,
     """
     main
@@ -44,8 +45,8 @@ PLACES = {
 PURE = ("spectral", "muon", "losses", "attention")  # arrays in, arrays out: nothing of ours
 # Answer in under a second, or are read by the report: no jax at import, however deep.
 LIGHT = ("main", "command_line", "config_flag", "run_directory", "data.dataset", "data.check",
-         "study.figures", "study.packing", "study.results", "study.statistics",
-         "study.verdicts")  # fmt: skip
+         "study.figures", "study.packing", "study.plan_cost", "study.plan_lines", "study.results",
+         "study.statistics", "study.sweep", "study.verdicts")  # fmt: skip
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "clu", "tensorflow_datasets"}
 ONLY_IN = {"flax": {"model"}, "orbax": {"checkpoint"}, "clu": {"tensorboard"},
            "torch": {"export.verify"}, "tensorflow": set(),
@@ -130,9 +131,10 @@ def test_commands_and_reports_start_without_jax(name):
 
 
 def test_commands_and_configs_are_the_end_of_the_street():
-    """configs/ only fill in `qkjax.config`; no file of tools/ imports another one."""
+    """configs/ only fill in a run's config or a study's; no file of tools/ imports another one."""
     for path in (ROOT / "configs").glob("*.py"):
-        assert ours(imports(path)) <= {"config"}, path.name
+        owner = "study.plan_config" if path.stem == "study" else "config"
+        assert ours(imports(path)) <= {owner}, path.name
     siblings = {path.stem for path in (ROOT / "tools").glob("*.py")}
     for path in (ROOT / "tools").glob("*.py"):
         assert not outsiders(imports(path)) & (siblings | {"tools", "configs", "tests"}), path.name

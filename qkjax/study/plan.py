@@ -1,0 +1,187 @@
+"""The whole study as data: its steps, what each needs and makes.
+
+Pure: it reads config files and nothing else, runs nothing, and imports no jax. A step is one
+idempotent command over one directory, so any scheduler can execute a plan.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+
+from qkjax import config as configs
+from qkjax import run_directory
+from qkjax.study import plan_arms, plan_config
+from qkjax.study.plan_arms import Arm
+from qkjax.study.plan_config import StudyConfig
+
+DATASET, SWEEP, EXTENSION, CHOICE, RUN, EXPORT, DOWNSTREAM, REPORT = KINDS = (
+    "dataset", "sweep", "extension", "choice", "run", "export", "downstream", "report",
+)  # fmt: skip
+TRAINING = (SWEEP, EXTENSION, RUN)  # kinds that train
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One unit of work; its name is also the place of its result in the study directory."""
+
+    name: str
+    kind: str
+    arm: str  # "" of dataset and report
+    seed: int | None
+    learning_rate: float | None  # None: the recipe's own, or not chosen yet
+    needs: tuple[str, ...]  # names of steps
+    fingerprint: str  # of everything that its result depends on, the data aside
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A study, ready to be executed in the order of its steps."""
+
+    study: StudyConfig
+    arms: dict[str, Arm]  # controls included, in the order of the study
+    left_out: dict[str, str]  # optional control -> the arm that trains the same
+    steps: tuple[Step, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all steps."""
+        return plan_arms.digest([[step.name, step.fingerprint] for step in self.steps])
+
+    def step(self, name: str) -> Step:
+        """By its name."""
+        return {step.name: step for step in self.steps}[name]
+
+    def grid(self, arm: str) -> tuple[float, ...]:
+        """The learning rates of the arm's sweep, ascending."""
+        base = self.arms[arm].base_rate
+        return tuple(_round(factor * base) for factor in self.study.sweep.factors)
+
+    def choice_of(self, arm: str) -> str | None:
+        """The step that chooses the learning rate of an arm or control; None without a sweep."""
+        return f"sweep/{self.arms[arm].parent}/choice" if self.study.sweep.tokens else None
+
+    def run_config(self, step: Step, learning_rate: float | None) -> configs.Config:
+        """The config of a training step; None keeps the arm's own rates."""
+        fields = self._fields(step, learning_rate)
+        return plan_arms.run_config(self.study, self.arms[step.arm], fields)
+
+    def arguments(
+        self, step: Step, directory: pathlib.Path, learning_rate: float | None
+    ) -> list[str]:
+        """What follows `python` to train a step, from the repository's root."""
+        fields = self._fields(step, learning_rate)
+        flags = plan_arms.flags(self.study, self.arms[step.arm], fields)
+        return ["-m", "qkjax.main", *flags, f"--workdir={directory}"]
+
+    def _fields(self, step: Step, learning_rate: float | None) -> dict[str, Any]:
+        """What the plan sets, behind the overrides of the study."""
+        study, arm = self.study, self.arms[step.arm]
+        short = step.kind in (SWEEP, EXTENSION)
+        fields: dict[str, Any] = {"seed": step.seed}
+        if study.data_dir:
+            fields["data.dir"] = str(pathlib.Path(study.data_dir).expanduser().absolute())
+        fields["train.tokens"] = study.sweep.tokens if short else study.tokens
+        if short:  # only its end is read
+            fields |= {"eval.at_tokens": (), "eval.every_tokens": 0}
+        if learning_rate is not None:
+            fields["optimizer.learning_rate"] = learning_rate
+            if arm.auxiliary_rate is not None:  # swept with it, by the same factor
+                fields["optimizer.adam_learning_rate"] = _round(
+                    arm.auxiliary_rate * learning_rate / arm.base_rate
+                )
+        return fields
+
+    def to_dict(self) -> dict[str, Any]:
+        """As study.json holds it (DESIGN.md section 4)."""
+        study = self.study
+        sweep = {
+            "tokens": study.sweep.tokens,
+            "grids": {arm: self.grid(arm) for arm in study.arms},
+            "extend": study.sweep.extend,
+        }
+        return run_directory.plain({
+            "format_version": 1,
+            "scale": study.scale,
+            "recipe": study.recipe,
+            "words": ",".join([study.scale, study.recipe, *(["quick"] if study.quick else [])]),
+            "quick": study.quick,
+            "arms": list(study.arms),
+            "controls": [name for name in self.arms if name not in study.arms],
+            "left_out": self.left_out,
+            "parents": {n: arm.parent for n, arm in self.arms.items() if n not in study.arms},
+            "seeds": list(study.seeds),
+            "tuning_seed": study.sweep.seed,
+            "tokens": study.tokens,
+            "sweep": sweep if study.sweep.tokens else None,
+            "overrides": list(study.overrides),
+            "export": study.export,
+            "steps": [dataclasses.asdict(step) for step in self.steps],
+            "fingerprint": self.fingerprint,
+        })  # fmt: skip
+
+
+def make_plan(values: ml_collections.ConfigDict) -> Plan:
+    """Checks a study's config and lays out its steps.
+
+    Raises:
+        UsageError: fields that are wrong, all of them; an arm that does not exist; two arms that
+            would train the same.
+    """
+    study = plan_config.resolve(values)
+    bare = Plan(study, *plan_arms.make_arms(study), ())
+    return dataclasses.replace(bare, steps=tuple(_steps(bare)))
+
+
+def _steps(plan: Plan) -> Iterator[Step]:
+    study = plan.study
+    made: dict[str, Step] = {}
+
+    def step(
+        name: str, kind: str, arm: str = "", seed: int | None = None,
+        rate: float | None = None, needs: Sequence[str] = (), inputs: Any = None,
+    ) -> Step:  # fmt: skip
+        bare = Step(name, kind, arm, seed, rate, tuple(needs), "")
+        if kind in TRAINING:
+            inputs = plan_arms.identity(plan.run_config(bare, rate))
+        above = [made[need].fingerprint for need in needs]
+        fingerprint = plan_arms.digest([kind, inputs, above])
+        made[name] = dataclasses.replace(bare, fingerprint=fingerprint)
+        return made[name]
+
+    yield step("dataset", DATASET, inputs=[study.scale, study.recipe])
+    for arm in study.arms if study.sweep.tokens else ():
+        names = [f"sweep/{arm}/lr_{rate:.6g}" for rate in plan.grid(arm)]
+        for name, rate in zip(names, plan.grid(arm), strict=True):
+            yield step(name, SWEEP, arm, study.sweep.seed, rate, ["dataset"])
+        if study.sweep.extend:
+            yield step(f"sweep/{arm}/extension", EXTENSION, arm, study.sweep.seed, None, names)
+            names = [*names, f"sweep/{arm}/extension"]
+        yield step(f"sweep/{arm}/choice", CHOICE, arm, None, None, names)
+    places = [(name, seed) for seed in study.seeds for name in plan.arms]
+    for name, seed in places:
+        needs = [need for need in ("dataset", plan.choice_of(name)) if need]
+        yield step(f"runs/{name}/seed_{seed}", RUN, name, seed, needs=needs)
+    for name, seed in places if study.export else ():
+        needs = [f"runs/{name}/seed_{seed}"]
+        yield step(f"exports/{name}/seed_{seed}", EXPORT, name, seed, needs=needs)
+    for name, seed in places:  # without data they count as skipped
+        needs = [f"runs/{name}/seed_{seed}"]
+        yield step(f"downstream/{name}/seed_{seed}", DOWNSTREAM, name, seed, needs=needs)
+    yield step("report", REPORT, needs=list(made))
+
+
+def _round(rate: float) -> float:
+    """Six digits: what the name of its directory says is what is trained."""
+    return float(f"{rate:.6g}")
+
+
+def extended_rate(grid: Sequence[float], best: float) -> float | None:
+    """The rate that follows the grid where its best one is at an edge, else None."""
+    if len(grid) < 2:
+        return None
+    if best == grid[0]:
+        return _round(grid[0] ** 2 / grid[1])
+    return _round(grid[-1] ** 2 / grid[-2]) if best == grid[-1] else None

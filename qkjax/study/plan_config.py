@@ -1,0 +1,131 @@
+"""What a study compares: the fields of configs/study.py, with their types and their checks."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import ml_collections
+
+from qkjax import errors, presets
+
+SCALES = ("tiny", "pilot", "full")
+_NAMES = ("arms", "controls", "optional_controls")  # on the command line separated by commas
+# What the plan itself sets in every run: an override would make the plan untrue.
+_OWN_FIELDS = (
+    "seed", "data.dir", "train.tokens", "optimizer.learning_rate", "optimizer.adam_learning_rate",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """The learning-rate sweep of every arm."""
+
+    tokens: int  # of each short run; 0 = no sweep, every arm runs at its recipe's own rate
+    seed: int  # of all sweep runs; never a seed of the study
+    factors: tuple[float, ...]  # grid = factors x the arm's base rate, ascending
+    extend: bool  # one more rate where the best one is at an edge of the grid
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """What a study compares (configs/study.py)."""
+
+    scale: str
+    recipe: str
+    quick: bool  # a smoke test: too small for its question
+    arms: tuple[str, ...]  # files of configs/
+    controls: tuple[str, ...]  # an arm's name and its control words: "muon_qk_frozen"
+    optional_controls: tuple[str, ...]  # left out where an arm of the plan trains the same already
+    seeds: tuple[int, ...]
+    tokens: int  # of every run
+    sweep: SweepConfig
+    data_dir: str  # dataset of every run; "" = the embedded corpus (tiny)
+    overrides: tuple[str, ...]  # "FIELD=VALUE": given to every run, sweep included
+    export: bool  # also as Hugging Face directories
+    downstream: str  # HellaSwag and LAMBADA from the "hub" or a folder of files; "" = none
+
+
+def parse_words(words: str) -> tuple[str, str, bool]:
+    """(scale, recipe, quick) of the words after the colon of configs/study.py.
+
+    Raises:
+        UsageError: an unknown word, or two that exclude each other.
+    """
+    given = [word.strip() for word in (words or "").split(",") if word.strip()]
+    known = (*SCALES, *presets.RECIPES, "quick")
+    for word in given:
+        if word not in known:
+            raise errors.UsageError(
+                f"--config: unknown word {word!r} after the colon.{presets.suggest(word, known)} "
+                f"Known: {', '.join(known)}."
+            )
+    scales, recipes = (
+        [word for word in dict.fromkeys(given) if word in group]
+        for group in (SCALES, presets.RECIPES)
+    )
+    for found in (scales, recipes):
+        if len(found) > 1:
+            raise errors.UsageError(
+                f"--config: {' and '.join(found)} exclude each other. Keep one of them."
+            )
+    return (scales or ["full"])[0], (recipes or ["fixed"])[0], "quick" in given
+
+
+def resolve(values: ml_collections.ConfigDict) -> StudyConfig:
+    """The checked config of a study.
+
+    Raises:
+        UsageError: it is not the config of a study, or lists every field that is wrong.
+    """
+    plain = values.to_dict()
+    fields = {field.name for field in dataclasses.fields(StudyConfig)}
+    if set(plain) != fields:
+        raise errors.UsageError(
+            f"--config: not the config of a study, it has the fields {', '.join(sorted(plain))}. "
+            "Pass --config=configs/study.py:tiny, or a copy of that file."
+        )
+    for name in _NAMES:
+        plain[name] = tuple(item for text in plain[name] for item in text.split(","))
+    study = StudyConfig(**{**plain, "sweep": SweepConfig(**plain["sweep"])})
+    found = list(_mistakes(study))
+    if found:
+        raise errors.UsageError("config of the study: " + "; ".join(found))
+    return study
+
+
+def _mistakes(study: StudyConfig) -> Iterator[str]:
+    if not study.arms:
+        yield "arms is empty, it must name files of configs/"
+    names = (*study.arms, *study.controls)
+    for field, items in (
+        ("arms and controls", names), ("seeds", study.seeds), ("sweep.factors", study.sweep.factors)
+    ):  # fmt: skip
+        if len(set(items)) < len(items):
+            yield f"{field} has an entry twice: {', '.join(map(str, items))}"
+    if not study.seeds or not all(isinstance(seed, int) and seed >= 0 for seed in study.seeds):
+        yield f"seeds is {study.seeds}, it must be one or more integers from 0"
+    if study.tokens < 1:
+        yield f"tokens is {study.tokens}, it must be above 0"
+    yield from _mistakes_of_sweep(study)
+    for text in study.overrides:
+        field, equals, _ = str(text).partition("=")
+        if not equals:
+            yield f"overrides: {text!r} must be FIELD=VALUE"
+        elif field in (*_OWN_FIELDS, *presets.WORD_FIELDS):
+            yield f"overrides: {field} is set by the plan itself; use the study's own fields"
+
+
+def _mistakes_of_sweep(study: StudyConfig) -> Iterator[str]:
+    if study.sweep.tokens < 0:
+        yield f"sweep.tokens is {study.sweep.tokens}, it must be 0 (no sweep) or more"
+    if study.sweep.tokens < 1:
+        return
+    factors = study.sweep.factors
+    if not factors or list(factors) != sorted(factors) or min(factors) <= 0:
+        yield f"sweep.factors is {factors}, it must be ascending numbers above 0"
+    if study.sweep.extend and len(factors) < 2:
+        yield "sweep.extend needs two or more sweep.factors, whose ratio it goes on with"
+    if study.sweep.seed in study.seeds:
+        yield (
+            f"sweep.seed {study.sweep.seed} is also one of seeds, it must be another: rates tuned "
+            "on a reported seed would flatter it"
+        )

@@ -1,0 +1,349 @@
+"""The plan of a study: which steps, in which order, what they train, what they cost."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import ml_collections
+import pytest
+
+from qkjax import config, config_flag, errors, flops, model, run_directory
+from qkjax.study import plan, plan_cost, plan_lines
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ARMS = ["adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk"]
+
+
+def load(words: str) -> ml_collections.ConfigDict:
+    return config_flag.load(ROOT / "configs" / "study.py", words)
+
+
+def make(words: str, **fields) -> plan.Plan:
+    """The plan at `words`; fields are dotted names with '__' for the dot."""
+    values = load(words)
+    values.update_from_flattened_dict({name.replace("__", "."): v for name, v in fields.items()})
+    return plan.make_plan(values)
+
+
+def counts(study: plan.Plan) -> dict[str, int]:
+    return dict(collections.Counter(step.kind for step in study.steps))
+
+
+def refusal(words: str, **fields) -> str:
+    with pytest.raises(errors.UsageError) as refused:
+        make(words, **fields)
+    return str(refused.value)
+
+
+def test_full_is_twenty_sweep_runs_eight_runs_and_the_controls():
+    study = make("full")
+    assert counts(study) == {
+        "dataset": 1, "sweep": 20, "extension": 4, "choice": 4, "run": 8 + 2 * 5, "export": 18,
+        "downstream": 18, "report": 1,
+    }  # fmt: skip
+    assert list(study.arms) == [
+        *ARMS, "adamw_qk_frozen", "adamw_qk_decayed", "muon_qk_frozen", "muon_qk_decayed",
+        "muon_noqk_merged",
+    ]  # fmt: skip
+    assert study.study.seeds == (42, 137)
+    assert study.grid("muon_qk") == (0.003, 0.006, 0.012, 0.024, 0.048)
+    assert study.grid("adamw_noqk") == (0.0003, 0.0006, 0.0012, 0.0024, 0.0048)
+    run = study.run_config(study.step("runs/muon_qk_frozen/seed_137"), 0.024)
+    assert (run.arm, run.seed, run.train.num_steps) == ("muon_qk_frozen", 137, 4577)
+    assert run.optimizer.adam_learning_rate == 0.006  # by the same factor
+    short = study.run_config(study.step("sweep/adamw_qk/lr_0.0003"), 0.0003)
+    assert (short.seed, short.train.num_steps, short.eval.steps) == (7, 305, (0, 305))
+    assert short.optimizer.learning_rate == 0.0003
+
+
+def test_recipe_seed_has_its_own_controls_and_no_sweep():
+    study = make("full,seed")
+    assert counts(study) == {
+        "dataset": 1, "run": 2 * 10, "export": 20, "downstream": 20, "report": 1
+    }  # fmt: skip
+    assert set(study.arms) - set(ARMS) == {
+        f"{arm}_{word}" for arm in ("adamw_qk", "muon_qk")
+        for word in ("frozen", "undecayed", "decayed")
+    }  # fmt: skip
+    assert study.left_out == {}
+
+
+def test_the_pilots_arms_in_recipe_seed_are_their_own_decayed_controls():
+    """At 4,096 tokens a step their tau is 7.32; at 65,536 it is 0.46 and the controls are real."""
+    study = make("pilot,seed")
+    assert study.left_out == {"adamw_qk_decayed": "adamw_qk", "muon_qk_decayed": "muon_qk"}
+    assert "left out: muon_qk_decayed, because muon_qk trains the same" in plan_cost.describe(
+        study, {}
+    )
+    assert study.to_dict()["controls"] == [
+        "adamw_qk_frozen", "adamw_qk_undecayed", "muon_qk_frozen", "muon_qk_undecayed"
+    ]  # fmt: skip
+    larger = make("pilot,seed", overrides=("train.tokens_per_step=65536",))
+    assert larger.left_out == {}
+    assert {"adamw_qk_decayed", "muon_qk_decayed"} < set(larger.arms)
+    asked = refusal("pilot,seed", controls=("muon_qk_decayed",))
+    assert "muon_qk_decayed and muon_qk would train the same" in asked
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "tokens", "seeds"),
+    [
+        ("tiny", {"sweep": 8, "choice": 4, "run": 8, "export": 8, "downstream": 8}, 200_000, 2),
+        ("tiny,quick", {"run": 4, "downstream": 4}, 100_000, 1),
+        ("pilot", {"sweep": 20, "extension": 4, "choice": 4, "run": 18, "export": 18,
+                   "downstream": 18}, 25_000_000, 2),
+    ],
+)  # fmt: skip
+def test_scales(words, expected, tokens, seeds):
+    study = make(words)
+    assert counts(study) == {"dataset": 1, **expected, "report": 1}
+    assert (study.study.tokens, len(study.study.seeds)) == (tokens, seeds)
+
+
+def test_tiny_sweeps_two_points_of_100k_tokens_without_extension():
+    study = make("tiny")
+    assert study.grid("muon_noqk") == (0.012, 0.024) and study.study.sweep.tokens == 100_000
+    assert not any(step.kind == plan.EXTENSION for step in study.steps)
+
+
+def test_every_step_needs_only_earlier_ones_and_the_report_all():
+    study = make("full")
+    seen: set[str] = set()
+    for step in study.steps:
+        assert set(step.needs) <= seen, step.name
+        seen.add(step.name)
+    assert set(study.steps[-1].needs) == seen - {"report"}
+    assert study.step("runs/muon_noqk_merged/seed_42").needs == (
+        "dataset", "sweep/muon_noqk/choice"
+    )  # fmt: skip
+    assert study.step("sweep/muon_qk/choice").needs[-1] == "sweep/muon_qk/extension"
+
+
+def test_fingerprints_follow_what_a_result_depends_on():
+    def changed(**fields) -> set[str]:
+        other = make("full", **fields)
+        return {s.name for s in study.steps if s.fingerprint != other.step(s.name).fingerprint}
+
+    study = make("full")
+    assert make("full").fingerprint == study.fingerprint
+    assert changed(data_dir="elsewhere") == set()  # data may move
+    assert changed(overrides=("log.every_seconds=1",)) == set()
+    runs = changed(tokens=200_000_000)
+    assert "runs/muon_qk/seed_42" in runs and "exports/muon_qk/seed_42" in runs
+    assert not any(name.startswith("sweep/") for name in runs)
+    assert len(changed(overrides=("model.norm_eps=1e-5",))) == len(study.steps) - 1  # the dataset
+    longer = {"sweep__tokens": 30_000_000}
+    assert len(changed(**longer)) == len(study.steps) - 1
+
+
+def test_the_command_of_a_step_trains_its_config(tmp_path):
+    """Through the real command line: what qkjax.main prints is what the plan has resolved."""
+    overrides = (
+        "eval.at_tokens=(4096,8192)",
+        "optimizer.clip_norm=0.5",
+        "checkpoint.keep_all=true",
+    )
+    study = make("tiny", overrides=overrides, data_dir=str(tmp_path))
+    for name, rate in (("sweep/muon_qk/lr_0.024", 0.024), ("runs/adamw_qk/seed_137", None)):
+        step = study.step(name)
+        arguments = study.arguments(step, tmp_path / "run", rate)
+        done = subprocess.run(
+            [sys.executable, *arguments, "--print_config"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        expected = run_directory.plain(study.run_config(step, rate).to_dict())
+        assert json.loads(done.stdout) == expected
+        assert f"--workdir={tmp_path / 'run'}" in arguments
+
+
+MISTAKES = {
+    "an arm that is none": ({"arms": ("muon_qkk",)}, "no arm 'muon_qkk'. Did you mean 'muon_qk'?"),
+    "a study as an arm": ({"arms": ("study",)}, "no arm 'study'"),
+    "a path as an arm": ({"arms": ("../configs/muon_qk",)}, "no arm '../configs/muon_qk'"),
+    "an arm twice": ({"arms": ("muon_qk", "muon_qk")}, "arms and controls has an entry twice"),
+    "a control alone": (
+        {"arms": ("muon_noqk",), "controls": ("muon_qk_frozen",)},
+        "muon_qk_frozen belongs to muon_qk, which is not among arms (muon_noqk)",
+    ),
+    "a tuning seed that is reported": ({"sweep__seed": 42}, "sweep.seed 42 is also one of seeds"),
+    "no seeds": ({"seeds": ()}, "seeds is ()"),
+    "a grid that descends": ({"sweep__factors": (2.0, 1.0)}, "sweep.factors is (2.0, 1.0)"),
+    "an override of the plan's": (
+        {"overrides": ("train.tokens=5",)}, "train.tokens is set by the plan itself"
+    ),
+    "an override without a value": (
+        {"overrides": ("model.d_ff",)}, "'model.d_ff' must be FIELD=VALUE"
+    ),
+    "an override of nothing": (
+        {"overrides": ("model.dff=3",)}, "no field 'model.dff'. Did you mean 'model.d_ff'?"
+    ),
+    "an override of another type": (
+        {"overrides": ("model.d_ff=3.5",)}, "model.d_ff=3.5 is no int"
+    ),
+    "an override that makes it another arm": (
+        {"overrides": ("muon.granularity=merged",)},
+        "configs/muon_qk.py: trains the arm muon_qk_merged, but the study calls it muon_qk.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_refused(mistake):
+    fields, expected = MISTAKES[mistake]
+    assert expected in refusal("tiny", **fields)
+
+
+def test_several_mistakes_are_listed_at_once():
+    found = refusal("tiny", tokens=0, seeds=(), sweep__tokens=-1)
+    assert all(field in found for field in ("tokens is 0", "seeds is ()", "sweep.tokens is -1"))
+
+
+@pytest.mark.parametrize(
+    ("grid", "best", "expected"),
+    [
+        ((1.0, 2.0, 4.0), 2.0, None), ((1.0, 2.0, 4.0), 1.0, 0.5), ((1.0, 2.0, 4.0), 4.0, 8.0),
+        ((0.012, 0.024), 0.012, 0.006), ((1.0,), 1.0, None),
+    ],
+)  # fmt: skip
+def test_a_grid_goes_on_by_its_own_ratio(grid, best, expected):
+    assert plan.extended_rate(grid, best) == expected
+
+
+def test_the_grid_of_muon_with_rms_scale_is_that_of_adamw():
+    study = make("full", overrides=("muon.scale=rms",))
+    assert study.grid("muon_qk") == study.grid("adamw_qk")
+    run = study.run_config(study.step("sweep/muon_qk/lr_0.0006"), 0.0006)
+    assert run.optimizer.adam_learning_rate == 0.0015  # half of its base, as the grid's factor
+
+
+def test_recipes_differ_in_the_rows_of_their_tables():
+    """SCIENCE.md section 4 and DESIGN.md section 3, at tiny: these rows and no other."""
+    rows = plan_cost.recipe_differences(make("tiny").study)
+    adamw, muon, qk = "adamw_qk, adamw_noqk", "muon_qk, muon_noqk", "adamw_qk, muon_qk"
+    assert sorted(rows) == sorted([
+        ("data.end_of_text", True, False, "all"),
+        ("model.mlp", "swiglu", "relu2", "all"),
+        ("model.d_ff", 352, 512, "all"),
+        ("model.norm_eps", 1e-6, 1.19e-7, "all"),
+        ("optimizer.learning_rate", 1.2e-3, 6e-3, adamw),
+        ("optimizer.learning_rate", 0.012, 0.024, muon),
+        ("optimizer.adam_learning_rate", 3e-3, 6e-3, muon),
+        ("optimizer.weight_decay", 0.1, 0.2, adamw),
+        ("optimizer.weight_decay", 0.01, 0.0, muon),
+        ("optimizer.auxiliary_weight_decay", 0.0, 0.2, "all"),
+        ("optimizer.gamma_weight_decay", 0.0, 0.2, qk),
+        ("optimizer.clip_norm", 1.0, 0.0, "all"),
+        ("optimizer.beta2", 0.95, 0.999, "all"),
+        ("optimizer.warmup_fraction", 0.02, 0.0, "all"),
+        ("optimizer.decay_fraction", 0.2, 0.0, "all"),
+        ("muon.granularity", "separate", "merged", muon),
+        ("muon.dtype", "auto", "bfloat16", muon),
+    ])  # fmt: skip
+    full = plan_cost.recipe_differences(make("full").study)
+    assert {row[0] for row in full} - {row[0] for row in rows} == {"train.tokens_per_step"}
+
+
+@pytest.mark.parametrize("scale", ["tiny", "pilot", "1b5"])
+@pytest.mark.parametrize(("optimizer", "qk_norm"), [("adamw", "none"), ("muon", "learned")])
+@pytest.mark.parametrize("recipe", ["fixed", "seed"])
+def test_parameters_are_those_of_the_model(scale, optimizer, qk_norm, recipe):
+    run = config.resolve(config.base(optimizer, qk_norm, f"{scale},{recipe}")).for_platform("cpu")
+    assert flops.num_parameters(run.model) == model.count_parameters(run.model)
+
+
+def test_costs_of_a_run():
+    study = make("full")
+    cost = plan_cost.cost(study, study.step("runs/muon_noqk/seed_42"))
+    assert cost.tokens == 4577 * 65_536
+    assert cost.flop == pytest.approx(cost.tokens * (6 * 87_906_816 + 12 * 22 * 512 * 2048))
+    assert cost.evaluated is None  # the final pass takes all of the split
+    assert cost.disk == 4 * 12 * 87_906_816
+    tiny = make("tiny", overrides=("eval.tokens=4096",))
+    assert plan_cost.cost(tiny, tiny.step("runs/muon_qk/seed_42")).evaluated == 5 * 4096
+
+
+def test_the_time_comes_from_finished_runs_or_is_said_to_be_unknown(tmp_path):
+    study = make("tiny")
+    assert "time: unknown" in plan_cost.describe(study, {})
+    for arm, diverged, seconds in (("adamw_qk", False, 10.0), ("muon_qk", True, 1.0)):
+        directory = tmp_path / "sweep" / arm / "lr_1"
+        directory.mkdir(parents=True)
+        run_directory.write_summary(
+            directory,
+            {"arm": arm, "tokens": 20_000, "wall_seconds": seconds, "diverged": diverged},
+        )
+    rates = plan_cost.measured_rates(tmp_path)
+    assert rates == {"adamw_qk": 2_000.0}
+    tokens = 97 * 2048 * 8 + 48 * 2048 * 8
+
+    def total(rates: dict[str, float]) -> list[str]:
+        lines = plan_cost.describe(study, rates).splitlines()
+        return next(line.split() for line in lines if line.startswith("all "))
+
+    assert total(rates)[1] == f"{tokens:,}" and total(rates)[-1] == "0:19:48"
+    assert total({**rates, "muon_qk": 4_000.0})[-1] == "0:17:19"  # a quarter of it twice as fast
+
+
+def test_lines_for_a_scheduler_say_what_they_wait_for():
+    study = make("tiny")
+    command = ["python", "tools/run_study.py", "--config=configs/study.py:tiny", "--workdir=a b"]
+    lines = plan_lines.shell_lines(study, command, "/home/me")
+    assert len(lines) == len(study.steps)
+    number = {step.name: i for i, step in enumerate(study.steps, start=1)}
+    run = lines[number["runs/muon_qk/seed_42"] - 1]
+    assert run.startswith("cd /home/me && python tools/run_study.py ")
+    assert "'--workdir=a b' --only=runs/muon_qk/seed_42  # " in run
+    choice = number["sweep/muon_qk/choice"]
+    assert run.endswith(f"# line {number['runs/muon_qk/seed_42']}, stage 4, after 1,{choice}")
+    assert lines[0].endswith("--only=dataset  # line 1, stage 1, after none")
+
+
+def test_the_command_line_shows_the_plan_and_its_mistakes():
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "tools/run_study.py", *arguments],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+
+    shown = call("--config=configs/study.py:tiny", "--config.arms=muon_qk,adamw_qk", "--dry_run")
+    assert shown.returncode == 0, shown.stderr
+    assert "20 steps:" in shown.stdout and "runs/adamw_qk/seed_137" in shown.stdout
+    assert "muon.granularity" in shown.stdout
+    printed = call(
+        "--config=configs/study.py:tiny", "--config.seeds=3", "--workdir=w", "--print_commands",
+        "--config.overrides=('eval.tokens=4096',)",
+    )  # fmt: skip
+    again = printed.stdout.splitlines()[0].partition(" && ")[2].partition(" --only")[0]
+    repeated = subprocess.run(  # every flag survives the shell
+        ["bash", "-c", f"{again} --print_commands"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert repeated.stdout == printed.stdout and "seed_3" in printed.stdout
+    for arguments, expected in (
+        (("--config=configs/study.py:tinny", "--dry_run"), "Did you mean 'tiny'?"),
+        (("--config=configs/muon_qk.py", "--dry_run"), "not the config of a study"),
+        (("--config=configs/study.py:tiny", "--config.arm=x"), "Did you mean 'arms'?"),
+        (("--dry_run",), "--config: missing. Pass a config file, such as --config=configs/study"),
+        (("--config=configs/study.py:tiny",), "--workdir: missing"),
+    ):
+        refused = call(*arguments)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert refused.stderr.startswith("ERROR: ") and expected in refused.stderr
+
+
+def test_a_studys_config_is_no_config_of_a_run():
+    done = subprocess.run(
+        [sys.executable, "-m", "qkjax.main", "--config=configs/study.py:tiny", "--workdir=x"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "configs/study.py:tiny is not the config of a run" in done.stderr
+
+
+def test_plans_are_data():
+    study = make("tiny")
+    values = study.to_dict()
+    assert values["fingerprint"] == study.fingerprint
+    assert values["steps"][1] == run_directory.plain(dataclasses.asdict(study.steps[1]))

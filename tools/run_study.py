@@ -1,0 +1,46 @@
+"""The whole study by one command: sweep, runs, controls, exports, downstream, report.
+
+python tools/run_study.py --config=configs/study.py:tiny,quick --workdir=studies/quick
+python tools/run_study.py --config=configs/study.py:pilot --config.data_dir=DATA --dry_run
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import flags
+
+from qkjax import command_line, config_flag, errors
+from qkjax.study import plan, plan_cost, plan_lines
+
+_EXAMPLE = "configs/study.py:tiny,quick"
+_CONFIG = config_flag.define(_EXAMPLE)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Study directory; made where it is missing.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show steps and costs; write nothing.")
+_RATE = flags.DEFINE_float(
+    "tokens_per_second", None, "For the time of --dry_run, instead of what runs have measured.",
+    lower_bound=1e-9,
+)  # fmt: skip
+_PRINT_COMMANDS = flags.DEFINE_bool(
+    "print_commands", False, "Print one shell line a step, for a scheduler; run nothing."
+)
+
+
+def main() -> None:
+    study = plan.make_plan(config_flag.given(_CONFIG, _EXAMPLE))
+    workdir = None if not _WORKDIR.value else pathlib.Path(_WORKDIR.value).expanduser().absolute()
+    if _DRY_RUN.value:
+        rates = {} if workdir is None else plan_cost.measured_rates(workdir)
+        print(plan_cost.describe(study, {"": _RATE.value} if _RATE.value else rates))
+        return
+    if workdir is None:
+        raise errors.UsageError("--workdir: missing. Name the directory, --workdir=studies/NAME.")
+    if _PRINT_COMMANDS.value:
+        command = [sys.executable, sys.argv[0], *config_flag.as_flags(), f"--workdir={workdir}"]
+        print("\n".join(plan_lines.shell_lines(study, command, os.getcwd())))
+        return
+    raise errors.UsageError("--dry_run or --print_commands: missing. Pass one of them.")
+
+
+if __name__ == "__main__":
+    command_line.run(main, parse=config_flag.parse)
