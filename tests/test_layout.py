@@ -25,7 +25,8 @@ STREET = [
     """,
     """
     progress evaluation resources rank_curves rank_surgery train export.__init__
-    export.trained_run export.hf export.card export.verify export.directory generation
+    determinism export.trained_run export.hf export.card export.verify export.directory
+    generation
     """,
     """
     study.__init__ study.quantities study.run_spectra study.results study.statistics

@@ -1,0 +1,141 @@
+"""Is a run the same to the bit when it is repeated, and when it is resumed?
+
+Three runs, each a process of its own as users start them: `first`; `again`, the same command; and
+`resumed`, which goes on from a checkpoint of the first. What is compared is the sha256 of every
+leaf of the last checkpoint, which `qkjax.checkpoint` records.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qkjax import errors, run_directory
+from qkjax.config import Config
+
+FIRST, AGAIN, RESUMED = "first", "again", "resumed"
+_LEFT_OUT = ("summary*.json", "run.lock", "events.out.*", "final.npz")  # by the copy that resumes
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Where a run first left the first one."""
+
+    run: str  # AGAIN or RESUMED
+    leaves: tuple[str, ...]  # of params and opt_state at the last step, by name
+    step: int | None  # the first whose training loss differs; None: none does
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.leaves[:3]) + (", ..." if len(self.leaves) > 3 else "")
+        since = f"the loss from step {self.step} on" if self.step is not None else "no loss"
+        return f"{self.run}: {len(self.leaves)} leaves differ ({shown}) and {since}"
+
+
+def check(
+    config: Config,
+    config_arguments: Sequence[str],
+    workdir: pathlib.Path,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Trains three times below `workdir` and compares; `determinism.json` there holds the outcome.
+
+    Runs that are there already, finished, are not trained again.
+
+    Args:
+        config: what `config_arguments` resolve to.
+        config_arguments: --config=... and its overrides, passed on as they are.
+    Returns:
+        What determinism.json holds: "equal", by run its differing leaves, environment.
+    Raises:
+        UsageError: no checkpoint between the first and the last step; a run failed.
+        StorageError: the disk failed.
+    """
+    last = config.train.num_steps
+    between = [step for step in config.checkpoint.steps if 0 < step < last]
+    if not between:
+        raise errors.UsageError(
+            f"checkpoint.every_tokens: the run saves at {list(config.checkpoint.steps)} only, "
+            "expected a step in between to resume from. Lower it."
+        )
+    middle = between[len(between) // 2]
+    for name in (FIRST, AGAIN):
+        _train([*config_arguments, f"--workdir={workdir / name}"], report)
+    _copy_up_to(workdir / FIRST, workdir / RESUMED, middle)
+    _train([*config_arguments, f"--workdir={workdir / RESUMED}"], report)
+    found = [_difference(workdir, name, last) for name in (AGAIN, RESUMED)]
+    environment = json.loads((workdir / FIRST / "environment.json").read_bytes())
+    outcome = {
+        "arm": config.arm,
+        "steps": last,
+        "resumed_from": middle,
+        "equal": not any(found),
+        **{
+            name: None if difference is None else dataclasses.asdict(difference)
+            for name, difference in zip((AGAIN, RESUMED), found, strict=True)
+        },
+        "environment": environment,
+    }
+    run_directory.write_json(workdir / "determinism.json", outcome)
+    for name, difference in zip((AGAIN, RESUMED), found, strict=True):
+        report(str(difference) if difference else f"{name}: equal to the bit")
+    return outcome
+
+
+def _train(arguments: Sequence[str], report: Callable[[str], None]) -> None:
+    report(f"python -m qkjax.main {' '.join(arguments)}")
+    done = subprocess.run(
+        [sys.executable, "-m", "qkjax.main", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise errors.UsageError(
+            f"{arguments[-1]}: the run ended with exit code {done.returncode}: "
+            f"{done.stdout.strip().splitlines()[-1]} Run the command above by itself."
+        )
+
+
+def _copy_up_to(source: pathlib.Path, target: pathlib.Path, step: int) -> None:
+    """A copy of a finished run as a kill after the checkpoint of `step` would have left it."""
+    if target.exists():
+        return
+    later = [name for name in _checkpoint_names(source) if int(name) > step]
+    part = target.with_name(f".{target.name}.part")  # what a killed check leaves is no run
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part, ignore=shutil.ignore_patterns(*_LEFT_OUT, *later))
+    part.rename(target)
+
+
+def _checkpoint_names(run: pathlib.Path) -> list[str]:
+    return [path.name for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def _difference(workdir: pathlib.Path, name: str, last: int) -> Difference | None:
+    from qkjax import checkpoint
+
+    metas = []
+    for run in (FIRST, name):
+        directory = workdir / run / "checkpoints"
+        with contextlib.closing(checkpoint.Checkpoints(directory, read_only=True)) as checkpoints:
+            metas.append(checkpoints.meta(last))
+    leaves = tuple(
+        f"{item}/{leaf}"
+        for item in ("params", "opt_state")
+        for leaf, record in metas[0][item].items()
+        if metas[1][item].get(leaf) != record
+    )
+    if not leaves:
+        return None
+    rows = [run_directory.read_metrics(workdir / run / "metrics.jsonl") for run in (FIRST, name)]
+    unlike = (
+        first["step"]
+        for first, other in zip(*rows, strict=False)
+        if first.get("train/loss") != other.get("train/loss")
+    )
+    return Difference(name, leaves, next(unlike, None))

@@ -1,0 +1,79 @@
+"""Repeated and resumed runs, compared to the bit by the command a user calls."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import small_run
+
+from qkjax import config, determinism, errors, run_directory, train
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SIZES = (
+    "model.num_layers=1", "model.d_model=16", "model.num_heads=1", "model.num_kv_heads=1",
+    "model.head_dim=16", "model.d_ff=16", f"model.vocab_size={small_run.VOCABULARY}",
+    f"model.sequence_length={small_run.LENGTH}", f"train.tokens={6 * 128}",
+    "train.tokens_per_step=128", "eval.at_tokens=()", f"checkpoint.every_tokens={2 * 128}",
+)  # fmt: skip
+
+
+def check(workdir: pathlib.Path, data: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, "tools/check_determinism.py", "--config=configs/muon_qk.py:tiny",
+        f"--config.data.dir={data}", *(f"--config.{field}" for field in SIZES),
+        f"--workdir={workdir}",
+    ]  # fmt: skip
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_repeated_and_a_resumed_run_are_equal_and_a_changed_one_is_found(tmp_path):
+    data = small_run.make_dataset(tmp_path / "data")
+    workdir = tmp_path / "check"
+    done = check(workdir, data)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("again: equal to the bit\nresumed: equal to the bit\n")
+    outcome = json.loads((workdir / "determinism.json").read_text())
+    assert outcome["equal"] and outcome["resumed_from"] == 4 and outcome["steps"] == 6
+    assert outcome["environment"]["versions"]["jax"]
+    first, resumed = (
+        run_directory.read_metrics(workdir / name / "metrics.jsonl")
+        for name in ("first", "resumed")
+    )
+    speeds = [[row.get("perf/data_wait") for row in rows] for rows in (first, resumed)]
+    assert speeds[0][:5] == speeds[1][:5]  # steps 0 to 4 are the first run's own
+    assert speeds[0][5:] != speeds[1][5:]  # and the rest was trained again
+
+    # Checkpoints and rows of another seed in the place of the second run's.
+    values = json.loads((workdir / "first" / "config.json").read_text())
+    other = config.from_dict({**values, "seed": 43})
+    train.train_and_evaluate(other, tmp_path / "other")
+    for name in ("checkpoints", "metrics.jsonl"):
+        (workdir / "again" / name).rename(tmp_path / name)
+        (tmp_path / "other" / name).rename(workdir / "again" / name)
+    done = check(workdir, data)
+    assert done.returncode == 2 and "ERROR:" in done.stderr.splitlines()[-1]
+    assert "already complete" not in done.stdout
+    assert "resumed: equal to the bit" in done.stdout
+    outcome = json.loads((workdir / "determinism.json").read_text())
+    assert not outcome["equal"] and outcome["resumed"] is None
+    assert outcome["again"]["step"] == 1
+    assert "params/embedding" in outcome["again"]["leaves"]
+    assert any(leaf.startswith("opt_state/") for leaf in outcome["again"]["leaves"])
+
+
+def test_a_run_without_a_checkpoint_in_between_is_refused(tmp_path):
+    data = small_run.make_dataset(tmp_path / "data")
+    run_config = small_run.make_config(data, checkpoint__every_tokens=10**6)
+    with pytest.raises(errors.UsageError, match=r"checkpoint.every_tokens: the run saves at \[0"):
+        determinism.check(run_config, ["--config=configs/muon_qk.py:tiny"], tmp_path / "check")
+    assert not (tmp_path / "check").exists()
+
+
+def test_a_run_that_fails_is_named(tmp_path):
+    data = small_run.make_dataset(tmp_path / "data")
+    run_config = small_run.make_config(data)
+    arguments = ["--config=configs/muon_qk.py:tiny", "--config.model.vocab_size=300"]
+    with pytest.raises(errors.UsageError, match=r"first: the run ended with exit code 2: ERROR: "):
+        determinism.check(run_config, [*arguments, f"--config.data.dir={tmp_path}"], tmp_path / "c")

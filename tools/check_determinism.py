@@ -1,0 +1,39 @@
+"""Repeats and resumes a run, and compares to the bit: for the machine and flags that you use.
+
+  python tools/check_determinism.py --config=configs/muon_qk.py:tiny --workdir=runs/determinism
+
+Trains the config twice, and once more from a checkpoint in its middle; keep train.tokens small.
+Exit code 0 where all three end with the same parameters and optimiser state, 2 where they differ:
+the leaves are named, and determinism.json holds everything. On a GPU try it with and without
+XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from qkjax import command_line, config_flag, errors
+
+_CONFIG = config_flag.define()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the three runs.")
+
+
+def main() -> None:
+    config = config_flag.read(_CONFIG)
+    if not _WORKDIR.value:
+        raise errors.UsageError("--workdir: missing. Name a directory for the three runs.")
+
+    from qkjax import determinism
+
+    given = [a for a in sys.argv[1:] if a.startswith(("--config", "--noconfig"))]
+    outcome = determinism.check(config, given, pathlib.Path(_WORKDIR.value))
+    if not outcome["equal"]:
+        raise errors.UsageError(
+            f"{_WORKDIR.value}: the runs differ, see determinism.json there. On a GPU set "
+            "XLA_FLAGS=--xla_gpu_deterministic_ops=true; on a CPU this is a fault: report it."
+        )
+
+
+if __name__ == "__main__":
+    command_line.run(main, parse=config_flag.parse)
