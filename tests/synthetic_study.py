@@ -127,7 +127,8 @@ def write_downstream(
 ) -> None:
     """downstream/ of the runs that are there: by arm the share of items answered right.
 
-    An item is as hard for every run; `right` is the mean of both tasks' accuracies.
+    An item is as hard for every run; `right` is the mean of both tasks' accuracies. The byte-exact
+    subset is the first half of the items.
     """
     random = np.random.default_rng(random_seed)
     hard = random.standard_normal(items)
@@ -145,11 +146,66 @@ def write_downstream(
                 lines.append({"task": "lambada", **name, "log_likelihood": float(-3 - hard[index]),
                               "greedy": bool(word), "acc": int(word)})  # fmt: skip
             path = directory / "downstream" / arm / f"seed_{seed}.json"
-            run_directory.write_json(
-                path, {"run": {"params_sha256": f"{arm}-{seed}"}, "sample": sample, "tasks": {}}
-            )
+            run_directory.write_json(path, _downstream(arm, seed, lines, sample))
             text = "".join(json.dumps(line) + "\n" for line in lines)
             path.with_suffix(".items.jsonl").write_text(text)
+
+
+def _downstream(
+    arm: str, seed: int, lines: Sequence[Mapping[str, Any]], sample: bool
+) -> dict[str, Any]:
+    tasks = {}
+    for task, shots, names in (("hellaswag", 10, ("acc", "acc_norm")), ("lambada", 0, ("acc",))):
+        items = [line for line in lines if line["task"] == task]
+        half = items[: len(items) // 2]
+        measured = {name: _accuracy([item[name] for item in items]) for name in names}
+        if task == "lambada":
+            likely = [item["log_likelihood"] for item in items]
+            measured["perplexity"] = {"value": math.exp(-float(np.mean(likely))), "stderr": 0.5}
+        exact = {name: _accuracy([item[name] for item in half]) for name in names}
+        tasks[task] = {
+            "name": task, "num_fewshot": shots, "n": len(items), "metrics": measured,
+            "byte_exact": {"n": len(half), "metrics": exact}, "truncated": 0,
+            "data_sha256": {f"{task}.jsonl": ("5" if sample else "d") * 64},
+        }  # fmt: skip
+    return {
+        "format_version": 1, "backend": "jax", "sample": sample, "limit": None,
+        "run": {"arm": arm, "seed": seed, "step": 1, "params_sha256": f"{arm}-{seed}",
+                "dataset_fingerprint": FINGERPRINT},
+        "tasks": tasks, "bos": "end-of-text token", "versions": {"qkjax": "0.1.0"},
+        "wall_seconds": 1.0,
+    }  # fmt: skip
+
+
+def _accuracy(right: Sequence[int]) -> dict[str, float]:
+    share = float(np.mean(right))
+    return {"value": share, "stderr": math.sqrt(share * (1 - share) / len(right))}
+
+
+def write_sweep(
+    directory: pathlib.Path,
+    losses: Mapping[str, Mapping[float, float | None]],
+    *,
+    edge: Mapping[str, str] | None = None,
+    extended: Sequence[str] = (),
+) -> None:
+    """sweep/learning_rates.json: by arm and learning rate the loss; None: that run diverged."""
+    entries = {}
+    for arm, by_rate in losses.items():
+        sound = {rate: loss for rate, loss in by_rate.items() if loss is not None}
+        chosen = min(sound, key=sound.__getitem__) if sound else None
+        reached = [START[LOSS] if loss is None else loss for loss in by_rate.values()]
+        entries[arm] = {
+            "grid": sorted(by_rate), "chosen": chosen, "edge": (edge or {}).get(arm),
+            "extended": arm in extended, "loss_at_init": START[LOSS], "fingerprint": FINGERPRINT,
+            "sensitivity": float(np.mean(reached)) - sound[chosen] if sound else None,
+            "runs": [
+                {"learning_rate": rate, "loss": loss, "loss_whole": loss and loss + 0.01,
+                 "diverged": loss is None, "directory": f"sweep/{arm}/lr_{rate:.6g}"}
+                for rate, loss in sorted(by_rate.items())
+            ],
+        }  # fmt: skip
+    run_directory.write_json(directory / "sweep" / "learning_rates.json", entries)
 
 
 def _typical(noise: float | Mapping[str, float]) -> float:
@@ -177,7 +233,7 @@ def write_run(
         for metric, course in courses.items()
     }
     run_directory.write_json(workdir / "config.json", run_config.to_dict())
-    run_directory.write_json(workdir / "environment.json", {"dataset_fingerprint": fingerprint})
+    run_directory.write_json(workdir / "environment.json", _environment(run_config, fingerprint))
     rows, summary = [], {}
     for step in range(end + 1):
         row: dict[str, Any] = {"step": step, "tokens": step * train.tokens_per_step}
@@ -220,6 +276,19 @@ def write_run(
     )  # fmt: skip
 
 
+def _environment(run_config: config.Config, fingerprint: str) -> dict[str, Any]:
+    """environment.json of one start on a machine that there is not."""
+    command = ["python", "-m", "qkjax.main", f"--config=configs/{run_config.arm}.py",
+               f"--config.seed={run_config.seed}"]  # fmt: skip
+    return {
+        "dataset_fingerprint": fingerprint, "command": command, "python": "3.11.7",
+        "versions": {"qkjax": "0.1.0", "jax": "0.10.2"}, "variables": {}, "cpu_count": 2,
+        "devices": {"platform": "cpu", "kind": "cpu", "count": 1, "process_count": 1},
+        "jax_threefry_partitionable": True, "git": {"commit": "0" * 40, "dirty": False},
+        "starts": [{"time": "2026-11-26T00:00:00+00:00", "command": command}],
+    }  # fmt: skip
+
+
 def _course(course: Course, start: float, shift: float, last: int):
     points = {0: start, **course} if isinstance(course, Mapping) else {0: start, last: course}
     steps, values = list(points), list(points.values())
@@ -258,26 +327,31 @@ def _write_losses(
     )
 
 
-def _spectrum(ratio: float, size: int) -> np.ndarray:
-    """Geometric singular values with this participation ratio."""
-    low, high = 0.0, 20.0
+def _spectra(ratios: np.ndarray, size: int) -> np.ndarray:
+    """[..., size] geometric singular values with these participation ratios [...]."""
+    low, high = np.zeros_like(ratios), np.full_like(ratios, 20.0)
     for _ in range(60):
         decay = (low + high) / 2
-        sigma = np.exp(-decay * np.arange(size))
-        low, high = (decay, high) if sigma.sum() ** 2 / (sigma**2).sum() > ratio else (low, decay)
+        sigma = np.exp(-decay[..., None] * np.arange(size))
+        above = sigma.sum(axis=-1) ** 2 / (sigma**2).sum(axis=-1) > ratios
+        low, high = np.where(above, decay, low), np.where(above, high, decay)
     return 100 * sigma
 
 
 def _write_spectra(
     workdir: pathlib.Path, name: str, row: Mapping[str, Any], run_config: config.Config
 ) -> None:
-    """The arrays of DESIGN.md section 4; every head and layer alike."""
+    """The arrays of DESIGN.md section 4: layers and heads differ, their mean is the metric."""
     shape = run_config.model
     counts = {"key": shape.num_kv_heads, "query": shape.num_heads, "value": shape.num_kv_heads}
 
-    def of(heads: int, values: Any = 1.0, *inner: int) -> np.ndarray:
-        full = np.broadcast_to(values, (shape.num_layers, heads, *inner))
-        return full.astype(np.float32)
+    def of(heads: int, value: float) -> np.ndarray:
+        layers = np.linspace(0.8, 1.2, shape.num_layers)[:, None]
+        return (value * layers * np.linspace(0.95, 1.05, heads)).astype(np.float32)
+
+    def spectra(heads: int, ratio: float) -> np.ndarray:
+        ratios = np.clip(of(heads, ratio).astype(np.float64), 1.0, shape.head_dim)
+        return _spectra(ratios, shape.head_dim).astype(np.float32)
 
     arrays: dict[str, np.ndarray] = {}
     for vector, heads in counts.items():
@@ -286,20 +360,22 @@ def _write_spectra(
                 continue
             for centring in ("raw", "centred"):
                 ratio = row[PR_BEFORE] if stage == "_pre_rope" else row[PR]
-                sigma = _spectrum(min(ratio, shape.head_dim), shape.head_dim)
-                arrays[f"{vector}{stage}_{centring}"] = of(heads, sigma, shape.head_dim)
-            arrays[f"{vector}{stage}_mean"] = of(heads, 0.1, shape.head_dim)
+                arrays[f"{vector}{stage}_{centring}"] = spectra(heads, ratio)
+            mean = np.full((shape.num_layers, heads, shape.head_dim), 0.1, np.float32)
+            arrays[f"{vector}{stage}_mean"] = mean
     if shape.qk_norm != "none":
-        for gamma in ("gamma_q", "gamma_k"):
-            arrays[gamma] = np.full((shape.num_layers, shape.head_dim), 0.8, np.float32)
+        kept = min(1.0, row[PR] / _scaled(START, shape.head_dim)[PR])
+        frozen = shape.qk_norm == "frozen"
+        for gamma in ("gamma_q", "gamma_k"):  # from 1 to a slope around the share of PR kept
+            spread = np.linspace(1.5 * kept - 0.5, 0.5 + 0.5 * kept, shape.head_dim)
+            values = np.ones_like(spread) if frozen else spread
+            arrays[gamma] = np.tile(values, (shape.num_layers, 1)).astype(np.float32)
     arrays["max_logit"] = of(shape.num_heads, row[LOGIT])
     arrays["entropy"] = of(shape.num_heads, 3.0)
     for vector in ("key", "query"):
         for size, value in (("mean", 8.0), ("p99", 10.0), ("max", 12.0)):
             arrays[f"{vector}_norm_{size}"] = of(counts[vector], value)
-    arrays["wqk_singular_values"] = of(
-        shape.num_heads, _spectrum(0.5 * shape.head_dim, shape.head_dim), shape.head_dim
-    )
+    arrays["wqk_singular_values"] = spectra(shape.num_heads, 0.5 * shape.head_dim)
     for name_, value in (("aa", row[AA]), ("aa_ratio", 0.7), ("overlap", 0.2)):
         arrays[name_] = of(shape.num_kv_heads, value)
     arrays["num_tokens"] = np.float32(1_048_576)

@@ -31,7 +31,11 @@ STREET = [
     """
     study.__init__ study.quantities study.run_spectra study.results study.statistics
     study.judgement study.clauses study.stability study.hypotheses study.items study.verdicts
-    study.drawing study.figures study.packing study.plan_config study.plan_arms study.plan
+    study.drawing study.figures study.arms study.original study.report_blocks
+    study.report_charts study.report_data study.report_spectra study.report_verdicts
+    study.report_training study.report_keys study.report_downstream study.report_record
+    study.report_csv study.report_svg study.report_style study.report_html study.report_markdown
+    study.report study.packing study.plan_config study.plan_arms study.plan
     study.plan_cost study.plan_lines study.sweep
     """,
     """
@@ -46,8 +50,8 @@ PLACES = {
 PURE = ("spectral", "muon", "losses", "attention")  # arrays in, arrays out: nothing of ours
 # Answer in under a second, or are read by the report: no jax at import, however deep.
 LIGHT = ("main", "command_line", "config_flag", "run_directory", "data.dataset", "data.check",
-         "study.figures", "study.packing", "study.plan_cost", "study.plan_lines", "study.results",
-         "study.statistics", "study.sweep", "study.verdicts")  # fmt: skip
+         "study.figures", "study.packing", "study.plan_cost", "study.plan_lines", "study.report",
+         "study.results", "study.statistics", "study.sweep", "study.verdicts")  # fmt: skip
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "clu", "tensorflow_datasets"}
 ONLY_IN = {"flax": {"model"}, "orbax": {"checkpoint"}, "clu": {"tensorboard"},
            "torch": {"export.verify"}, "tensorflow": set(),

@@ -10,7 +10,7 @@ import functools
 import io
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
@@ -60,6 +60,11 @@ def _matplotlib() -> Any:
             "Run pip install -e '.[report]'."
         ) from error
     return matplotlib
+
+
+def check_available() -> None:
+    """Raises UsageError where no figure can be drawn, before any work is done."""
+    _matplotlib()
 
 
 @contextlib.contextmanager
@@ -143,10 +148,10 @@ def count(number: int) -> str:
     return str(number)
 
 
-def token_axis(axes: "Axes", evaluations: Sequence[Evaluation]) -> None:
+def token_axis(axes: "Axes", tokens: Iterable[int]) -> None:
     """Tokens, logarithmic from the first evaluation after the start on, so that 0 has a place."""
     axes.set_xlabel("training tokens")
-    positive = sorted(e.tokens for e in evaluations if e.tokens > 0)
+    positive = sorted(number for number in tokens if number > 0)
     if not positive:
         return
     first, last = positive[0], positive[-1]
@@ -165,8 +170,8 @@ def token_axis(axes: "Axes", evaluations: Sequence[Evaluation]) -> None:
 
 def layer_curves(axes: "Axes", evaluations: Sequence[Evaluation], values_EN: np.ndarray) -> None:
     """One curve per layer [evaluations, layers] over tokens; `layer_bar` is their legend."""
-    token_axis(axes, evaluations)
     tokens = [e.tokens for e in evaluations]
+    token_axis(axes, tokens)
     for values, colour in zip(values_EN.T, colours(values_EN.shape[1]), strict=True):
         axes.plot(tokens, values, color=colour, lw=1.2)
 
@@ -223,7 +228,7 @@ def heat_map(axes: "Axes", values: np.ndarray, colour_map: str, low: float, high
             text = f"{value:.3g}" if np.isfinite(value) else "undefined"
             red, green, blue, _ = mesh.cmap(mesh.norm(value))
             dark = np.isfinite(value) and 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            ink = "white" if dark else "black"
+            ink = "#ffffff" if dark else "#111111"  # both themes of a page have these cells
             axes.text(head + 0.5, layer + 0.5, text, color=ink, ha="center", va="center")
     return mesh
 

@@ -72,9 +72,9 @@ def trajectories(runs: Sequence[RunSpectra], quantities: Sequence[Quantity]) -> 
     """
     figure = drawing.new_figure(4.2 * len(quantities) + 0.4, 3.8)
     panels = figure.subplots(1, len(quantities), sharey=True, squeeze=False)[0]
-    evaluations = [evaluation for run in runs for evaluation in run.evaluations]
+    tokens = [evaluation.tokens for run in runs for evaluation in run.evaluations]
     for axes, shown in zip(panels, quantities, strict=True):
-        drawing.token_axis(axes, evaluations)
+        drawing.token_axis(axes, tokens)
         axes.set_title(shown.source or shown.title)
         drawn = [_trajectory(axes, i, run, shown, len(runs) == 1) for i, run in enumerate(runs)]
         if not any(drawn):
@@ -211,7 +211,7 @@ def attention_curves(run: RunSpectra) -> "Figure":
         shown = quantity(name)
         axes.set_title(f"{shown.title}: {statistic} over heads")
         axes.set_ylabel(f"{shown.title}\n({shown.unit(run.head_dim)})")
-        drawing.token_axis(axes, run.evaluations)
+        drawing.token_axis(axes, [e.tokens for e in run.evaluations])
         tokens, values = _series(run, shown)
         if not tokens:
             drawing.say_not_recorded(axes)

@@ -278,13 +278,13 @@ def muon_alternative(panel: Panel) -> Verdict:
         ),
         by_rule(
             study, muon, "H4 logits", f"No attention logit reaches {MAX_LOGIT:g}.",
-            stability.highest_logit, limit=MAX_LOGIT, unit="of a logit",
+            stability.highest_logit, limit=MAX_LOGIT, unit="",
             too_short="no evaluation measured attention/max_logit",
         ),
         by_rule(
             study, muon, "H4 rise",
             f"The largest logit rises by less than {MAX_RISE:g} over the last half.",
-            stability.logit_rise, limit=MAX_RISE, unit="of a logit",
+            stability.logit_rise, limit=MAX_RISE, unit="",
             too_short="budget too short: fewer than two evaluations in the last half",
         ),
     ]  # fmt: skip

@@ -9,7 +9,7 @@ import json
 import math
 import pathlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,7 +182,8 @@ def load_study(workdir: str | pathlib.Path) -> Study:
                 )
             runs[arm, seed] = result
     _check_comparable(list(runs.values()))
-    downstream, items = {}, {}
+    downstream: dict[tuple[str, int], dict[str, Any]] = {}
+    items = {}
     for arm, seed in runs:
         file = path / "downstream" / arm / f"seed_{seed}.json"
         found = _read_json(file)
@@ -196,6 +197,7 @@ def load_study(workdir: str | pathlib.Path) -> Study:
         lines = file.with_suffix(".items.jsonl")
         if lines.exists():
             items[arm, seed] = _read_items(lines)
+    _check_scored_alike(path / "downstream", downstream)
     return Study(
         workdir=path,
         plan=plan,
@@ -221,9 +223,7 @@ def load_run(workdir: pathlib.Path) -> RunResult | str:
     summary = run_directory.read_summary(workdir)
     metrics = workdir / "metrics.jsonl"
     if summary is None:
-        rows = run_directory.read_metrics(metrics) if metrics.exists() else []
-        done = f"at step {rows[-1]['step']:,} of" if rows else "before step 1 of"
-        return f"unfinished, {done} {config.train.num_steps:,}"
+        return f"unfinished, {_progress(metrics)} of {config.train.num_steps:,}"
     rows = run_directory.read_metrics(metrics)
     if not rows or rows[-1]["step"] < summary["step"]:
         raise errors.UsageError(
@@ -258,6 +258,16 @@ def load_run(workdir: pathlib.Path) -> RunResult | str:
         probes=probes,
         sequence_losses=_sequence_losses(workdir, summary, probes[-1].step),
     )
+
+
+def _progress(metrics: pathlib.Path) -> str:
+    """How far an unfinished run has come, and whether a kill has torn its last line."""
+    rows = run_directory.read_metrics(metrics) if metrics.exists() else []
+    if not rows:
+        return "before step 1"
+    lines = sum(map(bool, metrics.read_bytes().split(b"\n")))
+    torn = " (the torn last line of metrics.jsonl is skipped)" if lines > len(rows) else ""
+    return f"at step {rows[-1]['step']:,}{torn}"
 
 
 def _probe(row: Mapping[str, Any]) -> Probe:
@@ -320,6 +330,35 @@ def _incomparable(
         f"{run.workdir}: {what} {ours}, but {other.workdir} has {theirs}. Runs of a study are "
         "compared on one dataset and one budget: train this one again."
     )
+
+
+def _check_scored_alike(
+    folder: pathlib.Path, downstream: Mapping[tuple[str, int], Mapping[str, Any]]
+) -> None:
+    """Refuses scores of other questions, or of questions put otherwise.
+
+    The embedded sample and the real items stand in different tables, so each is compared with its
+    own kind.
+    """
+    seen: dict[tuple[bool, str, str], tuple[pathlib.Path, Any]] = {}
+    for (arm, seed), found in downstream.items():
+        file = folder / arm / f"seed_{seed}.json"
+        sample = bool(found.get("sample"))
+        for task, what, value in _conditions(found):
+            other, theirs = seen.setdefault((sample, task, what), (file, value))
+            if value != theirs:
+                raise errors.UsageError(
+                    f"{file}: {task} has {what} {value}, but {other} has {theirs}. Scores are "
+                    "compared on the same items, put in the same way: evaluate this run again."
+                )
+
+
+def _conditions(found: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    for task, measured in (found.get("tasks") or {}).items():
+        yield task, "num_fewshot", measured.get("num_fewshot")
+        yield task, "data_sha256", measured.get("data_sha256")
+        yield task, "limit", found.get("limit")
+        yield task, "bos", found.get("bos")
 
 
 def _final_name(metric: str) -> str:

@@ -89,7 +89,7 @@ def load_run(workdir: str | pathlib.Path, label: str = "") -> RunSpectra:
         if step not in tokens:  # the run goes on, or was killed, between the two files
             notes.append(f"{file}: left out, metrics.jsonl has no row of step {step}")
             continue
-        evaluations.append(Evaluation(step, tokens[step], _read_arrays(file)))
+        evaluations.append(Evaluation(step, tokens[step], read_arrays(file)))
     if not evaluations:
         raise errors.UsageError(
             f"{path / 'spectra'}: no evaluation in it, expected step_*.npz. "
@@ -126,7 +126,13 @@ def load_runs(workdirs: Sequence[str | pathlib.Path]) -> list[RunSpectra]:
     return [load_run(workdir, label) for workdir, label in zip(workdirs, labels, strict=True)]
 
 
-def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Everything that one evaluation saved.
+
+    Raises:
+        UsageError: the file is damaged.
+        StorageError: the disk failed.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

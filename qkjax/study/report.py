@@ -1,0 +1,83 @@
+"""The report of a study: index.html, report.md, results.csv and figures/*.svg, from its files."""
+
+import pathlib
+
+from qkjax import run_directory
+from qkjax.study import (
+    drawing,
+    report_downstream,
+    report_keys,
+    report_record,
+    report_training,
+    report_verdicts,
+    results,
+)
+from qkjax.study.report_blocks import Report
+from qkjax.study.report_csv import results_csv
+from qkjax.study.report_data import Material, gather
+from qkjax.study.report_html import page
+from qkjax.study.report_markdown import markdown
+
+TITLE = "Does QK-Norm collapse attention keys?"
+
+
+def make_report(workdir: str | pathlib.Path, out: str | pathlib.Path | None = None) -> pathlib.Path:
+    """Writes the report of a study, finished or not; returns the path of its page.
+
+    Args:
+        out: directory of the report; STUDY/report unless given.
+    Raises:
+        UsageError: no study, a damaged file, results that cannot be compared, or no matplotlib.
+        StorageError: the disk failed.
+    """
+    drawing.check_available()
+    material = gather(results.load_study(workdir))
+    folder = pathlib.Path(out) if out else pathlib.Path(workdir) / "report"
+    return write(assemble(material), results_csv(material), folder)
+
+
+def write(report: Report, numbers: str, folder: pathlib.Path) -> pathlib.Path:
+    """Writes the files of a report, each as a whole; returns the path of its page.
+
+    Args:
+        numbers: the text of results.csv.
+    Raises:
+        StorageError: the disk failed.
+    """
+    files = {
+        **{f"figures/{chart.name}.svg": chart.svg for chart in report.charts},
+        "results.csv": numbers.encode(),
+        "report.md": markdown(report).encode(),
+        "index.html": page(report),
+    }
+    for name, data in files.items():
+        run_directory.write_bytes(folder / name, data)
+    for stale in set((folder / "figures").glob("*.svg")) - {folder / name for name in files}:
+        stale.unlink()  # of an earlier report
+    return folder / "index.html"
+
+
+def assemble(material: Material) -> Report:
+    """Every section, in the order of reading."""
+    plan = material.study.plan
+    seeds = ", ".join(map(str, plan["seeds"]))
+    quick = ", quick" if plan.get("quick") else ""
+    return Report(
+        TITLE,
+        f"Report of a study at scale {plan['scale']}, recipe {plan['recipe']}{quick}: "
+        f"{len(material.study.arms)} configurations, seeds {seeds}.",
+        (
+            report_verdicts.verdicts(material),
+            report_verdicts.warnings(material),
+            report_verdicts.missing(material),
+            report_verdicts.at_the_end(material),
+            report_training.sweep(material),
+            report_training.losses(material),
+            report_keys.keys(material),
+            report_downstream.downstream(material),
+            report_verdicts.attribution(material),
+            report_record.comparison(material),
+            report_record.deviations(material),
+            report_record.record(material),
+        ),
+    )

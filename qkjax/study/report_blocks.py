@@ -1,0 +1,154 @@
+"""What a report is made of: sections of paragraphs, tables, charts and verdicts, as data.
+
+`report_html` and `report_markdown` show the same blocks, so the page and the text cannot differ.
+Nothing here computes but the form of a number.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from qkjax.study.judgement import Verdict
+
+ABSENT = "–"  # a number that nobody measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One paragraph."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """A list of short remarks; `tone` "warning" for what a reader has to know first."""
+
+    items: tuple[str, ...]
+    tone: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """Lines to copy, as they are."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows under named columns; columns of `words` are set left, all others are numbers."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int = 1  # so many columns from the left
+    strong: tuple[int, ...] = ()  # rows that sum up others
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A figure as SVG, with what it says in words for those who do not see it."""
+
+    name: str  # stem of its file
+    title: str
+    description: str
+    svg: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Charts:
+    """Charts side by side, on one scale where they show one quantity."""
+
+    caption: str
+    charts: tuple[Chart, ...]
+    columns: int = 2  # where there is room
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """One hypothesis with its clauses."""
+
+    verdict: Verdict
+
+
+Block = Text | Notes | Code | Table | Charts | Box
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the report under a heading."""
+
+    anchor: str
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The whole of it."""
+
+    title: str
+    subtitle: str
+    sections: tuple[Section, ...]
+
+    @property
+    def charts(self) -> list[Chart]:
+        """All of them, in order."""
+        blocks = [block for section in self.sections for block in section.blocks]
+        return [chart for block in blocks if isinstance(block, Charts) for chart in block.charts]
+
+
+# --------------------------------------------------------------------------------------------
+# Numbers as text.
+
+
+def number(value: float | None, digits: int = 2, *, signed: bool = False) -> str:
+    """So many digits behind the point; ABSENT where it was not measured."""
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    return f"{value:{'+' if signed else ''},.{digits}f}"
+
+
+def short(value: float | None, *, signed: bool = False) -> str:
+    """Four significant digits; ABSENT where it was not measured."""
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    return f"{value:{'+' if signed else ''}.4g}"
+
+
+def interval(ends: tuple[float, float] | None) -> str:
+    """ "[+1.02, +5.40]"."""
+    return f"[{short(ends[0], signed=True)}, {short(ends[1], signed=True)}]" if ends else ABSENT
+
+
+def p_value(p: float | None) -> str:
+    """Three digits, and no zero where there is none."""
+    if p is None:
+        return ABSENT
+    return "< 0.001" if 0 < p < 0.001 else f"{p:.3f}"
+
+
+def with_error(value: float, error: float | None, digits: int = 2) -> str:
+    """ "28.41 ± 0.44"."""
+    return number(value, digits) + ("" if error is None else f" ± {number(error, digits)}")
+
+
+def without_empty(table: Table) -> Table:
+    """The table without the columns in which nobody has anything."""
+    kept = [
+        i
+        for i in range(len(table.columns))
+        if i < table.words or any(row[i] != ABSENT for row in table.rows)
+    ]
+    return dataclasses.replace(
+        table,
+        columns=tuple(table.columns[i] for i in kept),
+        rows=tuple(tuple(row[i] for i in kept) for row in table.rows),
+    )
+
+
+def mean(values: Sequence[float]) -> float:
+    """NaN where one of them is, or there is none."""
+    return math.fsum(values) / len(values) if values else math.nan

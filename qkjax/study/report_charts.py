@@ -1,0 +1,202 @@
+"""Charts of a report that set arms side by side, over training and over learning rates.
+
+A line is the mean over the seeds, the band their range, the thin lines the seeds themselves; a
+run that diverged ends in a cross. Hue and line of an arm are the same everywhere.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from qkjax.study import arms, drawing
+from qkjax.study.report_blocks import Chart
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SIZE = (4.0, 3.4)  # inches: a phone shows it at the size of its text
+BANDS = "Lines are means over seeds, bands their range, thin lines the seeds."
+
+
+def chart(name: str, title: str, description: str, figure: "Figure") -> Chart:
+    """A figure as the report keeps it."""
+    return Chart(name, title, description, drawing.to_bytes(figure, "svg"))
+
+
+class Curve(NamedTuple):
+    """One metric of one run."""
+
+    tokens: np.ndarray  # [evaluations] ascending
+    values: np.ndarray  # [evaluations]
+    diverged: bool
+
+
+class Scale(NamedTuple):
+    """The vertical axis, one for all charts of a quantity."""
+
+    label: str  # with the unit
+    low: float | None = None
+    high: float | None = None
+    logarithmic: bool = False
+    reference: tuple[float, str] | None = None  # a level and what it is
+
+
+Curves = Mapping[str, Sequence[Curve]]  # by arm, a curve for each seed
+
+
+def common_scale(
+    label: str, groups: Sequence[Curves], *, low: float | None = None, after: int = 0
+) -> Scale:
+    """A scale that holds every value of all groups, from `after` tokens on.
+
+    Args:
+        low: where it begins; None is just below the lowest value.
+    """
+    values = np.concatenate([
+        curve.values[curve.tokens >= after]
+        for curves in groups for runs in curves.values() for curve in runs
+    ] or [np.zeros(0)])  # fmt: skip
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return Scale(label, low)
+    margin = 0.05 * (float(values.max() - values.min()) or 1.0)
+    begin = float(values.min()) - margin if low is None else low
+    return Scale(label, begin, float(values.max()) + margin)
+
+
+@drawing.styled
+def over_tokens(curves: Curves, scale: Scale, after: int = 0) -> "Figure":
+    """One metric over training, every arm in one panel.
+
+    Args:
+        after: tokens from which on it is drawn, on a linear axis where that is above 0.
+    """
+    figure = drawing.new_figure(*SIZE)
+    axes = _bare(figure)
+    for arm, runs in curves.items():
+        _draw_arm(axes, arm, runs, after)
+    tokens = [int(token) for runs in curves.values() for curve in runs for token in curve.tokens]
+    if after:
+        axes.set_xlabel("training tokens")
+        marks = [tick for tick in axes.get_xticks() if tick >= 0]
+        axes.set_xticks(marks, [drawing.count(round(mark)) for mark in marks])
+        reach = max(tokens, default=after + 1) - after
+        axes.set_xlim(after - 0.03 * reach, after + 1.03 * reach)
+    else:
+        drawing.token_axis(axes, tokens)
+    _set_scale(axes, scale)
+    _legend(figure, axes)
+    return figure
+
+
+def _bare(figure: "Figure") -> "Axes":
+    """One panel on whatever lies behind it: a page has its own paper."""
+    figure.patch.set_visible(False)
+    axes = figure.subplots()
+    axes.patch.set_visible(False)
+    return axes
+
+
+def _draw_arm(axes: "Axes", arm: str, runs: Sequence[Curve], after: int) -> None:
+    hue, line, marker = arms.look(arm)
+    name = arms.short(arm)
+    if len(runs) == 1:
+        name += " (n = 1)"
+    shown = [
+        Curve(run.tokens[run.tokens >= after], run.values[run.tokens >= after], run.diverged)
+        for run in runs
+    ]
+    for run in shown if len(shown) > 1 else ():
+        axes.plot(run.tokens, run.values, color=hue, ls=line, lw=0.6, alpha=0.6)
+    for run in shown:
+        if run.diverged and len(run.tokens):
+            axes.plot(run.tokens[-1:], run.values[-1:], color=hue, marker="x", ms=9, mew=2)
+    tokens, values = _together(shown)
+    if not len(tokens):
+        return
+    if len(shown) > 1:
+        low, high = values.min(axis=0), values.max(axis=0)
+        axes.fill_between(tokens, low, high, color=hue, alpha=0.18, lw=0)
+    every = max(1, len(tokens) // 8)
+    axes.plot(
+        tokens, values.mean(axis=0), color=hue, ls=line, marker=marker, lw=1.6, label=name,
+        markevery=every,
+    )  # fmt: skip
+
+
+def _together(runs: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens at which every run was measured, and [runs, tokens] values there."""
+    common = sorted(set.intersection(*(set(run.tokens.tolist()) for run in runs))) if runs else []
+    rows = [[dict(zip(run.tokens, run.values, strict=True))[t] for t in common] for run in runs]
+    return np.array(common), np.array(rows).reshape(len(runs), len(common))
+
+
+def _set_scale(axes: "Axes", scale: Scale) -> None:
+    axes.set_ylabel(scale.label)
+    if scale.logarithmic:
+        axes.set_yscale("log")
+    axes.set_ylim(scale.low, scale.high)
+    if scale.reference:
+        level, words = scale.reference
+        axes.axhline(level, color="#777777", lw=1.0, ls=(0, (2, 2)), label=words)
+
+
+def _legend(figure: "Figure", axes: "Axes") -> None:
+    if axes.get_legend_handles_labels()[0]:
+        add_legend(figure)
+    else:
+        drawing.say_not_recorded(axes)
+
+
+def add_legend(figure: "Figure") -> None:
+    """Below the panel, in two columns."""
+    figure.legend(
+        loc="outside lower center", ncols=2, fontsize=8, handlelength=2.8, columnspacing=1.4
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# The sweep.
+
+
+class SweepPoint(NamedTuple):
+    """One short run."""
+
+    rate: float
+    loss: float | None  # None: it diverged
+    chosen: bool
+
+
+@drawing.styled
+def sweep(by_arm: Mapping[str, Sequence[SweepPoint]], scale: Scale) -> "Figure":
+    """Final validation loss over the learning rate; the chosen rate ringed, diverged on top."""
+    figure = drawing.new_figure(*SIZE)
+    axes = _bare(figure)
+    _set_scale(axes, scale)
+    rates = sorted({point.rate for points in by_arm.values() for point in points})
+    diverged = False
+    for arm, points in by_arm.items():
+        hue, line, marker = arms.look(arm)
+        sound = [(p.rate, p.loss) for p in points if p.loss is not None]
+        if sound:
+            x, y = zip(*sound, strict=True)
+            axes.plot(x, y, color=hue, ls=line, marker=marker, lw=1.4, label=arms.short(arm))
+        for point in points:
+            if point.loss is None:
+                diverged = True
+                axes.plot(
+                    point.rate, 1.03, color=hue, marker="x", ms=8, mew=2,
+                    transform=axes.get_xaxis_transform(), ls="none",
+                    clip_on=False,
+                )  # fmt: skip
+            elif point.chosen:
+                axes.plot(point.rate, point.loss, color=hue, marker="o", ms=11, mfc="none", mew=1.6)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    cross = " (× on top: diverged)" if diverged else ""
+    axes.set_xlabel(f"learning rate{cross}")
+    _legend(figure, axes)
+    return figure

@@ -1,0 +1,167 @@
+"""Everything that a report shows, gathered once: results, verdicts, spectra, warnings."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from qkjax import presets
+from qkjax.study import arms, results, run_spectra, verdicts
+from qkjax.study.judgement import Judgement
+from qkjax.study.report_blocks import mean, number
+from qkjax.study.report_charts import Curve
+from qkjax.study.results import RunResult, Study
+from qkjax.study.run_spectra import RunSpectra
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """A study, what it says, and the arrays behind it."""
+
+    study: Study
+    judgement: Judgement
+    spectra: dict[tuple[str, int], RunSpectra]  # of the runs that saved any
+    ends: dict[str, list[dict[str, np.ndarray]]]  # by arm, of the pass that is reported
+    warnings: tuple[str, ...]  # what a reader has to know first
+
+    @property
+    def head_dim(self) -> int:
+        """Directions that a head's keys can use."""
+        for run in self.study.runs.values():
+            return run.config.model.head_dim
+        return int(presets.SHAPES[self.study.plan["scale"]]["head_dim"])
+
+    def curves(self, metric: str, names: list[str] | None = None) -> dict[str, list[Curve]]:
+        """By arm the metric over training of every finished run that measured it."""
+        found = {}
+        for arm in self.study.arms if names is None else names:
+            curves = [
+                curve
+                for run in self.study.of_arm(arm)
+                if len((curve := _curve(run, metric)).tokens)
+            ]
+            if curves:
+                found[arm] = curves
+        return found
+
+    def end(self, metric: str, arm: str) -> float:
+        """Mean over the arm's finished runs of what is reported."""
+        return mean([run.value(metric) for run in self.study.of_arm(arm)])
+
+    def said(self, metric: str, names: Iterable[str], digits: int = 2) -> str:
+        """`end` of some arms in words."""
+        ends = ((arms.label(arm), number(self.end(metric, arm), digits)) for arm in names)
+        return "; ".join(f"{arm} {value}" for arm, value in ends)
+
+    def groups(self, curves: Mapping[str, object]) -> Iterator[tuple[list[str], str, str]]:
+        """(arms, stem of file names, words) of each chart: the arms, then controls by optimiser.
+
+        Controls stand beside the arms that they change.
+        """
+        plan = self.study.plan
+        main = [arm for arm in plan["arms"] if arm in curves]
+        if main:
+            yield main, "arms", "the arms"
+        parents = plan.get("parents") or {}
+        controls = [arm for arm in plan["controls"] if arm in curves]
+        for optimizer in dict.fromkeys(arms.optimizer(arm) for arm in controls):
+            own = [arm for arm in controls if arms.optimizer(arm) == optimizer]
+            above = [arm for arm in main if arm in {parents.get(name) for name in own}]
+            yield [*above, *own], f"controls_{optimizer}", f"{arms.family(optimizer)}'s controls"
+
+
+def _curve(run: RunResult, metric: str) -> Curve:
+    points = run.series(metric)
+    tokens, values = ([point[i] for point in points] for i in (0, 1))
+    return Curve(np.array(tokens), np.array(values, np.float64), run.diverged)
+
+
+def gather(study: Study) -> Material:
+    """Judges the study and reads the spectra of its runs.
+
+    Raises:
+        UsageError: a damaged file.
+        StorageError: the disk failed.
+    """
+    judgement = verdicts.judge(study)
+    spectra: dict[tuple[str, int], RunSpectra] = {}
+    ends: dict[str, list[dict[str, np.ndarray]]] = {}
+    for (arm, seed), run in study.runs.items():
+        if not any((run.workdir / "spectra").glob("step_*.npz")):
+            continue
+        found = run_spectra.load_run(run.workdir, label=f"{arm}/seed_{seed}")
+        spectra[arm, seed] = found
+        final = run.workdir / "spectra" / "final.npz"
+        reported = run.has_final_pass and final.exists()
+        arrays = run_spectra.read_arrays(final) if reported else found.evaluations[-1].arrays
+        ends.setdefault(arm, []).append(arrays)
+    ordered = {arm: ends[arm] for arm in study.arms if arm in ends}
+    warnings = (*judgement.warnings, *_more_warnings(study))
+    return Material(study, judgement, spectra, ordered, warnings)
+
+
+def _more_warnings(study: Study) -> Iterator[str]:
+    """What the verdicts do not look at: the choice of rates, and how tasks were scored."""
+    for arm, entry in (study.learning_rates or {}).items():
+        if entry.get("edge"):
+            yield (
+                f"EDGE: the best learning rate of {arms.label(arm)}, {entry['chosen']:g}, is the "
+                f"{'lowest' if entry['edge'] == 'low' else 'highest'} of its grid"
+                f"{_extended(entry)}; a better one may lie outside. Next values to try: "
+                f"{next_values(entry)}"
+            )
+        if entry.get("chosen") is None:
+            yield f"{arms.label(arm)}: every learning rate of the sweep diverged, none is chosen"
+    for arm in study.arms:
+        chosen = chosen_rate(study, arm)
+        used = sorted({run.config.optimizer.learning_rate for run in study.of_arm(arm)})
+        if chosen is not None and any(not math.isclose(chosen, x, rel_tol=1e-5) for x in used):
+            yield (
+                f"{arms.label(arm)} ran at the learning rate "
+                f"{', '.join(f'{rate:g}' for rate in used)}, but the sweep chose {chosen:g}"
+            )
+    limits = {found["limit"] for found in study.downstream.values() if found.get("limit")}
+    if limits:
+        yield (
+            f"downstream scores are of the first {', '.join(f'{n:,}' for n in sorted(limits))} "
+            "items of a task only"
+        )
+    yield from _mixed(study, "backend", "scored downstream tasks by different backends")
+
+
+def _extended(entry: Mapping[str, object]) -> str:
+    return ", extended once already" if entry.get("extended") else ""
+
+
+def next_values(entry: Mapping[str, object]) -> str:
+    """The two rates beyond the edge, in the grid's own ratio."""
+    rates = sorted(run["learning_rate"] for run in entry["runs"])  # type: ignore[attr-defined]
+    if len(rates) < 2:
+        return "a wider grid"
+    low = entry["edge"] == "low"
+    edge, neighbour = (rates[0], rates[1]) if low else (rates[-1], rates[-2])
+    ratio = edge / neighbour
+    return ", ".join(f"{edge * ratio**power:.3g}" for power in (1, 2))
+
+
+def _mixed(study: Study, field: str, words: str) -> Iterator[str]:
+    by_value: dict[str, list[str]] = {}
+    for (arm, seed), found in study.downstream.items():
+        if found.get(field) is not None:
+            by_value.setdefault(str(found[field]), []).append(f"{arm} seed {seed}")
+    if len(by_value) > 1:
+        sides = "; ".join(f"{value}: {', '.join(runs)}" for value, runs in by_value.items())
+        yield f"runs of one comparison {words} ({sides})"
+
+
+def chosen_rate(study: Study, arm: str) -> float | None:
+    """What the sweep chose for the arm or, of a control, for its parent."""
+    parent = (study.plan.get("parents") or {}).get(arm, arm)
+    entry = (study.learning_rates or {}).get(parent)
+    return entry["chosen"] if entry else None
+
+
+def load(workdir: str) -> Material:
+    """`gather` of a study directory."""
+    return gather(results.load_study(workdir))

@@ -1,0 +1,114 @@
+"""4D of a report: HellaSwag and LAMBADA of the final checkpoints, with errors and differences."""
+
+import numpy as np
+
+from qkjax.study import arms, items, statistics
+from qkjax.study.report_blocks import ABSENT, Block, Section, Table, Text, number, with_error
+from qkjax.study.report_data import Material
+from qkjax.study.results import Study
+
+_SCORES = (  # task, metric, heading, factor, digits
+    ("hellaswag", "acc_norm", "HellaSwag acc_norm (%)", 100.0, 2),
+    ("hellaswag", "acc", "HellaSwag acc (%)", 100.0, 2),
+    ("lambada", "acc", "LAMBADA acc (%)", 100.0, 2),
+    ("lambada", "perplexity", "LAMBADA perplexity", 1.0, 2),
+)
+_PAIR = (items.FIRST, items.SECOND)
+
+
+def downstream(material: Material) -> Section:
+    """4D: scores of the final checkpoints, with standard errors and differences."""
+    study = material.study
+    title = "4D. Downstream evaluation"
+    if not study.downstream:
+        return Section("downstream", title, (Text(
+            "No result yet: no run has been scored on HellaSwag or LAMBADA "
+            "(downstream/<arm>/seed_<n>.json)."
+        ),))  # fmt: skip
+    blocks: list[Block] = [Text(
+        "Final checkpoints. Chance is 25% on HellaSwag and about 0% on LAMBADA. ± is one standard "
+        "error over items; differences are between the two arms of one seed, item by item."
+    )]  # fmt: skip
+    for byte_exact in (False, True):
+        if rows := _score_rows(study, byte_exact):
+            blocks.append(Table(
+                "The subset of items whose text survives the tokenizer byte for byte."
+                if byte_exact else "Scores of every run; a sample decides nothing.",
+                ("Configuration", "Seed", *(heading for _, _, heading, _, _ in _SCORES), "Items"),
+                tuple(rows), words=2,
+                strong=tuple(i for i, row in enumerate(rows) if row[0] == "Difference"),
+                notes=() if byte_exact else (_conditions(study),),
+            ))  # fmt: skip
+    return Section("downstream", title, tuple(blocks))
+
+
+def _score_rows(study: Study, byte_exact: bool) -> list[tuple[str, ...]]:
+    rows = []
+    for (arm, seed), found in study.downstream.items():
+        tasks = found.get("tasks") or {}
+        parts = {
+            name: task.get("byte_exact") if byte_exact else task for name, task in tasks.items()
+        }
+        if not any(parts.values()):
+            continue
+        cells = []
+        for task, metric, _, factor, digits in _SCORES:
+            score = ((parts.get(task) or {}).get("metrics") or {}).get(metric)
+            error = (
+                None if score is None or score.get("stderr") is None else score["stderr"] * factor
+            )
+            cells.append(
+                ABSENT if score is None else with_error(score["value"] * factor, error, digits)
+            )
+        counts = [f"{parts[name]['n']:,}" for name in ("hellaswag", "lambada") if parts.get(name)]
+        sample = " (sample)" if items.is_sample(found) else ""
+        rows.append((arms.label(arm) + sample, str(seed), *cells, " / ".join(counts)))
+    return rows if byte_exact else rows + _differences(study)
+
+
+def _differences(study: Study) -> list[tuple[str, ...]]:
+    """Muon minus AdamW + QK-Norm within each seed that has both, from the items."""
+    rows = []
+    for seed in study.seeds:
+        if any((arm, seed) not in study.downstream for arm in _PAIR):
+            continue
+        samples = [items.is_sample(study.downstream[arm, seed]) for arm in _PAIR]
+        cells = [ABSENT] * len(_SCORES)
+        if samples[0] == samples[1]:
+            cells = [_item_difference(study, seed, task, metric) for task, metric, *_ in _SCORES]
+        sample = " (sample)" if any(samples) else ""
+        rows.append((f"Difference{sample}", str(seed), *cells, ABSENT))
+    return rows
+
+
+def _item_difference(study: Study, seed: int, task: str, metric: str) -> str:
+    first, second = (
+        {
+            item["item_sha256"]: float(item[metric])
+            for item in study.items.get((arm, seed), [])
+            if item["task"] == task and metric in item
+        }
+        for arm in _PAIR
+    )
+    if first.keys() != second.keys() or len(first) < 2:
+        return ABSENT
+    names = sorted(first)
+    ours, theirs = (np.array([100 * side[name] for name in names]) for side in (first, second))
+    found = statistics.paired_sequences(ours, theirs)
+    return f"{number(found.estimate, 2, signed=True)} ± {number(found.standard_error)}"
+
+
+def _conditions(study: Study) -> str:
+    tasks = [
+        task for found in study.downstream.values() for task in (found.get("tasks") or {}).items()
+    ]
+    shots = sorted({f"{name} {task['num_fewshot']}-shot" for name, task in tasks})
+    truncated = sum(int(task.get("truncated") or 0) for _, task in tasks)
+    backends = sorted({str(found.get("backend")) for found in study.downstream.values()})
+    rules = sorted({str(found["bos"]) for found in study.downstream.values() if found.get("bos")})
+    said = [", ".join(shots), f"backend {' and '.join(backends)}",
+            f"first token: {' and '.join(rules)}" if rules else "",
+            f"prompts cut to the context: {truncated:,}"]  # fmt: skip
+    return "; ".join(filter(None, said)) + (
+        f". Difference: {arms.label(_PAIR[0])} minus {arms.label(_PAIR[1])}, in points."
+    )

@@ -1,0 +1,238 @@
+"""A report as one page that needs nothing else: no scripts, no fonts, no network.
+
+Built as a tree of elements, so whatever a run's name or config holds comes out as text.
+"""
+
+import functools
+import re
+import xml.etree.ElementTree as ET
+
+from qkjax.study import report_svg
+from qkjax.study.judgement import (
+    INCONCLUSIVE,
+    NON_INFERIORITY,
+    REFUTED,
+    RULE,
+    SUPPORTED,
+    Clause,
+)
+from qkjax.study.report_blocks import (
+    Block,
+    Box,
+    Charts,
+    Code,
+    Notes,
+    Report,
+    Section,
+    Table,
+    Text,
+    interval,
+    p_value,
+    short,
+)
+from qkjax.study.report_style import CSS
+from qkjax.study.report_verdicts import per_seed
+
+_STATUSES = (SUPPORTED, REFUTED, INCONCLUSIVE)
+_SIGNS = {SUPPORTED: "✓", REFUTED: "✗", INCONCLUSIVE: "?"}
+_CODE = re.compile(r"`([^`]*)`")
+_MINUS = re.compile(r"(?<![\w.)-])-(?=\d)")
+Child = ET.Element | str | None
+
+
+def page(report: Report) -> bytes:
+    """The page, UTF-8."""
+    links = (_element("a", section.title, href=f"#{section.anchor}") for section in report.sections)
+    root = _element(
+        "html",
+        _element(
+            "head",
+            _element("meta", charset="utf-8"),
+            _element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            _element("title", report.title),
+            _element("style", CSS),
+        ),
+        _element(
+            "body",
+            _element(
+                "header",
+                _element("h1", report.title),
+                _element("p", report.subtitle, cls="subtitle"),
+                _element("nav", *links, aria_label="Contents"),
+            ),
+            _element("main", *map(_section, report.sections)),
+            _element("footer", "Written by qkjax, tools/make_report.py, from files alone."),
+        ),
+        lang="en",
+    )
+    text = ET.tostring(root, encoding="unicode", method="html")
+    return f"<!DOCTYPE html>\n{text}\n".encode()
+
+
+def _element(tag: str, *children: Child, cls: str = "", **attributes: str) -> ET.Element:
+    """An element; `cls` is its class, underscores of names become hyphens."""
+    names = {name.replace("_", "-"): value for name, value in attributes.items()}
+    element = ET.Element(tag, {**({"class": cls} if cls else {}), **names})
+    for child in children:
+        if isinstance(child, ET.Element):
+            element.append(child)
+        elif child and len(element):
+            element[-1].tail = (element[-1].tail or "") + child
+        elif child:
+            element.text = (element.text or "") + child
+    return element
+
+
+def _words(text: str) -> list[Child]:
+    """Text in which `this` is code, and a minus is as long as a plus."""
+    parts = _CODE.split(_MINUS.sub("−", text))
+    return [_element("code", part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def _section(section: Section) -> ET.Element:
+    blocks = [element for block in section.blocks for element in _blocks(block)]
+    return _element("section", _element("h2", section.title), *blocks, id=section.anchor)
+
+
+# --------------------------------------------------------------------------------------------
+# One function for each kind of block.
+
+
+@functools.singledispatch
+def _blocks(block: Block) -> list[ET.Element]:
+    raise TypeError(f"no page of a {type(block).__name__}")
+
+
+@_blocks.register
+def _(block: Text) -> list[ET.Element]:
+    return [_element("p", *_words(block.text))]
+
+
+@_blocks.register
+def _(block: Notes) -> list[ET.Element]:
+    items = (_element("li", *_words(item)) for item in block.items)
+    return [_element("ul", *items, cls=f"notes {block.tone}".strip())]
+
+
+@_blocks.register
+def _(block: Code) -> list[ET.Element]:
+    return [_element("pre", block.text, tabindex="0")]
+
+
+@_blocks.register
+def _(block: Charts) -> list[ET.Element]:
+    charts = (
+        _element("div", _element("h4", chart.title), report_svg.inline(chart), cls="chart")
+        for chart in block.charts
+    )
+    caption = _element("figcaption", *_words(block.caption))
+    return [_element("figure", caption, _element("div", *charts, cls=f"charts of-{block.columns}"))]
+
+
+@_blocks.register
+def _(block: Table) -> list[ET.Element]:
+    kinds = ["left" if i < block.words else "" for i in range(len(block.columns))]
+    head = (
+        _element("th", *_words(name), cls=kind, scope="col")
+        for name, kind in zip(block.columns, kinds, strict=True)
+    )
+    rows = []
+    for i, row in enumerate(block.rows):
+        cells = [
+            _element("th", *_cell(text), cls=_kind(kind, text), scope="row")
+            if column == 0
+            else _element("td", *_cell(text), cls=_kind(kind, text))
+            for column, (text, kind) in enumerate(zip(row, kinds, strict=True))
+        ]
+        rows.append(_element("tr", *cells, cls="strong" if i in block.strong else ""))
+    caption = _element("p", *_words(block.caption), cls="caption")
+    table = _element(
+        "table",
+        _element("thead", _element("tr", *head)),
+        _element("tbody", *rows),
+        aria_label=block.caption,
+    )
+    # The box scrolls where the table is wider than a phone; the keyboard has to reach it.
+    box = _element("div", table, cls="table" if block.notes else "table space", tabindex="0")
+    notes = [_element("p", *_words(note), cls="table-notes") for note in block.notes]
+    return [caption, box, *notes]
+
+
+def _kind(kind: str, text: str) -> str:
+    """What is short does not wrap."""
+    return f"{kind} tight".strip() if len(text) <= 24 else kind
+
+
+def _cell(text: str) -> list[Child]:
+    return [_status(text)] if text in _STATUSES else _words(text)
+
+
+def _status(status: str, more: str = "") -> ET.Element:
+    words = f"{_SIGNS[status]} {status}{more}"
+    return _element("span", words, cls=f"status {status}")
+
+
+@_blocks.register
+def _(block: Box) -> list[ET.Element]:
+    verdict = block.verdict
+    facts = [f"p (largest of its clauses): {p_value(verdict.p)}" if verdict.p is not None else ""]
+    if verdict.holm_rejected is not None:
+        agrees = "agrees" if verdict.holm_rejected else "does not agree"
+        facts.append(f"Holm over H1–H4 at 0.025: {agrees}")
+    qualifier = f" · {verdict.qualifier}" if verdict.qualifier else ""
+    clauses = [_clause(clause) for clause in verdict.clauses]
+    if verdict.shown:
+        clauses.append(_element("p", "Shown beside it, without deciding", cls="aside"))
+        clauses += [_clause(clause) for clause in verdict.shown]
+    return [
+        _element(
+            "article",
+            _element("header", _element("h3", f"{verdict.name} · {verdict.title}"),
+                     _status(verdict.status, qualifier)),
+            _element("p", verdict.question, cls="question"),
+            _element("p", *_words(_sentence(verdict.reason)), cls="reason"),
+            _element("p", " · ".join(filter(None, facts)), cls="facts"),
+            *clauses,
+            cls=f"verdict {verdict.status}", id=verdict.name.lower(),
+        )
+    ]  # fmt: skip
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def _clause(clause: Clause) -> ET.Element:
+    notes = [_element("ul", *(_element("li", *_words(n)) for n in clause.notes))] * bool(
+        clause.notes
+    )
+    words = _element(
+        "div",
+        _element("p", _element("strong", clause.name), " ", _status(clause.status)),
+        _element("p", *_words(clause.text)),
+        _element("p", *_words(_sentence(clause.reason)), cls="because"),
+        *notes,
+    )
+    facts = [
+        part
+        for name, value in clause_facts(clause)
+        for part in (_element("dt", name), _element("dd", *_words(value)))
+    ]
+    numbers = _element("div", report_svg.interval_figure(clause), _element("dl", *facts))
+    return _element("div", words, numbers, cls=f"clause {clause.status}")
+
+
+def clause_facts(clause: Clause) -> list[tuple[str, str]]:
+    """The numbers of a clause that there are."""
+    limit = {RULE: "limit", NON_INFERIORITY: "margin"}.get(clause.kind, "SESOI")
+    unit = f" {clause.unit}"
+    found = (
+        ("estimate", clause.estimate, short(clause.estimate, signed=clause.kind != RULE) + unit),
+        ("pooled 95%", clause.pooled, interval(clause.pooled)),
+        ("paired 95%", clause.paired, interval(clause.paired)),
+        ("p, one-sided", None if clause.kind == RULE else clause.p, p_value(clause.p)),
+        (limit, clause.sesoi or None, f"{clause.sesoi or 0:.3g}{unit}"),
+        ("seeds needed", clause.seeds_needed, str(clause.seeds_needed)),
+        ("by seed", clause.per_seed or None, per_seed(clause)),
+    )
+    return [(name, text) for name, value, text in found if value is not None]

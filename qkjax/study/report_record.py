@@ -1,0 +1,175 @@
+"""The tail of a report: the original's numbers, deviations, runs, environment, commands."""
+
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from qkjax.study import arms, drawing, original
+from qkjax.study.report_blocks import (
+    ABSENT,
+    Block,
+    Code,
+    Notes,
+    Section,
+    Table,
+    Text,
+    mean,
+    number,
+)
+from qkjax.study.report_data import Material
+from qkjax.study.results import PR, RunResult, Study
+
+CSV_COLUMNS = (
+    "table: run (the numbers reported), evaluation (one probe of training), sweep, downstream, "
+    "clause or verdict",
+    "name: the arm, or the clause, hypothesis or attribution",
+    "seed, step: of the run and its probe; empty where there is none",
+    "metric: a name of docs/metrics.md; val/loss/first_half and second_half are halves of the "
+    "validation split; params_sha256 names the parameters",
+    "value: shortest decimal that reads back as the same number; empty where it was not finite",
+)
+
+
+def comparison(material: Material) -> Section:
+    """The original's published numbers beside the study's, where the setting allows."""
+    study = material.study
+    blocks: list[Block] = [Text(_setting(material))]
+    comparable = material.head_dim == original.HEAD_DIM
+    rows = []
+    for tokens, published in original.PUBLISHED_PR.items():
+        for arm, value in published.items():
+            ours = _at_tokens(study.of_arm(arm), tokens) if comparable else None
+            rows.append(
+                (
+                    drawing.count(tokens),
+                    arms.label(arm),
+                    number(value, 1),
+                    number(ours, 1),
+                    ABSENT if ours is None else number(ours - value, 1, signed=True),
+                )
+            )
+    blocks += [
+        Table(
+            "Post-RoPE raw PR of keys: the original's pilot (one seed, read off its plot, ±0.3) "
+            "and the mean over this study's seeds at the same tokens.",
+            ("Tokens", "Configuration", "Original", "This study", "Difference"),
+            tuple(rows), words=2,
+        ),
+        Notes(original.OTHER_RESULTS),
+    ]  # fmt: skip
+    return Section("original", "Beside the original's numbers", tuple(blocks))
+
+
+def _setting(material: Material) -> str:
+    plan = material.study.plan
+    run = next(iter(material.study.runs.values()), None)
+    if material.head_dim != original.HEAD_DIM:
+        return (
+            f"Heads here have {material.head_dim} dimensions, the original's "
+            f"{original.HEAD_DIM}: a Participation Ratio of one is none of the other, so no "
+            "number of this study stands in the table."
+        )
+    step = run.config.train.tokens_per_step if run else None
+    if plan["recipe"] == "seed" and step == original.TOKENS_PER_STEP:
+        return (
+            "This study runs the original's recipe at its batch size: the same setting but for "
+            "the deviations below. The original has one seed, so a difference says no more than "
+            "that both were measured."
+        )
+    return (
+        "Another recipe or batch size than the original's pilot: set beside it for orientation, "
+        "not as a replication."
+    )
+
+
+def _at_tokens(runs: list[RunResult], tokens: int) -> float | None:
+    values = [run.at_step(PR, tokens // run.config.train.tokens_per_step) for run in runs]
+    return mean(values) if values else None
+
+
+def deviations(material: Material) -> Section:
+    """Where the program departs from the original, and which recipe this study runs."""
+    recipe = material.study.plan["recipe"]
+    words = "ours" if recipe == "fixed" else "what the original's code does, where it is known"
+    return Section(
+        "deviations",
+        "Deviations from the original",
+        (
+            Text(f"This study runs recipe {recipe}: {words}."),
+            Table(
+                "Every known difference.", ("", "Original", "Here"), original.DEVIATIONS, words=3
+            ),
+        ),
+    )
+
+
+def record(material: Material) -> Section:
+    """Runs, datasets, environment, commands: what it takes to do this again."""
+    study = material.study
+    return Section("record", "Record", (
+        Text(f"Plan: {study.plan.get('words') or study.plan['scale']}, fingerprint "
+             f"{study.plan.get('fingerprint', ABSENT)}."),
+        *_runs(study), *_environment(study), *_commands(study),
+        Text("results.csv holds every number of this report, one to a row, sorted, without "
+             "paths, times and rates; equal results give equal bytes. Its columns:"),
+        Notes(CSV_COLUMNS),
+    ))  # fmt: skip
+
+
+def _runs(study: Study) -> Iterator[Block]:
+    rows = []
+    for (arm, seed), run in study.runs.items():
+        summary = run.summary
+        status = f"diverged at step {summary['diverged_step']:,}" if run.diverged else "finished"
+        rows.append((
+            arms.label(arm), str(seed), status, f"runs/{arm}/seed_{seed}", f"{summary['step']:,}",
+            f"{summary['tokens']:,}", number(summary.get("epochs"), 2),
+            str(summary["params_sha256"])[:16],
+        ))  # fmt: skip
+    if rows:
+        yield Table(
+            "Runs.",
+            ("Configuration", "Seed", "Status", "Directory", "Steps", "Tokens", "Epochs",
+             "params_sha256"),
+            tuple(rows), words=4,
+        )  # fmt: skip
+        fingerprints = sorted({run.dataset_fingerprint for run in study.runs.values()})
+        yield Text(f"Dataset fingerprint of every run: {', '.join(fingerprints)}.")
+
+
+def _environment(study: Study) -> Iterator[Block]:
+    """What runs have in common, and which ones differ."""
+    described: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for (arm, seed), run in study.runs.items():
+        described.setdefault(_facts(run.environment), []).append(f"{arm} seed {seed}")
+    for facts, names in described.items():
+        if facts:
+            where = "every run" if len(described) == 1 else ", ".join(names)
+            yield Table(f"Environment of {where}.", ("", "Value"), facts, words=2)
+
+
+def _facts(environment: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    devices = environment.get("devices") or {}
+    git = environment.get("git") or {}
+    dirty = " with changes" if git.get("dirty") else ""
+    found = {
+        "devices": f"{devices.get('count')} × {devices.get('kind')} ({devices.get('platform')})"
+        if devices else "",
+        "processes": str(devices.get("process_count", "")),
+        "Python": str(environment.get("python", "")),
+        **{str(name): str(v) for name, v in (environment.get("versions") or {}).items() if v},
+        **{str(name): str(v) for name, v in (environment.get("variables") or {}).items()},
+        "source": f"{git['commit']}{dirty}" if git.get("commit") else "",
+    }  # fmt: skip
+    return tuple((name, value) for name, value in found.items() if value)
+
+
+def _commands(study: Study) -> Iterator[Block]:
+    lines = []
+    for run in study.runs.values():
+        command = run.environment.get("command")
+        if isinstance(command, list):
+            lines.append(shlex.join(map(str, command)))
+    if lines:
+        yield Text("The command of every run's latest start (secrets masked):")
+        yield Code("\n".join(lines))

@@ -1,0 +1,171 @@
+"""The head of a report: the question, H1 to H5, warnings, what is missing; and attribution."""
+
+from collections.abc import Iterator
+
+from qkjax.study import arms
+from qkjax.study.judgement import RULE, Attribution, Clause
+from qkjax.study.report_blocks import (
+    ABSENT,
+    Block,
+    Box,
+    Notes,
+    Section,
+    Table,
+    Text,
+    interval,
+    number,
+    p_value,
+    short,
+    without_empty,
+)
+from qkjax.study.report_data import Material
+from qkjax.study.results import LOSS, PR
+
+QUESTION = (
+    "Does QK-Norm (RMSNorm on queries and keys) collapse the dimensionality of attention keys in "
+    "long runs, does Muon without it keep them high, and does any of that make a better model? "
+    "Four arms, {AdamW, Muon} × {QK-Norm, none}, and their controls answer. The rules below were "
+    "fixed before the data."
+)
+_KEY = (
+    "In the small figures the thick bar is the pooled 95% interval, the thin line the paired one, "
+    "dots are seeds, the solid line is 0 and the dashed one the smallest effect of interest "
+    "(SESOI), the margin or the limit; to the right is as predicted."
+)
+
+
+def verdicts(material: Material) -> Section:
+    """The question and the five hypotheses."""
+    judgement, study = material.judgement, material.study
+    planned = len(study.arms) * len(study.seeds)
+    used = ", ".join(map(str, judgement.seeds_used)) or "none"
+    state = (
+        f"{len(study.runs)} of {planned} runs are finished. Seeds that have every arm, and so "
+        f"enter the contrasts: {used}. A hypothesis is supported only where all of its clauses "
+        "are and Holm's correction over H1–H4 (one-sided 0.025) agrees; one refuted clause "
+        "refutes it."
+    )
+    board = Table(
+        "The verdicts.",
+        ("Hypothesis", "Verdict", "p", "Question"),
+        tuple(
+            (f"{v.name} {v.title}", v.status, p_value(v.p), v.question) for v in judgement.verdicts
+        ),
+        words=4,
+    )
+    boxes = (Box(verdict) for verdict in judgement.verdicts)
+    blocks: list[Block] = [Text(QUESTION), Text(state), board, Text(_KEY), *boxes]
+    return Section("verdicts", "Question and verdicts", tuple(blocks))
+
+
+def warnings(material: Material) -> Section:
+    """What a reader has to know before the numbers; what the study still lacks."""
+    blocks: list[Block] = []
+    if material.warnings:
+        blocks.append(Notes(material.warnings, tone="warning"))
+    else:
+        blocks.append(Text("None."))
+    return Section("warnings", "Warnings", tuple(blocks))
+
+
+def missing(material: Material) -> Section:
+    """Runs, rates, spectra and scores that the plan names and nobody has made yet."""
+    found = tuple(_missing(material))
+    block: Block = Notes(found) if found else Text("Nothing: every part of the plan has a result.")
+    return Section("missing", "What is missing", (block,))
+
+
+def _missing(material: Material) -> Iterator[str]:
+    study = material.study
+    for run in study.missing:
+        yield f"{arms.label(run.arm)}, seed {run.seed}: {run.why}"
+    if study.plan.get("sweep"):
+        for arm in study.plan["arms"]:
+            if arm not in (study.learning_rates or {}):
+                yield f"sweep of {arms.label(arm)}: no learning rate chosen yet"
+    for what, having in (("spectra", material.spectra), ("downstream scores", study.downstream)):
+        lacking = {
+            arm: [run.seed for run in study.of_arm(arm) if (arm, run.seed) not in having]
+            for arm in study.arms
+        }
+        if study.runs and not having:
+            yield f"{what}: of every run"
+            continue
+        for arm, seeds in lacking.items():
+            if seeds:
+                yield f"{what} of {arms.label(arm)}, {seeds_listed(seeds)}"
+
+
+def seeds_listed(seeds: list[int]) -> str:
+    """ "seeds 42 and 137"."""
+    return ("seed " if len(seeds) == 1 else "seeds ") + " and ".join(map(str, seeds))
+
+
+def attribution(material: Material) -> Section:
+    """What the PR that QK-Norm costs is made of, for each optimiser."""
+    blocks: list[Block] = [Text(
+        "The PR that QK-Norm costs under one optimiser, A = none - decayed, is cut into "
+        "normalisation (none - frozen), the learned gamma (frozen - undecayed) and the decay of "
+        "gamma (undecayed - decayed). It is attributed only where A itself is supported; a decay "
+        "of half of A or more reads “explained by decay at the original's tau”."
+    )]  # fmt: skip
+    for found in material.judgement.attributions:
+        blocks += [
+            Text(f"{arms.family(found.optimizer)}: {found.reason}."),
+            _attribution_table(found),
+        ]
+    return Section("attribution", "Attribution of H1", tuple(blocks))
+
+
+def _attribution_table(found: Attribution) -> Table:
+    clauses = (*found.parts, found.total)
+    return Table(
+        f"{arms.family(found.optimizer)}: parts of the loss in post-RoPE raw PR.",
+        ("Part", "Status", "Estimate (PR)", "Pooled 95%", "Paired 95%", "p", "Per seed"),
+        tuple(
+            (clause.name.partition(": ")[2], clause.status, short(clause.estimate, signed=True),
+             interval(clause.pooled), interval(clause.paired), p_value(clause.p),
+             per_seed(clause))
+            for clause in clauses
+        ),
+        words=2, strong=(len(clauses) - 1,),
+    )  # fmt: skip
+
+
+def per_seed(clause: Clause) -> str:
+    """ "42: +3.1, 137: +2.8"."""
+    signed = clause.kind != RULE
+    cells = (f"{seed}: {short(value, signed=signed)}" for seed, value in clause.per_seed.items())
+    return ", ".join(cells) or ABSENT
+
+
+def at_the_end(material: Material) -> Section:
+    """One line for every arm: the numbers that the hypotheses are about."""
+    study = material.study
+    rows = []
+    for arm in study.arms:
+        runs = study.of_arm(arm)
+        cells = [
+            number(material.end(metric, arm), digits)
+            for metric, digits in ((LOSS, 4), (PR, 2), *_BESIDE)
+        ]
+        diverged = sum(run.diverged for run in runs)
+        remark = f"{diverged} of {len(runs)} diverged" if diverged else ""
+        if len(runs) == 1:
+            remark = ", ".join(filter(None, (remark, "n = 1")))
+        rows.append((arms.label(arm), str(len(runs)), *cells, remark or ABSENT))
+    return Section(
+        "end",
+        "At the end of training",
+        (
+            without_empty(Table(
+                f"Means over seeds; PR of {material.head_dim} directions, loss in nat per token.",
+                ("Configuration", "Runs", "Val loss", "PR post-RoPE raw", "PR pre-RoPE centred",
+                 "Axis alignment", "Max logit", "Remark"),
+                tuple(rows),
+            )),
+        ),
+    )  # fmt: skip
+
+
+_BESIDE = (("pr/key/pre_rope/centred", 2), ("aa/key", 3), ("attention/max_logit", 1))

@@ -1,0 +1,459 @@
+"""The report of studies whole, unfinished and damaged: its words, its numbers, its bytes."""
+
+import csv
+import html.parser
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import synthetic_study
+from synthetic_study import LOSS, PR
+
+from qkjax import errors
+from qkjax.study import original, report, report_csv, report_data, results
+from qkjax.study.report_blocks import Report
+
+pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SEEDS = (42, 43)
+SECTIONS = (
+    "verdicts", "warnings", "missing", "end", "sweep", "loss", "keys", "downstream",
+    "attribution", "original", "deviations", "record",
+)  # fmt: skip
+RATES = {arm: {0.3: 3.9, 0.6: 3.7, 1.2: 3.8} for arm in synthetic_study.ARMS}
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would find: ids, references, tags, and the text of each section."""
+
+    def __init__(self, path: pathlib.Path):
+        super().__init__()
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: set[str] = set()
+        self.sections: dict[str, str] = {}
+        self._inside = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        given = {name: value or "" for name, value in attrs}
+        if "id" in given:
+            self.ids.append(given["id"])
+        for name in ("href", "xlink:href", "src"):
+            self.references += [given[name]] if name in given else []
+        self.references += re.findall(r"url\(([^)]*)\)", " ".join(given.values()))
+        if tag == "section":
+            self._inside = given["id"]
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.sections[self._inside] = self.sections.get(self._inside, "") + data
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Report]:
+    """A tiny study with all that a study can have, its report written, and as data."""
+    folder = tmp_path_factory.mktemp("whole") / "study"
+    arms = synthetic_study.arms(
+        32, adamw_qk={PR: 12.0, LOSS: 3.6}, muon_noqk={PR: 25.0}, muon_qk_frozen={PR: 21.0}
+    )
+    noise = {PR: 0.2, LOSS: 0.002}
+    synthetic_study.write(folder, arms, seeds=SEEDS, noise=noise, scale="tiny", spectra=True)
+    synthetic_study.write_sweep(folder, RATES)
+    right = {"muon_noqk": 0.4, "adamw_qk": 0.3}
+    synthetic_study.write_downstream(folder, right, seeds=SEEDS, items=100)
+    material = report_data.load(folder)
+    made = report.assemble(material)
+    report.write(made, report_csv.results_csv(material), folder / "report")
+    return folder, made
+
+
+@pytest.fixture(scope="module")
+def whole(built: tuple[pathlib.Path, Report]) -> pathlib.Path:
+    """The study of `built`."""
+    return built[0]
+
+
+@pytest.fixture
+def write(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
+    """Writes a tiny study without spectra."""
+
+    def of(arms: synthetic_study.Arms | None = None, **options: Any) -> pathlib.Path:
+        given = {"seeds": SEEDS, "scale": "tiny", "noise": {PR: 0.2, LOSS: 0.002}, **options}
+        return synthetic_study.write(tmp_path / "study", arms or synthetic_study.arms(32), **given)
+
+    return of
+
+
+def sections(study: pathlib.Path) -> dict[str, str]:
+    """Makes the report; by section what its page says."""
+    return Page(report.make_report(study)).sections
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "tools/make_report.py", *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------
+# A whole study.
+
+
+def test_the_page_has_every_section_and_needs_nothing_else(whole: pathlib.Path):
+    page = Page(whole / "report" / "index.html")
+    assert tuple(page.sections) == SECTIONS
+    assert len(set(page.ids)) == len(page.ids) > 100
+    assert not page.tags & {"script", "link", "iframe", "object", "img"}
+    for reference in page.references:
+        assert reference.startswith(("#", "data:image/png;base64,")), reference
+        if reference.startswith("#"):
+            assert reference[1:] in page.ids
+    assert "@import" not in (whole / "report" / "index.html").read_text()
+
+
+def test_every_chart_is_in_the_page_and_a_file(whole: pathlib.Path):
+    page = Page(whole / "report" / "index.html")
+    files = {path.stem for path in (whole / "report" / "figures").glob("*.svg")}
+    assert {f"{name}-title" for name in files} <= set(page.ids)
+    for name in (
+        "sweep_adamw", "sweep_muon", "loss_arms", "loss_controls_muon", "pr_post_rope_raw_arms",
+        "pr_pre_rope_centred_arms", "axes_arms", "heat_maps_key_post_rope_raw_arms",
+        "spectra_key_pre_rope_centred_layer_0", "spectra_key_pre_rope_centred_layer_2",
+        "spectra_key_pre_rope_centred_layer_3", "gamma_k_mean", "max_logit_arms",
+    ):  # fmt: skip
+        assert name in files
+
+
+def test_the_tables_hold_what_the_runs_measured(whole: pathlib.Path):
+    study = results.load_study(whole)
+    page = Page(whole / "report" / "index.html").sections
+    for run in study.runs.values():
+        for text in (f"{run.value(LOSS):.4f}", *(f"{half:.4f}" for half in run.half_losses())):
+            assert text in page["loss"]
+        assert f"{run.value(PR):.2f}" in page["keys"]
+        assert run.summary["params_sha256"][:16] in page["record"]
+    for found in study.downstream.values():
+        score = found["tasks"]["hellaswag"]["metrics"]["acc_norm"]
+        assert f"{100 * score['value']:.2f} ± {100 * score['stderr']:.2f}" in page["downstream"]
+    assert "byte for byte" in page["downstream"] and "10-shot" in page["downstream"]
+
+
+def test_the_text_has_the_facts_of_the_page(built: tuple[pathlib.Path, Report]):
+    """Every cell of every table, every verdict, warning and command, in both forms."""
+    whole, made = built
+    text = (whole / "report" / "report.md").read_text().replace("\\", "")
+    page = " ".join(Page(whole / "report" / "index.html").sections.values()).replace("−", "-")
+    page = page.replace("`", "")
+    facts = [section.title for section in made.sections]
+    for section in made.sections:
+        for block in section.blocks:
+            facts += [cell for row in getattr(block, "rows", ()) for cell in row]
+            facts += getattr(block, "items", ())
+            facts += [block.text] if hasattr(block, "text") else []
+    for verdict in report_data.load(whole).judgement.verdicts:
+        facts += [verdict.title, verdict.question, verdict.status]
+        facts += [clause.reason for clause in (*verdict.clauses, *verdict.shown)]
+    assert len(facts) > 400
+    for fact in facts:
+        plain = " ".join(fact.split())
+        assert plain in " ".join(text.replace("&lt;", "<").replace("&gt;", ">").split()), fact
+        words = plain.replace("`", "")
+        assert words[1:].removesuffix(".") in " ".join(page.split()), fact
+
+
+def test_equal_results_give_equal_bytes(whole: pathlib.Path, tmp_path: pathlib.Path):
+    """By the command, elsewhere, of runs of another speed; results.csv also of other commands."""
+    copy = tmp_path / "elsewhere" / "again"
+    shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("report"))
+    for run in (copy / "runs").glob("*/*"):
+        summary = json.loads((run / "summary.json").read_text())
+        changed = {**summary, "wall_seconds": 7.0, "perf/tokens_per_second": 3.0}
+        (run / "summary.json").write_text(json.dumps(changed))
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows[-1]["perf/eval_seconds"] = 5.0
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = command(f"--workdir={copy}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "index.html")
+    names = {file.relative_to(whole / "report") for file in (whole / "report").rglob("*.*")}
+    assert names == {file.relative_to(tmp_path / "out") for file in (tmp_path / "out").rglob("*.*")}
+    for name in names:
+        ours, other = whole / "report" / name, tmp_path / "out" / name
+        assert other.read_bytes() == ours.read_bytes(), name
+    for run in (copy / "runs").glob("*/*"):
+        environment = json.loads((run / "environment.json").read_text())
+        (run / "environment.json").write_text(json.dumps({**environment, "command": ["other"]}))
+    csv_text = report_csv.results_csv(report_data.load(copy))
+    assert csv_text == (whole / "report" / "results.csv").read_text()
+
+
+def test_results_csv(whole: pathlib.Path):
+    text = (whole / "report" / "results.csv").read_text()
+    assert str(whole) not in text and "seconds" not in text and "perf/" not in text
+    rows = list(csv.DictReader(text.splitlines()))
+    assert tuple(rows[0]) == report_csv.COLUMNS
+    assert {row["table"] for row in rows} == {
+        "clause", "downstream", "evaluation", "run", "sweep", "verdict",
+    }  # fmt: skip
+    places = [
+        (r["table"], r["name"], int(r["seed"] or -1), int(r["step"] or -1), r["metric"])
+        for r in rows
+    ]
+    assert places == sorted(places) and len(set(places)) == len(places)
+    value = {place: row["value"] for place, row in zip(places, rows, strict=True)}
+    for (arm, seed), run in results.load_study(whole).runs.items():
+        assert value["run", arm, seed, -1, "params_sha256"] == run.summary["params_sha256"]
+        assert float(value["run", arm, seed, -1, PR]) == run.value(PR)
+        assert float(value["evaluation", arm, seed, 24, PR]) == run.at_step(PR, 24)
+        halves = [
+            float(value["run", arm, seed, -1, f"{LOSS}/{n}_half"]) for n in ("first", "second")
+        ]
+        assert tuple(halves) == run.half_losses()
+    assert value["verdict", "H1", -1, -1, "status"] in ("supported", "refuted", "inconclusive")
+    assert float(value["clause", "H1 post-RoPE", 42, -1, "estimate"]) > 0
+    assert value["sweep", "muon_qk", 7, -1, "chosen"] == "0.6"
+    assert value["downstream", "muon_noqk", 43, -1, "hellaswag/byte_exact/n"] == "50"
+
+
+def test_figures_of_an_earlier_report_go(built: tuple[pathlib.Path, Report]):
+    whole, made = built
+    kept = sorted((whole / "report").rglob("*"))
+    (whole / "report" / "figures" / "of_an_arm_that_left.svg").write_text("<svg/>")
+    numbers = (whole / "report" / "results.csv").read_text()
+    assert report.write(made, numbers, whole / "report") == whole / "report" / "index.html"
+    assert sorted((whole / "report").rglob("*")) == kept
+
+
+# --------------------------------------------------------------------------------------------
+# Unfinished studies.
+
+
+def test_a_study_that_has_not_begun(write: Callable[..., pathlib.Path]):
+    study = write(missing=[(arm, seed) for arm in synthetic_study.ARMS for seed in SEEDS])
+    page = sections(study)
+    assert tuple(page) == SECTIONS
+    assert "0 of 8 runs are finished" in page["verdicts"]
+    assert page["missing"].count("not started") == 8
+    assert "No run has finished yet" in page["loss"] and "No run has finished" in page["keys"]
+    assert "no run has been scored" in page["downstream"]
+
+
+def test_a_deleted_seed(write: Callable[..., pathlib.Path]):
+    """The other seeds of that arm stand alone, and no contrast is decided on one seed."""
+    study = write()
+    shutil.rmtree(study / "runs" / "muon_noqk" / "seed_43")
+    page = sections(study)
+    assert "7 of 8 runs are finished" in page["verdicts"]
+    assert "enter the contrasts: 42." in page["verdicts"] and "no replication" in page["verdicts"]
+    assert "one seed (42)" in page["warnings"]
+    assert "seed 43 is left out of every contrast, it lacks muon_noqk" in page["warnings"]
+    assert "Muon, no QK-Norm, seed 43: not started" in page["missing"]
+    assert page["end"].count("n = 1") == 1
+    assert "supported" not in page["verdicts"].split("H4 finishes")[0].split("p", 1)[0]
+
+
+def test_a_diverged_arm(write: Callable[..., pathlib.Path]):
+    diverged = {("adamw_noqk", seed): 60 for seed in SEEDS}
+    page = sections(write(diverged=diverged))
+    for seed in SEEDS:
+        assert f"adamw_noqk seed {seed} diverged at step 61" in page["warnings"]
+    assert "2 of 2 diverged" in page["end"] and "10.8000" in page["end"]
+    assert page["loss"].count("diverged") == 2 and "diverged at step 61" in page["record"]
+    assert "AdamW, no QK-Norm (diverged)" in page["keys"]
+
+
+def test_a_torn_last_line_is_skipped_with_a_note(write: Callable[..., pathlib.Path]):
+    study = write()
+    run = study / "runs" / "muon_qk" / "seed_42"
+    (run / "summary.json").unlink()
+    with open(run / "metrics.jsonl", "r+b") as file:
+        file.truncate(5_000)
+    page = sections(study)
+    assert "Muon + QK-Norm, seed 42: unfinished, at step" in page["missing"]
+    assert "torn last line of metrics.jsonl is skipped" in page["missing"]
+
+
+def test_a_finished_run_that_lost_rows_is_refused(write: Callable[..., pathlib.Path]):
+    study = write()
+    with open(study / "runs" / "muon_qk" / "seed_42" / "metrics.jsonl", "r+b") as file:
+        file.truncate(5_000)
+    done = command(f"--workdir={study}")
+    assert done.returncode == 2 and not (study / "report").exists()
+    assert re.fullmatch(
+        r"ERROR: \S*/muon_qk/seed_42/metrics.jsonl: ends at step \d+, but summary.json says 195. "
+        "Restore it from a copy, or run this run again elsewhere.",
+        done.stderr.splitlines()[-1],
+    )
+
+
+def test_another_dataset_is_refused_with_both_digests(write: Callable[..., pathlib.Path]):
+    study = write()
+    path = study / "runs" / "muon_qk" / "seed_43" / "environment.json"
+    environment = json.loads(path.read_text())
+    path.write_text(json.dumps({**environment, "dataset_fingerprint": "f" * 64}))
+    done = command(f"--workdir={study}")
+    assert done.returncode == 2
+    assert f"dataset {'f' * 64}, but" in done.stderr and f"has {'0' * 64}" in done.stderr
+
+
+def test_other_few_shot_counts_are_refused(write: Callable[..., pathlib.Path]):
+    study = write()
+    synthetic_study.write_downstream(
+        study, {"muon_noqk": 0.3, "adamw_qk": 0.3}, seeds=SEEDS, items=20
+    )
+    path = study / "downstream" / "adamw_qk" / "seed_43.json"
+    path.write_text(path.read_text().replace('"num_fewshot": 10', '"num_fewshot": 0'))
+    with pytest.raises(errors.UsageError, match="hellaswag has num_fewshot 0, but"):
+        report.make_report(study)
+    assert not (study / "report").exists()
+
+
+def test_a_study_without_sweep_spectra_and_scores_says_so(write: Callable[..., pathlib.Path]):
+    page = sections(write())
+    assert "This study has no sweep" in page["sweep"] and "0.0012" in page["sweep"]
+    assert "No run has saved spectra" in page["keys"]
+    assert "spectra: of every run" in page["missing"]
+    assert "downstream scores: of every run" in page["missing"]
+
+
+def test_a_planned_sweep_that_is_not_there_is_missing(write: Callable[..., pathlib.Path]):
+    study = write()
+    plan = json.loads((study / "study.json").read_text())
+    plan["sweep"] = {"tokens": 100_000, "grids": {}}
+    (study / "study.json").write_text(json.dumps(plan))
+    page = sections(study)
+    assert "Not there yet" in page["sweep"]
+    assert page["missing"].count("no learning rate chosen yet") == 4
+    synthetic_study.write_sweep(study, {"muon_qk": {0.006: 3.0, 0.012: 3.1}})
+    page = sections(study)
+    assert "Short runs of 100k tokens each, seed 7" in page["sweep"]
+    assert page["missing"].count("no learning rate chosen yet") == 3
+
+
+def test_edges_and_divergence_of_the_sweep(write: Callable[..., pathlib.Path]):
+    study = write()
+    rates = {
+        "adamw_qk": {3e-4: 4.0, 6e-4: 3.9, 1.2e-3: 3.8},
+        "muon_noqk": {0.006: 3.6, 0.012: 3.7, 0.024: None},
+        "muon_qk": {0.012: None, 0.024: None},
+    }
+    edge = {"adamw_qk": "high", "muon_noqk": "low"}
+    synthetic_study.write_sweep(study, rates, edge=edge, extended=["adamw_qk"])
+    page = sections(study)
+    assert (
+        "EDGE: the best learning rate of AdamW + QK-Norm, 0.0012, is the highest of its grid, "
+        "extended once already; a better one may lie outside. Next values to try: 0.0024, 0.0048"
+    ) in page["warnings"]
+    assert "0.006, is the lowest of its grid; a better" in page["warnings"]
+    assert "Next values to try: 0.003, 0.0015" in page["warnings"]
+    assert "Muon + QK-Norm: every learning rate of the sweep diverged" in page["warnings"]
+    assert (
+        "Muon, no QK-Norm ran at the learning rate 0.012, but the sweep chose 0.006"
+        in (page["warnings"])
+    )
+    assert "EDGE (high); grid extended" in page["sweep"] and "diverged at 0.024" in page["sweep"]
+    sensitivity = (3.6 + 3.7 + 10.8) / 3 - 3.6
+    assert f"{sensitivity:.4f}" in page["sweep"]
+
+
+def test_a_sample_is_marked_and_decides_nothing(write: Callable[..., pathlib.Path]):
+    study = write()
+    right = {"muon_noqk": 0.9, "adamw_qk": 0.1}
+    synthetic_study.write_downstream(study, right, seeds=SEEDS, items=20, sample=True)
+    page = sections(study)
+    assert page["downstream"].count("Muon, no QK-Norm (sample)") == 4  # also byte-exact
+    assert page["downstream"].count("Difference (sample)") == 2
+    assert page["warnings"].count("measured on the embedded sample, which decides nothing") == 4
+    assert "has only the embedded sample" in page["verdicts"]
+
+
+def test_differences_of_scores_are_of_items_in_pairs(whole: pathlib.Path):
+    study = results.load_study(whole)
+    sides = [
+        [i["acc_norm"] for i in study.items[arm, 42] if i["task"] == "hellaswag"]
+        for arm in ("muon_noqk", "adamw_qk")
+    ]
+    differences = [a - b for a, b in zip(*sides, strict=True)]
+    mean = sum(differences) / 100
+    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / 99 / 100)
+    said = f"{100 * mean:+.2f} ± {100 * error:.2f}"
+    assert said in Page(whole / "report" / "index.html").sections["downstream"]
+
+
+# --------------------------------------------------------------------------------------------
+# What a page must not do.
+
+
+def test_what_runs_and_results_say_is_text(write: Callable[..., pathlib.Path]):
+    """Nothing of a study becomes markup (FAULTS.md H9)."""
+    evil = "<script>alert('`x`')</script><img src=x onerror=alert(1)>|[a](http://b)"
+    study = write()
+    synthetic_study.write_downstream(study, {"muon_noqk": 0.3}, seeds=SEEDS, items=20)
+    for path in study.glob("runs/*/*/environment.json"):
+        environment = json.loads(path.read_text())
+        environment |= {"command": ["python", evil], "variables": {evil: evil}}
+        path.write_text(json.dumps(environment))
+    for path in study.glob("downstream/*/*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "bos": evil}))
+    plan = json.loads((study / "study.json").read_text())
+    (study / "study.json").write_text(json.dumps({**plan, "words": evil, "fingerprint": evil}))
+    page = Page(report.make_report(study))
+    assert not page.tags & {"script", "img"}
+    assert all("http:" not in reference for reference in page.references)
+    assert (
+        "alert('x')" in page.sections["record"]
+        and evil.replace("`", "") in (page.sections["downstream"])
+    )
+    text = (study / "report" / "report.md").read_text()
+    assert "\n    python" in text  # a block of code; elsewhere:
+    assert not re.search(r"^(?!    ).*<script", text, re.MULTILINE) and "\\[a\\](http" in text
+
+
+def test_deviations_are_those_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    rows = [f"| {' | '.join(row)} |" for row in original.DEVIATIONS]
+    table = readme[readme.index("## Deviations") :]
+    assert [line for line in table.splitlines() if line.startswith("| ")][1:] == rows
+
+
+@pytest.mark.parametrize(
+    ("scale", "recipe", "words", "numbers"),
+    [
+        ("tiny", "fixed", "Heads here have 32 dimensions", False),
+        ("pilot", "fixed", "for orientation, not as a replication", True),
+        ("pilot", "seed", "runs the original's recipe at its batch size", True),
+    ],
+)
+def test_the_originals_numbers_are_marked_as_what_they_are(
+    tmp_path: pathlib.Path, scale: str, recipe: str, words: str, numbers: bool
+):
+    arms = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
+    options = {"fields": {"train__tokens": 1_100_000}} if scale == "pilot" else {}
+    synthetic_study.write(tmp_path, arms, seeds=(42,), scale=scale, recipe=recipe, **options)
+    page = sections(tmp_path)
+    assert words in page["original"] and "51.2" in page["original"]
+    run = results.load_study(tmp_path).runs["muon_noqk", 42]
+    ours = run.at_step(PR, 1_000_000 // run.config.train.tokens_per_step)
+    assert ("−0.8" in page["original"]) is numbers  # 60 here at step 0, 60.8 there
+    if numbers:
+        assert f"{ours:.1f}" in page["original"]
+        assert f"recipe {recipe}" in page["deviations"]
+
+
+def test_no_study(tmp_path: pathlib.Path):
+    done = command(f"--workdir={tmp_path}")
+    assert done.returncode == 2 and "study.json: no such file" in done.stderr
+    done = command()
+    assert done.returncode == 2 and "--workdir: missing, expected a study directory" in done.stderr

@@ -1,0 +1,25 @@
+"""The report of a study: python tools/make_report.py --workdir=STUDY
+
+Writes into STUDY/report: index.html, one page that needs nothing else; report.md, the same as text;
+results.csv, every number; figures/*.svg. A study that is not finished has a report too: it says
+what is missing. What cannot be compared is refused. Prints the path of the page last.
+"""
+
+from absl import flags
+
+from qkjax import command_line, errors
+
+_WORKDIR = flags.DEFINE_string("workdir", "", "Study directory, of tools/run_study.py.")
+_OUT = flags.DEFINE_string("out", "", "Directory for the report. Default: STUDY/report.")
+
+
+def main() -> None:
+    from qkjax.study import report
+
+    if not _WORKDIR.value:
+        raise errors.UsageError("--workdir: missing, expected a study directory. See --help.")
+    print(report.make_report(_WORKDIR.value, _OUT.value or None))
+
+
+if __name__ == "__main__":
+    command_line.run(main)
