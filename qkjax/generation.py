@@ -1,23 +1,20 @@
 """Text from a trained model, token by token: a KV cache, temperature, top-p.
 
-The forward pass is that of `model.py` for one sequence, with the keys and values of earlier
-positions kept instead of computed again; tests hold the two equal. Arithmetic is float32, whatever
-the run was trained in, so that a greedy continuation is that of the exported model.
+Arithmetic is float32, whatever the run was trained in, so that a greedy continuation is that of
+the exported model.
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkjax import attention, errors, model
+from qkjax import decoder, errors, model
 from qkjax.config import ModelConfig
 from qkjax.data.tokenizer import Tokenizer
 from qkjax.export import trained_run
@@ -178,11 +175,11 @@ def _generate(
     sampling: Sampling,
 ) -> Iterator[int]:
     params = jax.device_put(params)
-    cache = empty_cache(config, length)
+    cache = decoder.empty_cache(config, length)
     key = jax.random.key(sampling.seed)
     tokens, start = np.asarray(prompt, np.int32), 0
     while start + len(tokens) < length:
-        logits_V, cache = forward(params, config, cache, tokens, start)
+        logits_V, cache = decoder.next_token_logits(params, config, cache, tokens, start)
         start += len(tokens)
         if sampling.temperature == 0:
             token = int(jnp.argmax(logits_V))
@@ -220,99 +217,3 @@ def sample(
     is_kept = (before < top_p).at[0].set(True)
     chosen = jax.random.categorical(key, jnp.where(is_kept, sorted_logits, -jnp.inf))
     return order[chosen].astype(jnp.int32)
-
-
-# --------------------------------------------------------------------------------------------
-# The decoder with a cache.
-
-
-class Cache(NamedTuple):
-    """Keys (after RoPE) and values of the positions seen so far, zeros beyond; float32."""
-
-    key_NLGK: jax.Array  # L: positions that the cache has room for
-    value_NLGK: jax.Array
-
-
-def empty_cache(config: ModelConfig, length: int) -> Cache:
-    """A cache with room for `length` positions."""
-    shape = (config.num_layers, length, config.num_kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape), jnp.zeros(shape))
-
-
-def forward(
-    params: model.Params, config: ModelConfig, cache: Cache, tokens_C: np.ndarray, start: int
-) -> tuple[jax.Array, Cache]:
-    """Takes tokens at positions start ... start + C - 1 in; earlier ones must be in the cache.
-
-    Args:
-        tokens_C: int32 [C], C at least 1.
-    Returns:
-        Logits [V] float32 of the token after the last, and the cache with these positions; the
-        old cache is given up.
-    """
-    with jax.default_matmul_precision("highest"):  # GPUs would take TF32
-        return _forward(params, cache, tokens_C, jnp.int32(start), config)
-
-
-@functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
-def _forward(
-    params: model.Params, cache: Cache, tokens_C: jax.Array, start: jax.Array, config: ModelConfig
-) -> tuple[jax.Array, Cache]:
-    room, taken = cache.key_NLGK.shape[1], tokens_C.shape[0]
-    cos_LK, sin_LK = attention.rotary_tables(room, config.head_dim, config.rope_base)
-    rotary = tuple(jax.lax.dynamic_slice_in_dim(x, start, taken) for x in (cos_LK, sin_LK))
-    is_seen_CL = jnp.arange(room)[None, :] <= (start + jnp.arange(taken))[:, None]
-
-    def block(x_CD: jax.Array, layer: tuple[Any, Cache]) -> tuple[jax.Array, Cache]:
-        p, kept = layer
-        normed = _rms_norm(x_CD, p["attention_norm"], config)
-        attended, kept = _attend(p["attention"], normed, kept, rotary, is_seen_CL, start, config)
-        x_CD = x_CD + attended
-        normed = _rms_norm(x_CD, p["mlp_norm"], config)
-        return x_CD + _mlp(p["mlp"], normed, config), kept
-
-    x_CD = params["embedding"][tokens_C] * math.sqrt(config.d_model)
-    x_CD, cache = jax.lax.scan(block, x_CD, (params["blocks"], cache))
-    final_D = _rms_norm(x_CD[-1], params["final_norm"], config)
-    return params["embedding"] @ final_D, cache
-
-
-def _attend(
-    p: Any,
-    x_CD: jax.Array,
-    kept: Cache,  # of this layer: [L, G, K]
-    rotary: tuple[jax.Array, ...],
-    is_seen_CL: jax.Array,
-    start: jax.Array,
-    config: ModelConfig,
-) -> tuple[jax.Array, Cache]:
-    C, G, K = len(x_CD), config.num_kv_heads, config.head_dim
-    query_CHK = (x_CD @ p["query"]["kernel"]).reshape(C, -1, K)
-    key_CGK = (x_CD @ p["key"]["kernel"]).reshape(C, G, K)
-    value_CGK = (x_CD @ p["value"]["kernel"]).reshape(C, G, K)
-    if config.qk_norm != "none":
-        query_CHK = _rms_norm(query_CHK, p["query_norm"], config)
-        key_CGK = _rms_norm(key_CGK, p["key_norm"], config)
-    query_CHK = attention.apply_rotary(query_CHK, *rotary)
-    key_CGK = attention.apply_rotary(key_CGK, *rotary)
-    keys = jax.lax.dynamic_update_slice_in_dim(kept.key_NLGK, key_CGK, start, 0)
-    values = jax.lax.dynamic_update_slice_in_dim(kept.value_NLGK, value_CGK, start, 0)
-    query = query_CHK.reshape(C, G, -1, K)  # R: query heads that share a kv head
-    scores = jnp.einsum("cgrk,lgk->grcl", query, keys) * K**-0.5
-    weights = jax.nn.softmax(jnp.where(is_seen_CL, scores, -jnp.inf), axis=-1)
-    out_CGRK = jnp.einsum("grcl,lgk->cgrk", weights, values)
-    return out_CGRK.reshape(C, -1) @ p["output"]["kernel"], Cache(keys, values)
-
-
-def _mlp(p: Any, x_CD: jax.Array, config: ModelConfig) -> jax.Array:
-    up_CF = x_CD @ p["up"]["kernel"]
-    if config.mlp == "swiglu":
-        hidden_CF = jax.nn.silu(x_CD @ p["gate"]["kernel"]) * up_CF
-    else:
-        hidden_CF = jnp.square(jax.nn.relu(up_CF))
-    return hidden_CF @ p["down"]["kernel"]
-
-
-def _rms_norm(x: jax.Array, p: Any, config: ModelConfig) -> jax.Array:
-    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(mean_square + config.norm_eps) * p["gamma"]

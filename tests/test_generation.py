@@ -12,7 +12,7 @@ import pytest
 import random_run
 import small_run
 
-from qkjax import config, errors, generation, model
+from qkjax import config, decoder, errors, generation, model
 from qkjax.data import manifest, tokenizer
 from qkjax.export import directory, trained_run
 from qkjax.generation import Sampling
@@ -63,11 +63,13 @@ def test_cache_gives_the_logits_of_the_whole_pass(run):
     tokens = np.random.default_rng(3).integers(0, small_run.VOCABULARY, 20)
     expected = whole_pass(run, tokens.tolist())
     for room, pieces in ((20, (5, 1, 1, 3, 1, 9)), (32, (20,)), (32, (1,) * 20)):
-        cache = generation.empty_cache(run.config.model, room)
+        cache = decoder.empty_cache(run.config.model, room)
         start = 0
         for size in pieces:
             piece = tokens[start : start + size].astype(np.int32)
-            logits, cache = generation.forward(run.params, run.config.model, cache, piece, start)
+            logits, cache = decoder.next_token_logits(
+                run.params, run.config.model, cache, piece, start
+            )
             start += size
             np.testing.assert_allclose(logits, expected[start - 1], atol=2e-5, rtol=0)
 
