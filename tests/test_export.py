@@ -93,7 +93,7 @@ def test_directory_holds_every_file_and_the_runs_architecture(place, kind):
     exported = place / "exports" / kind
     assert sorted(path.name for path in exported.iterdir()) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors",
-        "tokenizer.json", "tokenizer_config.json",
+        "qkjax.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     c = opened(place, kind).config.model
     found = json.loads((exported / "config.json").read_text())

@@ -26,7 +26,7 @@ STREET = [
     """
     progress evaluation resources rank_curves rank_surgery train export.__init__
     determinism export.trained_run export.hf export.card export.verify export.directory
-    generation
+    export.benchmarks export.stock_model export.scorer export.downstream generation
     """,
     """
     study.__init__ study.quantities study.run_spectra study.results study.statistics
@@ -54,8 +54,10 @@ LIGHT = ("main", "command_line", "config_flag", "run_directory", "data.dataset",
          "study.results", "study.statistics", "study.sweep", "study.verdicts")  # fmt: skip
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "clu", "tensorflow_datasets"}
 ONLY_IN = {"flax": {"model"}, "orbax": {"checkpoint"}, "clu": {"tensorboard"},
-           "torch": {"export.verify"}, "tensorflow": set(),
-           "transformers": {"export.verify"}}  # fmt: skip
+           "torch": {"export.verify", "export.stock_model"}, "tensorflow": set(),
+           "transformers": {"export.verify"},
+           "lm_eval": {"export.benchmarks", "export.stock_model", "export.scorer",
+                       "export.downstream"}}  # fmt: skip
 
 
 def path_of(name: str) -> pathlib.Path:

@@ -559,9 +559,9 @@ def test_h5_of_one_seed(judge_items: Judge):
 def test_h5_refuses_the_sample(judge_items: Judge):
     judged = judge_items({"muon_noqk": 0.9, "adamw_qk": 0.1}, sample=True)
     h5 = judged.verdict("H5")
-    assert h5.status == INCONCLUSIVE and "embedded sample" in h5.reason
+    assert h5.status == INCONCLUSIVE and "only a sample" in h5.reason
     assert all(c.estimate is None for c in (*h5.clauses, *h5.shown))
-    assert sum("embedded sample" in w for w in judged.warnings) == 6
+    assert sum("measured on a sample" in w for w in judged.warnings) == 6
 
 
 def test_h5_refuses_other_items(judge_items: Judge):

@@ -80,6 +80,9 @@ def write(run: TrainedRun, out: pathlib.Path, dtype: str = "float32") -> None:
     texts = {
         hf.CONFIG_FILE: _json(config),
         "generation_config.json": _json({k: v for k, v in config.items() if k.endswith("_id")}),
+        hf.RECORD_FILE: _json(
+            {**run.identity, "dtype": dtype, "end_of_text": run.dataset.manifest.end_of_text}
+        ),
         **_tokenizer_files(run),
         "README.md": card.render(run, dtype).encode(),
     }

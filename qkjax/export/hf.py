@@ -21,6 +21,7 @@ from qkjax.config import ModelConfig
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+RECORD_FILE = "qkjax.json"  # which run it was; transformers does not look at it
 _EMBEDDING, _FINAL_NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 

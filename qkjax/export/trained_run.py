@@ -30,6 +30,19 @@ class TrainedRun:
     environment: dict[str, Any]  # environment.json
     summary: dict[str, Any] | None  # summary.json; None: the run is not finished
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Which checkpoint of which run this is, for results that are kept elsewhere."""
+        return {
+            "arm": self.config.arm,
+            "seed": self.config.seed,
+            "step": self.step,
+            "params_sha256": self.params_sha256,
+            "dataset_fingerprint": self.dataset.manifest.fingerprint,
+            "scale": self.config.scale,
+            "recipe": self.config.recipe,
+        }
+
 
 def open_run(
     workdir: pathlib.Path,
@@ -37,6 +50,7 @@ def open_run(
     step: int | None = None,
     data_dir: str | None = None,
     finished: bool = True,
+    data_flag: str = "--data_dir",
 ) -> TrainedRun:
     """Opens a run; writes nothing in it. Of the dataset, only manifest and tokenizer are read.
 
@@ -44,6 +58,7 @@ def open_run(
         step: of the checkpoint; None takes the latest.
         data_dir: where the run's dataset lies now; None: where the run found it.
         finished: refuse a run without summary.json.
+        data_flag: what the command calls data_dir, for messages.
     Raises:
         UsageError: no run, an unfinished one, no such checkpoint or a damaged one, parameters
             that are not finite, another dataset than the run's, another vocabulary.
@@ -60,13 +75,13 @@ def open_run(
             f"{workdir}: the run is not finished, expected summary.json in it. "
             "Run its qkjax.main command again until it is done."
         )
-    dataset = _open_dataset(workdir, config, data_dir)
+    dataset = _open_dataset(workdir, config, data_dir, data_flag)
     tokenizer = tokenizers.of_dataset(dataset.manifest, dataset.directory)
     if tokenizer.vocab_size != config.model.vocab_size:
         raise errors.UsageError(
             f"{dataset.directory}: its tokenizer has {tokenizer.vocab_size} tokens, and the model "
             f"of {workdir} has {config.model.vocab_size}. "
-            "Give the directory of the run's own dataset as --data_dir=DIR."
+            f"Give the directory of the run's own dataset as {data_flag}=DIR."
         )
     environment = _environment(workdir)
     fingerprint, trained_on = dataset.manifest.fingerprint, environment["dataset_fingerprint"]
@@ -74,7 +89,7 @@ def open_run(
         raise errors.UsageError(
             f"{dataset.directory}: another dataset than the run's, fingerprint "
             f"{fingerprint[:12]}, expected {trained_on[:12]}. "
-            "Give the directory of the run's own dataset as --data_dir=DIR."
+            f"Give the directory of the run's own dataset as {data_flag}=DIR."
         )
     step, params, digest = _restore(workdir, config, step)
     return TrainedRun(
@@ -82,14 +97,16 @@ def open_run(
     )
 
 
-def _open_dataset(workdir: pathlib.Path, config: Config, data_dir: str | None) -> datasets.Dataset:
+def _open_dataset(
+    workdir: pathlib.Path, config: Config, data_dir: str | None, data_flag: str
+) -> datasets.Dataset:
     directory = config.data.dir if data_dir is None else data_dir
     if not directory:
         return datasets.open_dataset(config)  # the embedded corpus, made where it is missing
     if not pathlib.Path(directory, manifests.FILE_NAME).is_file():
         raise errors.UsageError(
             f"{directory}: no dataset.json there, expected the dataset of {workdir}. "
-            "Where it has moved, give --data_dir=DIR."
+            f"Where it has moved, give {data_flag}=DIR."
         )
     return datasets.Dataset(pathlib.Path(directory), manifests.load(directory))
 

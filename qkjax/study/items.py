@@ -57,7 +57,7 @@ LIKELIHOODS = (
 
 
 def is_sample(downstream: Mapping[str, Any] | None) -> bool:
-    """Whether a downstream result is of the small embedded items, which decide nothing."""
+    """Whether a downstream result is of the first items only (--limit): it decides nothing."""
     return bool(downstream and downstream.get("sample"))
 
 
@@ -130,7 +130,7 @@ def _paired_scores(
         for arm in (FIRST, SECOND):
             chosen = [i for i in study.items.get((arm, seed), []) if i["task"] == question.task]
             if is_sample(study.downstream.get((arm, seed))):
-                lacking.append(f"{arm} seed {seed} has only the embedded sample")
+                lacking.append(f"{arm} seed {seed} has only a sample")
             elif not chosen:
                 lacking.append(f"{arm} seed {seed} has no result")
             else:
