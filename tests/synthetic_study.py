@@ -172,7 +172,9 @@ def _downstream(
         "format_version": 1, "backend": "jax", "sample": sample, "limit": None,
         "run": {"arm": arm, "seed": seed, "step": 1, "params_sha256": f"{arm}-{seed}",
                 "dataset_fingerprint": FINGERPRINT},
-        "tasks": tasks, "bos": "end-of-text token", "versions": {"qkjax": "0.1.0"},
+        "tasks": tasks, "bos": {"added": True, "token": "<|endoftext|>", "token_id": 0,
+                                "why": "documents in training came after it"},
+        "versions": {"qkjax": "0.1.0"},
         "wall_seconds": 1.0,
     }  # fmt: skip
 

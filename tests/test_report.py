@@ -375,8 +375,8 @@ def test_a_sample_is_marked_and_decides_nothing(write: Callable[..., pathlib.Pat
     page = sections(study)
     assert page["downstream"].count("Muon, no QK-Norm (sample)") == 4  # also byte-exact
     assert page["downstream"].count("Difference (sample)") == 2
-    assert page["warnings"].count("measured on the embedded sample, which decides nothing") == 4
-    assert "has only the embedded sample" in page["verdicts"]
+    assert page["warnings"].count("measured on a sample of the items, which decides nothing") == 4
+    assert "has only a sample" in page["verdicts"]
 
 
 def test_differences_of_scores_are_of_items_in_pairs(whole: pathlib.Path):
@@ -405,8 +405,9 @@ def test_what_runs_and_results_say_is_text(write: Callable[..., pathlib.Path]):
         environment = json.loads(path.read_text())
         environment |= {"command": ["python", evil], "variables": {evil: evil}}
         path.write_text(json.dumps(environment))
+    bos = {"added": True, "token": "<s>", "token_id": 0, "why": evil}
     for path in study.glob("downstream/*/*.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "bos": evil}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "bos": bos}))
     plan = json.loads((study / "study.json").read_text())
     (study / "study.json").write_text(json.dumps({**plan, "words": evil, "fingerprint": evil}))
     page = Page(report.make_report(study))

@@ -561,7 +561,7 @@ def test_h5_refuses_the_sample(judge_items: Judge):
     h5 = judged.verdict("H5")
     assert h5.status == INCONCLUSIVE and "only a sample" in h5.reason
     assert all(c.estimate is None for c in (*h5.clauses, *h5.shown))
-    assert sum("measured on a sample" in w for w in judged.warnings) == 6
+    assert sum("measured on a sample of the items" in w for w in judged.warnings) == 6
 
 
 def test_h5_refuses_other_items(judge_items: Judge):

@@ -245,7 +245,9 @@ def _byte_exact(
 ) -> dict[str, Any]:
     """The metrics of the items that are the original to the byte, where the files say which."""
     exact = [item for item in items if files and files.is_exact and files.is_exact[item["index"]]]
-    return {"byte_exact": {"n": len(exact), **metrics(benchmark.name, exact)}} if exact else {}
+    if not exact:
+        return {}
+    return {"byte_exact": {"n": len(exact), "metrics": metrics(benchmark.name, exact)}}
 
 
 class _Requests:

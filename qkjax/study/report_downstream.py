@@ -1,5 +1,8 @@
 """4D of a report: HellaSwag and LAMBADA of the final checkpoints, with errors and differences."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from qkjax.study import arms, items, statistics
@@ -32,7 +35,7 @@ def downstream(material: Material) -> Section:
     for byte_exact in (False, True):
         if rows := _score_rows(study, byte_exact):
             blocks.append(Table(
-                "The subset of items whose text survives the tokenizer byte for byte."
+                "The items that are known to be the original's byte for byte."
                 if byte_exact else "Scores of every run; a sample decides nothing.",
                 ("Configuration", "Seed", *(heading for _, _, heading, _, _ in _SCORES), "Items"),
                 tuple(rows), words=2,
@@ -102,13 +105,18 @@ def _conditions(study: Study) -> str:
     tasks = [
         task for found in study.downstream.values() for task in (found.get("tasks") or {}).items()
     ]
-    shots = sorted({f"{name} {task['num_fewshot']}-shot" for name, task in tasks})
+    shots = sorted({f"{task['name']} {task['num_fewshot']}-shot" for _, task in tasks})
     truncated = sum(int(task.get("truncated") or 0) for _, task in tasks)
     backends = sorted({str(found.get("backend")) for found in study.downstream.values()})
-    rules = sorted({str(found["bos"]) for found in study.downstream.values() if found.get("bos")})
+    rules = sorted({_rule(found["bos"]) for found in study.downstream.values() if found.get("bos")})
     said = [", ".join(shots), f"backend {' and '.join(backends)}",
             f"first token: {' and '.join(rules)}" if rules else "",
             f"prompts cut to the context: {truncated:,}"]  # fmt: skip
     return "; ".join(filter(None, said)) + (
         f". Difference: {arms.label(_PAIR[0])} minus {arms.label(_PAIR[1])}, in points."
     )
+
+
+def _rule(bos: Mapping[str, Any]) -> str:
+    """Whether prompts begin with a token, and why."""
+    return f"{bos['token']} ({bos['why']})" if bos["added"] else f"none added ({bos['why']})"

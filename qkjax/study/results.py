@@ -337,8 +337,7 @@ def _check_scored_alike(
 ) -> None:
     """Refuses scores of other questions, or of questions put otherwise.
 
-    The embedded sample and the real items stand in different tables, so each is compared with its
-    own kind.
+    A sample decides nothing, so samples and whole results are each compared with their own kind.
     """
     seen: dict[tuple[bool, str, str], tuple[pathlib.Path, Any]] = {}
     for (arm, seed), found in downstream.items():

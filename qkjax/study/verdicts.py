@@ -84,10 +84,7 @@ def _warnings(panel: Panel, verdicts: Iterable[Verdict]) -> Iterable[str]:
             )
     for (arm, seed), found in study.downstream.items():
         if items.is_sample(found):
-            yield (
-                f"{arm} seed {seed}: downstream tasks measured on a sample, the first "
-                f"{found.get('limit')} items, which decides nothing"
-            )
+            yield f"{arm} seed {seed}: measured on a sample of the items, which decides nothing"
     if study.plan.get("quick"):
         yield "a quick study: its budgets are too small for its question"
     for verdict in verdicts:
