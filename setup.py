@@ -22,6 +22,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.25",
         "pyarrow>=17",
+        "rich>=13.8",
         "safetensors>=0.5",
         "scipy>=1.13",
         "tensorboardX>=2.6.2",

@@ -60,11 +60,13 @@ def make_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def lock(workdir: pathlib.Path) -> Iterator[None]:
+def lock(workdir: pathlib.Path, *, shared: bool = False) -> Iterator[None]:
     """Holds `run.lock` while entered; the kernel drops it when the process dies.
 
     The file says who holds it: pid, host and start time, as JSON. It stays when the lock goes.
 
+    Args:
+        shared: only processes that do not share are kept out.
     Raises:
         UsageError: another process holds it.
         StorageError: the file system refuses the file or the lock.
@@ -76,7 +78,8 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
         raise storage_error(path, error) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise storage_error(path, error) from error

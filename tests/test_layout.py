@@ -36,7 +36,8 @@ STREET = [
     study.report_training study.report_keys study.report_downstream study.report_record
     study.report_csv study.report_svg study.report_style study.report_html study.report_markdown
     study.report study.packing study.plan_config study.plan_arms study.plan
-    study.plan_cost study.plan_lines study.sweep
+    study.plan_cost study.plan_lines study.sweep study.watching study.states study.table
+    study.devices study.run
     """,
     """
     main
@@ -51,7 +52,7 @@ PURE = ("spectral", "muon", "losses", "attention")  # arrays in, arrays out: not
 # Answer in under a second, or are read by the report: no jax at import, however deep.
 LIGHT = ("main", "command_line", "config_flag", "run_directory", "data.dataset", "data.check",
          "study.figures", "study.packing", "study.plan_cost", "study.plan_lines", "study.report",
-         "study.results", "study.statistics", "study.sweep", "study.verdicts")  # fmt: skip
+         "study.results", "study.run", "study.statistics", "study.verdicts")  # fmt: skip
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "clu", "tensorflow_datasets"}
 ONLY_IN = {"flax": {"model"}, "orbax": {"checkpoint"}, "clu": {"tensorboard"},
            "torch": {"export.verify", "export.stock_model"}, "tensorflow": set(),

@@ -2,6 +2,9 @@
 
 python tools/run_study.py --config=configs/study.py:tiny,quick --workdir=studies/quick
 python tools/run_study.py --config=configs/study.py:pilot --config.data_dir=DATA --dry_run
+
+The same command again goes on where it stopped; --status shows from another terminal how far it is.
+Exit codes: 0 complete (a diverged run is a result), 1 steps are missing, named in the last line.
 """
 
 import os
@@ -11,11 +14,21 @@ import sys
 from absl import flags
 
 from qkjax import command_line, config_flag, errors
-from qkjax.study import plan, plan_cost, plan_lines
+from qkjax.study import devices, plan, plan_cost, plan_lines, run, states, table
 
 _EXAMPLE = "configs/study.py:tiny,quick"
 _CONFIG = config_flag.define(_EXAMPLE)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Study directory; made where it is missing.")
+_ONLY = flags.DEFINE_list(
+    "only", [], "Steps to do: names with wildcards (sweep/*), arms, or kinds (run, export, report)."
+)
+_JOBS = flags.DEFINE_integer(
+    "jobs", None, "Runs at one time. Default: one a device of --devices, or one.", lower_bound=1
+)
+_DEVICES = flags.DEFINE_list(
+    "devices", [], "Accelerators that runs are spread over, such as 0,1,2,3. Default: all to each."
+)
+_STATUS = flags.DEFINE_bool("status", False, "Show how far every step is, and end.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show steps and costs; write nothing.")
 _RATE = flags.DEFINE_float(
     "tokens_per_second", None, "For the time of --dry_run, instead of what runs have measured.",
@@ -39,7 +52,10 @@ def main() -> None:
         command = [sys.executable, sys.argv[0], *config_flag.as_flags(), f"--workdir={workdir}"]
         print("\n".join(plan_lines.shell_lines(study, command, os.getcwd())))
         return
-    raise errors.UsageError("--dry_run or --print_commands: missing. Pass one of them.")
+    if _STATUS.value:
+        table.print_status(states.StudyFiles(study, workdir))
+        return
+    run.execute(study, workdir, _ONLY.value, devices.places(_JOBS.value, _DEVICES.value))
 
 
 if __name__ == "__main__":

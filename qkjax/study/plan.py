@@ -5,6 +5,7 @@ idempotent command over one directory, so any scheduler can execute a plan.
 """
 
 import dataclasses
+import fnmatch
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import ml_collections
 
 from qkjax import config as configs
-from qkjax import run_directory
+from qkjax import errors, run_directory
 from qkjax.study import plan_arms, plan_config
 from qkjax.study.plan_arms import Arm
 from qkjax.study.plan_config import StudyConfig
@@ -53,6 +54,22 @@ class Plan:
     def step(self, name: str) -> Step:
         """By its name."""
         return {step.name: step for step in self.steps}[name]
+
+    def select(self, only: Sequence[str]) -> list[Step]:
+        """The steps that one of `only` names: a name with wildcards, an arm, a kind; () is all.
+
+        Raises:
+            UsageError: one of them fits no step.
+        """
+        for wanted in only:
+            if not any(_fits(step, wanted) for step in self.steps):
+                raise errors.UsageError(
+                    f"--only: {wanted!r} fits no step of the plan. Give a name such as "
+                    "'runs/muon_qk/*' (--dry_run lists them), an arm "
+                    f"({', '.join(self.arms)}), or a kind ({', '.join(KINDS)})."
+                )
+        steps = self.steps
+        return [s for s in steps if not only or any(_fits(s, wanted) for wanted in only)]
 
     def grid(self, arm: str) -> tuple[float, ...]:
         """The learning rates of the arm's sweep, ascending."""
@@ -121,6 +138,10 @@ class Plan:
             "steps": [dataclasses.asdict(step) for step in self.steps],
             "fingerprint": self.fingerprint,
         })  # fmt: skip
+
+
+def _fits(step: Step, wanted: str) -> bool:
+    return wanted in (step.arm, step.kind) or fnmatch.fnmatchcase(step.name, wanted)
 
 
 def make_plan(values: ml_collections.ConfigDict) -> Plan:

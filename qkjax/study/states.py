@@ -1,0 +1,226 @@
+"""How far a study is: the state of every step, read from the files that it leaves.
+
+A step is finished by what its directory holds, never by a note of the executor: a run by its
+summary.json and a config equal to the plan's. Only failures and skips are noted, in logs/.
+"""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from qkjax import config as configs
+from qkjax import errors, run_directory
+from qkjax.study import plan_arms, sweep, watching
+from qkjax.study.plan import (
+    CHOICE,
+    DATASET,
+    DOWNSTREAM,
+    EXTENSION,
+    REPORT,
+    SWEEP,
+    TRAINING,
+    Plan,
+    Step,
+)
+
+DONE, DIVERGED, SKIPPED, RUNNING, UNFINISHED, FAILED, REFUSED, OPEN = (
+    "done", "diverged", "skipped", "running", "unfinished", "failed", "refused", "open",
+)  # fmt: skip
+SETTLED = (DONE, DIVERGED, SKIPPED)  # nothing is left to do
+NO_DATA = "no data"
+PAGE = pathlib.Path("report", "index.html")
+
+
+class State(NamedTuple):
+    """How far one step is."""
+
+    status: str  # one of the above
+    detail: str = ""  # for people
+
+
+class StudyFiles:
+    """The files of one study directory, as its plan knows them."""
+
+    def __init__(self, plan: Plan, workdir: pathlib.Path) -> None:
+        self.plan = plan
+        self.workdir = workdir
+
+    def log(self, step: Step) -> pathlib.Path:
+        """What the step's process has printed."""
+        return self.workdir / "logs" / f"{step.name}.log"
+
+    def note(self, step: Step) -> pathlib.Path:
+        """Why the step has no result."""
+        return self.workdir / "logs" / f"{step.name}.json"
+
+    def learning_rate(self, step: Step) -> float | None:
+        """Of a training step; None where it is the recipe's own, not known yet, or not needed."""
+        if step.kind == EXTENSION:
+            return sweep.extension(self.plan, self.workdir, step.arm)
+        choice = self.plan.choice_of(step.arm)
+        if step.kind == SWEEP or choice is None:
+            return step.learning_rate
+        return sweep.recorded(self.workdir).get(self.plan.arms[step.arm].parent, {}).get("chosen")
+
+    def directory(self, step: Step) -> pathlib.Path:
+        """Where the step's result lies."""
+        if step.kind == EXTENSION and (rate := self.learning_rate(step)) is not None:
+            return self.workdir / sweep.directory_of(step.arm, rate)
+        suffix = ".json" if step.kind in (DATASET, DOWNSTREAM) else ""
+        return self.workdir / f"{step.name}{suffix}"
+
+    def state(self, step: Step) -> State:
+        """Of one step; a damaged or foreign result is refused, not an error."""
+        try:
+            found = self._result(step)
+        except errors.UsageError as error:
+            return State(REFUSED, str(error))
+        if found.status not in (OPEN, UNFINISHED):
+            return found
+        try:
+            noted = json.loads(self.note(step).read_bytes())
+            return State(noted["status"], noted["detail"])
+        except (FileNotFoundError, ValueError, KeyError):
+            return found
+
+    def _result(self, step: Step) -> State:
+        if step.kind in TRAINING:
+            return self._training(step)
+        if step.kind == CHOICE:
+            return self._choice(step)
+        if step.kind == DOWNSTREAM:
+            return self._downstream(step)
+        if step.kind == REPORT:
+            return State(DONE if self._report_is_new() else OPEN)
+        return State(DONE if self.directory(step).exists() else OPEN)  # dataset, export
+
+    def _training(self, step: Step) -> State:
+        if step.kind == EXTENSION and not self._grid_is_finished(step.arm):
+            return State(OPEN)
+        rate = self.learning_rate(step)
+        if step.kind == EXTENSION and rate is None:
+            return State(DONE, "not needed")
+        if step.kind != SWEEP and self.plan.choice_of(step.arm) and rate is None:
+            return State(OPEN)
+        directory = self.directory(step)
+        config = run_directory.read_config(directory) if directory.is_dir() else None
+        if config is None:
+            return State(OPEN)
+        _check_config(directory, config, self.plan.run_config(step, rate))
+        summary = run_directory.read_summary(directory)
+        if summary is None:
+            return State(RUNNING if watching.is_running(directory) else UNFINISHED)
+        if summary["diverged"]:
+            return State(DIVERGED, f"at step {summary['diverged_step']}")
+        return State(DONE)
+
+    def _grid_is_finished(self, arm: str) -> bool:
+        grid = self.plan.grid(arm)
+        return len(sweep.read(self.workdir, arm, grid)) == len(grid)
+
+    def _choice(self, step: Step) -> State:
+        entry = sweep.recorded(self.workdir).get(step.arm)
+        if entry is None or entry["fingerprint"] != step.fingerprint:
+            return State(OPEN)
+        if entry["chosen"] is None:
+            return State(FAILED, "every learning rate diverged")
+        edge = "" if entry["edge"] is None else f", EDGE: {entry['edge']} end of the grid"
+        return State(DONE, f"{entry['chosen']:g}{edge}")
+
+    def _downstream(self, step: Step) -> State:
+        file = self.directory(step)
+        if file.exists():
+            trained = (run_directory.read_summary(self.workdir / step.needs[0]) or {}).get(
+                "params_sha256"
+            )
+            measured = (read_json(file).get("run") or {}).get("params_sha256")
+            if measured != trained:
+                raise errors.UsageError(
+                    f"{file}: measured the parameters {measured}, but the run has {trained}. "
+                    "Move it away and run the same command again."
+                )
+            return State(DONE)
+        return State(OPEN) if self.plan.study.downstream else State(SKIPPED, NO_DATA)
+
+    def _report_is_new(self) -> bool:
+        """Whether the page is younger than everything that it shows."""
+        page = self.workdir / PAGE
+        inputs = [
+            self.workdir / "study.json",
+            self.workdir / "sweep" / "learning_rates.json",
+            *self.workdir.glob("runs/*/*/summary.json"),
+            *self.workdir.glob("downstream/*/*.json"),
+        ]
+        times = [path.stat().st_mtime_ns for path in inputs if path.exists()]
+        return page.exists() and page.stat().st_mtime_ns >= max(times, default=0)
+
+
+def _check_config(directory: pathlib.Path, found: configs.Config, planned: configs.Config) -> None:
+    """Refuses a run directory that another plan has made.
+
+    Raises:
+        UsageError: lists the fields that differ. "auto" of the plan is whatever the run took.
+    """
+    ours, theirs = plan_arms.identity(planned), plan_arms.identity(found)
+    differences = [
+        f"{field} is {theirs.get(field)}, planned {ours.get(field)}"
+        for field in dict.fromkeys((*ours, *theirs))
+        if ours.get(field) != theirs.get(field) and ours.get(field) != "auto"
+    ]
+    if differences:
+        raise errors.UsageError(
+            f"{directory / 'config.json'}: not the run of this plan: {'; '.join(differences)}. "
+            "Move the directory away, or use another --workdir."
+        )
+
+
+def settle_plan(plan: Plan, workdir: pathlib.Path) -> None:
+    """Records the plan in a new study directory; in a used one, compares it.
+
+    Raises:
+        UsageError: the directory has another plan; lists the fields that differ.
+        StorageError: the disk failed.
+    """
+    path = workdir / "study.json"
+    ours = plan.to_dict()
+    if not path.exists():
+        run_directory.write_json(path, ours)
+        return
+    theirs = read_json(path)
+    old, new = (run_directory.flatten({**values, "steps": None}) for values in (theirs, ours))
+    differences = [
+        f"  {field}: there {json.dumps(old.get(field))}, now {json.dumps(new.get(field))}"
+        for field in dict.fromkeys((*old, *new))
+        if field != "fingerprint" and old.get(field) != new.get(field)
+    ]
+    fingerprints = {step["name"]: step["fingerprint"] for step in theirs.get("steps", ())}
+    changed = [s.name for s in plan.steps if fingerprints.get(s.name) != s.fingerprint]
+    if changed and not differences:
+        differences = [f"  configs of {', '.join(changed)}"]
+    if differences:
+        table = "\n".join(differences)
+        raise errors.UsageError(
+            f"{path}: this directory has another plan:\n{table}\nUse another --workdir. Or, to "
+            "change the plan of this one, move study.json away: finished runs whose config is "
+            "still planned count as done, others are refused."
+        )
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object of the study directory.
+
+    Raises:
+        UsageError: damaged. StorageError: not there, or the disk failed.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+        if isinstance(value, dict):
+            return value
+        what = "it is not a JSON object"
+    except ValueError as error:
+        what = str(error)
+    except OSError as error:
+        raise run_directory.storage_error(path, error) from error
+    raise errors.UsageError(
+        f"{path}: damaged ({what}). Move it away and run the same command again."
+    )

@@ -1,0 +1,464 @@
+"""The executor with runs that take no time: what is started, skipped, refused, and in which order.
+
+Processes are replaced by `Machine`, which leaves the files of a run; real ones: test_run_study.py.
+"""
+
+import json
+import pathlib
+import re
+import signal
+import types
+from collections.abc import Callable
+
+import pytest
+import synthetic_study
+
+from qkjax import config_flag, errors, run_directory, signals
+from qkjax.data import dataset as datasets
+from qkjax.study import devices, plan, run, states, table
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+METRICS = (synthetic_study.LOSS, synthetic_study.PR, synthetic_study.PR_BEFORE)
+
+
+def make_plan(words="tiny", **fields) -> plan.Plan:
+    values = config_flag.load(ROOT / "configs" / "study.py", words)
+    values.arms = ("muon_qk", "adamw_noqk")
+    values.controls, values.seeds = (), (1,)
+    values.tokens, values.sweep.tokens = 20_480, 10_240
+    values.update_from_flattened_dict({name.replace("__", "."): v for name, v in fields.items()})
+    return plan.make_plan(values)
+
+
+class Machine:
+    """Runs every step at once and writes what a real one would leave; faults by its name."""
+
+    def __init__(self, study: plan.Plan, workdir: pathlib.Path) -> None:
+        self.study, self.workdir = study, workdir
+        self.started: list[str] = []
+        self.environments: list[dict[str, str]] = []
+        self.exit_codes: dict[str, int] = {}
+        self.words = "something broke"  # of what fails
+        self.losses: dict[float, float] = {}  # by learning rate
+        self.asleep = 0  # so many looks until a process has ended
+        self.alive, self.most_alive = 0, 0
+        self.when_started: Callable[[str], None] = lambda name: None
+
+    def __call__(self, command, *, env, stdout, **_):
+        return _Process(self, command, env, stdout)
+
+    def do(self, name: str, command: list[str]) -> int:
+        code = self.exit_codes.get(name, 0)
+        kind = name.partition("/")[0]
+        if code not in (0, 3):
+            return code
+        if kind in ("sweep", "runs"):
+            self._train(name, command, diverged=code == 3)
+        elif kind == "exports":
+            (self.workdir / name).mkdir(parents=True)
+        elif kind == "downstream":
+            arm = name.split("/")[1]
+            measured = {"run": {"params_sha256": f"{arm}-1"}}
+            run_directory.write_json(self.workdir / f"{name}.json", measured)
+        elif kind == "report":
+            run_directory.make_workdir(self.workdir / "report")
+            (self.workdir / states.PAGE).write_text("page")
+        return code
+
+    def _train(self, name: str, command: list[str], *, diverged: bool) -> None:
+        found = re.search(r"--config\.optimizer\.learning_rate=(\S+)", " ".join(command))
+        rate = float(found[1]) if found else None
+        steps = [s for s in self.study.steps if s.name == name]
+        arm = name.split("/")[1]
+        extension = [s for s in self.study.steps if s.name == f"sweep/{arm}/extension"]
+        config = self.study.run_config((steps or extension)[0], rate).for_platform("cpu")
+        synthetic_study.write_run(
+            self.workdir / name, config,
+            dict.fromkeys(METRICS, self.losses.get(rate, 3.0)), dict.fromkeys(METRICS, 0.0),
+            diverged_after=2 if diverged else None,
+        )  # fmt: skip
+
+
+class _Process:
+    def __init__(self, machine: Machine, command, env, stdout) -> None:
+        self.machine, self.returncode, self.looks = machine, None, 0
+        results = [a for a in command if a.startswith(("--out=", "--workdir="))]
+        place = pathlib.Path(results[-1].partition("=")[2])
+        name = "report" if place == machine.workdir else str(place.relative_to(machine.workdir))
+        self.name, self.command = name.removesuffix(".json"), command
+        machine.started.append(self.name)
+        machine.environments.append(env)
+        machine.alive += 1
+        machine.most_alive = max(machine.most_alive, machine.alive)
+        if machine.exit_codes.get(self.name):
+            stdout.write(f"ERROR: {self.name}: {machine.words}\nthe end\n".encode())
+        machine.when_started(self.name)
+
+    def poll(self):
+        self.looks += 1
+        if self.returncode is None and self.looks > self.machine.asleep:
+            self.machine.alive -= 1
+            self.returncode = self.machine.do(self.name, self.command)
+        return self.returncode
+
+    def wait(self):
+        while self.poll() is None:
+            pass
+
+    def send_signal(self, signum):
+        self.machine.exit_codes[self.name] = 128 + signum
+
+    terminate = wait
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch) -> Callable[..., tuple[plan.Plan, pathlib.Path, Machine]]:
+    """A plan, its directory, and a machine in place of processes; no dataset is looked at."""
+
+    manifest = types.SimpleNamespace(name="made-up", fingerprint="f" * 64)
+    opened = types.SimpleNamespace(directory=pathlib.Path("nowhere"), manifest=manifest)
+    monkeypatch.setattr(datasets, "open_dataset", lambda config: opened)
+    monkeypatch.setattr(run, "_POLL_SECONDS", 0.0)
+
+    def build(words="tiny", **fields):
+        study, workdir = make_plan(words, **fields), tmp_path / "study"
+        machine = Machine(study, workdir)
+        monkeypatch.setattr(run.subprocess, "Popen", machine)
+        return study, workdir, machine
+
+    return build
+
+
+def statuses(study: plan.Plan, workdir: pathlib.Path) -> dict[str, str]:
+    files = states.StudyFiles(study, workdir)
+    return {step.name: files.state(step).status for step in study.steps}
+
+
+def missing(study: plan.Plan, workdir: pathlib.Path, **arguments) -> run.Incomplete:
+    with pytest.raises(run.Incomplete) as raised:
+        run.execute(study, workdir, **arguments)
+    return raised.value
+
+
+def test_every_step_is_done_once_and_in_order(world, capsys):
+    study, workdir, machine = world()
+    run.execute(study, workdir)
+    expected = [s.name for s in study.steps if s.kind not in ("dataset", "choice", "downstream")]
+    assert machine.started == expected
+    found = statuses(study, workdir)
+    assert {found.pop(f"downstream/{arm}/seed_1") for arm in study.study.arms} == {"skipped"}
+    assert set(found.values()) == {"done"}
+    assert capsys.readouterr().out.endswith(
+        f"report: {workdir / states.PAGE}\n{workdir}: complete, 12 of 14 steps done, 2 skipped\n"
+    )
+    machine.started.clear()
+    run.execute(study, workdir)
+    assert machine.started == []
+    recorded = json.loads((workdir / "study.json").read_text())
+    assert recorded["fingerprint"] == study.fingerprint
+
+
+def test_final_runs_take_the_chosen_rate_and_controls_that_of_their_parent(world):
+    study, workdir, machine = world(controls=("muon_qk_frozen",))
+    machine.losses = {0.024: 2.5}
+    run.execute(study, workdir)
+    for arm in ("muon_qk", "muon_qk_frozen"):
+        config = run_directory.read_config(workdir / "runs" / arm / "seed_1")
+        assert config.arm == arm
+        assert config.optimizer.learning_rate == 0.024
+        assert config.optimizer.adam_learning_rate == 0.006
+    files = states.StudyFiles(study, workdir)
+    choice = files.state(study.step("sweep/muon_qk/choice"))
+    assert choice == states.State("done", "0.024, EDGE: high end of the grid")
+
+
+def test_a_grid_is_extended_where_its_best_is_at_an_edge(world):
+    study, workdir, machine = world("pilot", sweep__factors=(1.0, 2.0), data_dir="x")
+    machine.losses = {0.024: 2.9, 0.048: 2.8, 0.0012: 2.9, 0.0006: 2.95}
+    run.execute(study, workdir)
+    assert "sweep/muon_qk/lr_0.048" in machine.started  # higher, and better still
+    assert "sweep/adamw_noqk/lr_0.0006" in machine.started  # lower, and no better
+    chosen = json.loads((workdir / "sweep" / "learning_rates.json").read_text())
+    assert {arm: entry["chosen"] for arm, entry in chosen.items()} == {
+        "muon_qk": 0.048, "adamw_noqk": 0.0012
+    }  # fmt: skip
+    assert chosen["muon_qk"]["edge"] == "high" and chosen["adamw_noqk"]["edge"] is None
+
+
+def test_a_grid_whose_best_lies_inside_is_not_extended(world):
+    study, workdir, machine = world("pilot", sweep__factors=(0.5, 1.0, 2.0), data_dir="x")
+    machine.losses = {0.012: 2.9, 0.0012: 2.9}
+    run.execute(study, workdir)
+    assert sum(name.startswith("sweep/") for name in machine.started) == 6
+    files = states.StudyFiles(study, workdir)
+    state = files.state(study.step("sweep/muon_qk/extension"))
+    assert state == states.State("done", "not needed")
+
+
+def test_a_diverged_run_is_a_result(world, capsys):
+    study, workdir, machine = world(sweep__factors=(1.0, 2.0))
+    machine.exit_codes = {"sweep/muon_qk/lr_0.024": 3, "runs/adamw_noqk/seed_1": 3}
+    run.execute(study, workdir)
+    found = statuses(study, workdir)
+    assert found["sweep/muon_qk/lr_0.024"] == found["runs/adamw_noqk/seed_1"] == "diverged"
+    assert found["exports/adamw_noqk/seed_1"] == "skipped"  # there is no model to export
+    config = run_directory.read_config(workdir / "runs" / "muon_qk" / "seed_1")
+    assert config.optimizer.learning_rate == 0.012
+    shown = capsys.readouterr().out
+    assert "diverged, which is a result: sweep/muon_qk/lr_0.024, runs/adamw_noqk/seed_1" in shown
+    machine.started.clear()
+    run.execute(study, workdir)
+    assert machine.started == []
+
+
+def test_a_failed_run_stops_no_other_and_is_named(world):
+    study, workdir, machine = world()
+    machine.exit_codes = {"sweep/muon_qk/lr_0.012": 2}
+    error = missing(study, workdir)
+    assert error.exit_code == 1
+    text = str(error)
+    assert "4 of 14 steps are missing. Failed: " in text
+    assert "sweep/muon_qk/lr_0.012: exit 2: sweep/muon_qk/lr_0.012: something broke." in text
+    assert "runs/muon_qk/seed_1 (sweep/muon_qk/choice)" in text
+    found = statuses(study, workdir)
+    assert found["runs/adamw_noqk/seed_1"] == found["report"] == "done"
+    assert found["sweep/muon_qk/lr_0.012"] == "failed"
+    assert found["runs/muon_qk/seed_1"] == "open"
+    machine.exit_codes, machine.started = {}, []
+    run.execute(study, workdir)  # the same command, when the cause is mended
+    assert machine.started == [
+        "sweep/muon_qk/lr_0.012", "runs/muon_qk/seed_1", "exports/muon_qk/seed_1", "report"
+    ]  # fmt: skip
+
+
+def test_where_every_rate_diverged_the_arm_is_missing(world):
+    study, workdir, machine = world()
+    machine.exit_codes = {f"sweep/muon_qk/lr_{rate:g}": 3 for rate in study.grid("muon_qk")}
+    error = missing(study, workdir)
+    assert error.exit_code == 1
+    assert "sweep/muon_qk/choice: sweep/muon_qk: every learning rate diverged" in str(error)
+    assert statuses(study, workdir)["runs/adamw_noqk/seed_1"] == "done"
+
+
+def test_a_full_disk_is_told_apart(world):
+    study, workdir, machine = world()
+    machine.exit_codes = {"runs/muon_qk/seed_1": 4}
+    assert missing(study, workdir).exit_code == 4
+    machine.exit_codes = {"runs/muon_qk/seed_1": 4, "exports/adamw_noqk/seed_1": 2}
+    (workdir / "exports" / "adamw_noqk" / "seed_1").rmdir()
+    assert missing(study, workdir).exit_code == 1
+
+
+def test_a_killed_run_is_said_to_be_killed(world):
+    study, workdir, machine = world()
+    machine.exit_codes = {"runs/muon_qk/seed_1": -9}
+    assert "runs/muon_qk/seed_1: killed by signal 9" in str(missing(study, workdir))
+
+
+def test_a_finished_run_of_another_config_is_refused_not_skipped(world):
+    study, workdir, machine = world()
+    run.execute(study, workdir)
+    path = workdir / "runs" / "muon_qk" / "seed_1" / "config.json"
+    values = json.loads(path.read_text())
+    values["optimizer"]["clip_norm"] = 0.25
+    path.write_text(json.dumps(values))
+    machine.started.clear()
+    with pytest.raises(errors.UsageError) as refused:
+        run.execute(study, workdir)
+    assert machine.started == []
+    assert str(path) in str(refused.value)
+    assert "optimizer.clip_norm is 0.25, planned 1.0" in str(refused.value)
+    run.execute(study, workdir, only=["adamw_noqk"])  # the others may go on
+
+
+def test_a_run_whose_rate_is_no_longer_the_chosen_one_is_refused(world):
+    study, workdir, _ = world()
+    run.execute(study, workdir, only=["sweep", "choice", "dataset"])
+    run.execute(study, workdir, only=["runs/muon_qk/*"])
+    path = workdir / "sweep" / "learning_rates.json"
+    entry = json.loads(path.read_text())
+    entry["muon_qk"]["chosen"] = 0.024
+    path.write_text(json.dumps(entry))
+    with pytest.raises(errors.UsageError, match=r"learning_rate is 0.012, planned 0.024"):
+        run.execute(study, workdir)
+
+
+def test_another_plan_in_the_directory_is_refused_with_the_fields_that_differ(world):
+    study, workdir, _ = world()
+    run.execute(study, workdir, only=["dataset"])
+    with pytest.raises(errors.UsageError) as refused:
+        run.execute(make_plan(seeds=(1, 2)), workdir)
+    assert "seeds: there [1], now [1, 2]" in str(refused.value)
+    with pytest.raises(errors.UsageError) as refused:
+        run.execute(make_plan(overrides=("model.d_ff=64",)), workdir)
+    assert 'overrides: there [], now ["model.d_ff=64"]' in str(refused.value)
+
+
+def test_more_seeds_keep_the_finished_runs_when_study_json_is_moved_away(world):
+    study, workdir, machine = world()
+    run.execute(study, workdir)
+    (workdir / "study.json").rename(workdir / "study.old.json")
+    larger = make_plan(seeds=(1, 2))
+    machine.study, machine.started = larger, []
+    run.execute(larger, workdir)
+    assert machine.started == [
+        "runs/muon_qk/seed_2", "runs/adamw_noqk/seed_2", "exports/muon_qk/seed_2",
+        "exports/adamw_noqk/seed_2", "report",
+    ]  # fmt: skip
+
+
+def test_another_dataset_is_refused(world, monkeypatch):
+    study, workdir, _ = world()
+    run.execute(study, workdir, only=["dataset"])
+    manifest = types.SimpleNamespace(name="other", fingerprint="a" * 64)
+    other = types.SimpleNamespace(directory=pathlib.Path("there"), manifest=manifest)
+    monkeypatch.setattr(datasets, "open_dataset", lambda config: other)
+    with pytest.raises(errors.UsageError, match=r"begun on the dataset made-up, .* is aaaa"):
+        run.execute(study, workdir)
+
+
+def test_without_a_dataset_the_command_that_makes_one_is_named(tmp_path):
+    with pytest.raises(errors.UsageError) as refused:
+        run.execute(make_plan("pilot"), tmp_path)
+    assert "prepare_data.py --preset=pilot" in str(refused.value)
+    assert "--config.data_dir=DIR" in str(refused.value)
+
+
+def test_two_executors_exclude_each_other_but_parts_run_side_by_side(world):
+    study, workdir, _ = world()
+    workdir.mkdir()
+    with run_directory.lock(workdir):
+        for only in ([], ["dataset"]):
+            with pytest.raises(errors.UsageError, match="another process runs in this directory"):
+                run.execute(study, workdir, only)
+    with run_directory.lock(workdir, shared=True):
+        run.execute(study, workdir, ["dataset"])
+        with pytest.raises(errors.UsageError, match="another process runs in this directory"):
+            run.execute(study, workdir)
+
+
+def test_only_does_what_it_names_and_says_what_that_waits_for(world):
+    study, workdir, machine = world()
+    text = str(missing(study, workdir, only=["runs/muon_qk/*"]))
+    assert "1 of 1 steps are missing" in text
+    assert "Waiting (for): runs/muon_qk/seed_1 (sweep/muon_qk/choice)" in text
+    assert machine.started == []
+    run.execute(study, workdir, only=["muon_qk"])
+    assert all("muon_qk" in name for name in machine.started) and len(machine.started) == 4
+    run.execute(study, workdir, only=["report"])
+    assert machine.started[-1] == "report"
+    with pytest.raises(errors.UsageError, match="--only: 'runs/x' fits no step"):
+        run.execute(study, workdir, only=["runs/x"])
+
+
+def test_jobs_run_side_by_side_each_on_its_devices(world):
+    study, workdir, machine = world()
+    machine.asleep = 3
+    run.execute(study, workdir, places=devices.places(None, ["0", "5"]))
+    assert machine.most_alive == 2
+    used = {environment["CUDA_VISIBLE_DEVICES"] for environment in machine.environments}
+    assert used == {"0", "5"}
+    # A place is free again when its run has ended: never two runs on one device.
+    first, second = machine.environments[:2]
+    assert first["TPU_VISIBLE_CHIPS"] != second["TPU_VISIBLE_CHIPS"]
+
+
+def test_places():
+    assert devices.places(None, []) == [{}]
+    assert devices.places(3, []) == [{}, {}, {}]
+    four = devices.places(4, ["0", "1"])
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in four] == ["0", "1", "0", "1"]
+    assert {place["XLA_PYTHON_CLIENT_MEM_FRACTION"] for place in four} == {"0.45"}
+    assert len({place["TPU_PROCESS_PORT"] for place in four}) == 4
+    with pytest.raises(errors.UsageError, match="3 devices for --jobs=2"):
+        devices.places(2, ["0", "1", "2"])
+
+
+def test_the_report_comes_last_and_again_when_something_is_new(world):
+    study, workdir, machine = world()
+    machine.exit_codes = {"exports/muon_qk/seed_1": 1}
+    missing(study, workdir)
+    assert machine.started[-1] == "report"
+    machine.exit_codes, machine.started = {}, []
+    summary = workdir / "runs" / "muon_qk" / "seed_1" / "summary.json"
+    summary.write_bytes(summary.read_bytes())
+    run.execute(study, workdir)
+    assert machine.started == ["exports/muon_qk/seed_1", "report"]
+
+
+def test_downstream_results_are_made_skipped_or_refused(world):
+    study, workdir, machine = world(downstream="hub", export=False)
+    assert run.HUB_IS_SILENT in (ROOT / "qkjax" / "export" / "benchmarks.py").read_text()
+    machine.words = f"--tasks: {run.HUB_IS_SILENT} hellaswag"
+    name, other = "downstream/muon_qk/seed_1", "downstream/adamw_noqk/seed_1"
+    machine.exit_codes = {name: 2, other: 2}
+    run.execute(study, workdir)
+    files = states.StudyFiles(study, workdir)
+    state = files.state(study.step(name))
+    assert state.status == "skipped" and state.detail.startswith("no data: ")
+    run_directory.write_json(workdir / f"{other}.json", {"run": {"params_sha256": "adamw_noqk-1"}})
+    machine.started.clear()
+    run.execute(study, workdir)
+    assert machine.started == [name, "report"]  # there may be data now
+    path = workdir / f"{name}.json"
+    run_directory.write_json(path, {"run": {"params_sha256": "muon_qk-1"}})
+    assert files.state(study.step(name)).status == "done"
+    run_directory.write_json(path, {"run": {"params_sha256": "another"}})
+    with pytest.raises(errors.UsageError, match="measured the parameters another, but the run has"):
+        run.execute(study, workdir)
+
+
+def test_the_commands_of_the_other_tools(world, monkeypatch):
+    study, workdir, machine = world(downstream="benchmarks")
+    commands = {}
+    monkeypatch.setattr(
+        machine, "do", lambda name, command: commands.setdefault(name, command) and
+        Machine.do(machine, name, command),
+    )  # fmt: skip
+    run.execute(study, workdir)
+    seed = workdir / "runs" / "muon_qk" / "seed_1"
+    assert commands["exports/muon_qk/seed_1"][1:] == [
+        "tools/export_hf.py", f"--workdir={seed}", f"--out={workdir / 'exports/muon_qk/seed_1'}"
+    ]  # fmt: skip
+    assert commands["downstream/muon_qk/seed_1"][1:] == [
+        "tools/eval_downstream.py", f"--workdir={seed}", "--backend=jax",
+        "--tasks=hellaswag,lambada", f"--data_dir={pathlib.Path('benchmarks').absolute()}",
+        f"--out={workdir / 'downstream/muon_qk/seed_1.json'}",
+    ]  # fmt: skip
+    assert commands["report"][1:] == ["tools/make_report.py", f"--workdir={workdir}"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_passed_on_and_leaves_everything_resumable(world, signum):
+    study, workdir, machine = world()
+    machine.asleep = 5
+
+    def stop_at_the_first_run(name: str) -> None:
+        if name.startswith("runs/"):
+            signal.raise_signal(signum)
+
+    machine.when_started = stop_at_the_first_run
+    with pytest.raises(signals.Stopped, match="stopped, 5 of 14 steps are left") as stopped:
+        run.execute(study, workdir)
+    assert stopped.value.exit_code == 128 + signum
+    assert machine.started[-1] == "runs/muon_qk/seed_1"
+    assert machine.exit_codes == {"runs/muon_qk/seed_1": 143}  # SIGTERM, a second one is harmless
+    assert statuses(study, workdir)["runs/muon_qk/seed_1"] == "open"  # and not failed
+    machine.exit_codes, machine.when_started = {}, lambda name: None
+    run.execute(study, workdir)
+    assert statuses(study, workdir)["report"] == "done"
+
+
+def test_status_shows_every_step_with_what_it_has_reached(world, capsys):
+    study, workdir, machine = world()
+    machine.exit_codes = {"runs/muon_qk/seed_1": 2, "runs/adamw_noqk/seed_1": 3}
+    missing(study, workdir)
+    capsys.readouterr()
+    table.print_status(states.StudyFiles(study, workdir))
+    lines = capsys.readouterr().out.splitlines()
+    shown = {line.split()[0]: line for line in lines[1:-1] if line and line[0] != " "}
+    assert set(shown) == {step.name for step in study.steps}
+    assert "5/5" in shown["sweep/muon_qk/lr_0.012"] and "3.0" in shown["sweep/muon_qk/lr_0.012"]
+    assert "failed (exit 2" in shown["runs/muon_qk/seed_1"]
+    assert "diverged (at step 3)" in shown["runs/adamw_noqk/seed_1"]
+    assert lines[-1].startswith(f"{workdir}: 8 of 14 steps done, 1 diverged, 1 failed, 1 open, 3")
