@@ -33,9 +33,10 @@ STREET = [
     study.judgement study.clauses study.stability study.hypotheses study.items study.verdicts
     study.drawing study.figures study.arms study.original study.report_blocks
     study.report_charts study.report_data study.report_spectra study.report_verdicts
-    study.report_training study.report_keys study.report_downstream study.report_record
-    study.report_csv study.report_svg study.report_style study.report_html study.report_markdown
-    study.report study.packing study.plan_config study.plan_arms study.plan
+    study.report_sweep study.report_losses study.report_keys study.report_downstream
+    study.report_record study.report_csv study.report_svg study.report_style
+    study.report_html study.report_markdown study.report
+    study.packing study.plan_config study.plan_arms study.plan
     study.plan_cost study.plan_lines study.sweep study.watching study.states study.table
     study.devices study.run
     """,

@@ -7,8 +7,9 @@ from qkjax.study import (
     drawing,
     report_downstream,
     report_keys,
+    report_losses,
     report_record,
-    report_training,
+    report_sweep,
     report_verdicts,
     results,
 )
@@ -61,18 +62,20 @@ def assemble(material: Material) -> Report:
     """Every section, in the order of reading."""
     plan = material.study.plan
     seeds = ", ".join(map(str, plan["seeds"]))
+    tokens = plan.get("tokens")
+    budget = f", {drawing.count(tokens)} tokens each" if tokens else ""
     quick = ", quick" if plan.get("quick") else ""
     return Report(
         TITLE,
         f"Report of a study at scale {plan['scale']}, recipe {plan['recipe']}{quick}: "
-        f"{len(material.study.arms)} configurations, seeds {seeds}.",
+        f"{len(material.study.arms)} configurations, seeds {seeds}{budget}.",
         (
             report_verdicts.verdicts(material),
             report_verdicts.warnings(material),
             report_verdicts.missing(material),
             report_verdicts.at_the_end(material),
-            report_training.sweep(material),
-            report_training.losses(material),
+            report_sweep.sweep(material),
+            report_losses.losses(material),
             report_keys.keys(material),
             report_downstream.downstream(material),
             report_verdicts.attribution(material),

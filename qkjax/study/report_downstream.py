@@ -113,7 +113,8 @@ def _conditions(study: Study) -> str:
             f"first token: {' and '.join(rules)}" if rules else "",
             f"prompts cut to the context: {truncated:,}"]  # fmt: skip
     return "; ".join(filter(None, said)) + (
-        f". Difference: {arms.label(_PAIR[0])} minus {arms.label(_PAIR[1])}, in points."
+        f". Difference: {arms.label(_PAIR[0])} minus {arms.label(_PAIR[1])}, in points; "
+        "that of log-perplexity stands under H5."
     )
 
 

@@ -13,6 +13,7 @@ from qkjax.study.judgement import (
     NON_INFERIORITY,
     REFUTED,
     RULE,
+    SHOWN,
     SUPPORTED,
     Clause,
 )
@@ -164,12 +165,14 @@ def _kind(kind: str, text: str) -> str:
 
 
 def _cell(text: str) -> list[Child]:
-    return [_status(text)] if text in _STATUSES else _words(text)
+    is_status = text.split(" for ")[0] in _STATUSES
+    return [_status(text)] if is_status else _words(text)
 
 
-def _status(status: str, more: str = "") -> ET.Element:
-    words = f"{_SIGNS[status]} {status}{more}"
-    return _element("span", words, cls=f"status {status}")
+def _status(words: str) -> ET.Element:
+    """ "supported", or "supported for ..."."""
+    status = words.split()[0]
+    return _element("span", f"{_SIGNS[status]} {words}", cls=f"status {status}")
 
 
 @_blocks.register
@@ -179,7 +182,6 @@ def _(block: Box) -> list[ET.Element]:
     if verdict.holm_rejected is not None:
         agrees = "agrees" if verdict.holm_rejected else "does not agree"
         facts.append(f"Holm over H1–H4 at 0.025: {agrees}")
-    qualifier = f" · {verdict.qualifier}" if verdict.qualifier else ""
     clauses = [_clause(clause) for clause in verdict.clauses]
     if verdict.shown:
         clauses.append(_element("p", "Shown beside it, without deciding", cls="aside"))
@@ -188,7 +190,7 @@ def _(block: Box) -> list[ET.Element]:
         _element(
             "article",
             _element("header", _element("h3", f"{verdict.name} · {verdict.title}"),
-                     _status(verdict.status, qualifier)),
+                     _status(verdict.qualifier or verdict.status)),
             _element("p", verdict.question, cls="question"),
             _element("p", *_words(_sentence(verdict.reason)), cls="reason"),
             _element("p", " · ".join(filter(None, facts)), cls="facts"),
@@ -224,7 +226,8 @@ def _clause(clause: Clause) -> ET.Element:
 
 def clause_facts(clause: Clause) -> list[tuple[str, str]]:
     """The numbers of a clause that there are."""
-    limit = {RULE: "limit", NON_INFERIORITY: "margin"}.get(clause.kind, "SESOI")
+    names = {RULE: "limit", NON_INFERIORITY: "margin", SHOWN: "SESOI, margin"}
+    limit = names.get(clause.kind, "SESOI")
     unit = f" {clause.unit}"
     found = (
         ("estimate", clause.estimate, short(clause.estimate, signed=clause.kind != RULE) + unit),

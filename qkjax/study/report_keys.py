@@ -172,19 +172,24 @@ def _attention(material: Material) -> Iterator[Block]:
             )
         charts.append(_over_tokens(material, LOGIT, names, f"max_logit_{stem}",
                                    f"Largest attention logit: {words}", scale))  # fmt: skip
-    charts += _gammas(material)
     if charts:
         yield Charts(
-            "Attention logits (after 1/√head_dim, causal pairs), and the gammas of QK-Norm: their "
-            "mean over head_dim and layers, and their spread over head_dim (standard deviation), "
-            "mean over layers. Frozen gammas stay at 1.",
+            "Largest attention logit of all heads and layers, after 1/√head_dim, causal pairs "
+            "only.",
             tuple(charts),
+            columns=3,
+        )
+    if gammas := tuple(_gammas(material)):
+        yield Charts(
+            "The gammas of QK-Norm: their mean over head_dim and layers, and their spread (the "
+            "standard deviation over head_dim, mean over layers). Frozen gammas stay at 1.",
+            gammas,
         )
 
 
 _STATISTICS: tuple[tuple[str, str, Callable[[np.ndarray], np.ndarray]], ...] = (
     ("mean", "mean", lambda gamma: gamma.mean(axis=-1)),
-    ("spread", "standard deviation over head_dim", lambda gamma: gamma.std(axis=-1)),
+    ("spread", "spread over head_dim", lambda gamma: gamma.std(axis=-1)),
 )
 
 

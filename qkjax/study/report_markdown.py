@@ -78,11 +78,10 @@ def _(block: Table) -> str:
 @_block.register
 def _(block: Box) -> str:
     verdict = block.verdict
-    qualifier = f" ({verdict.qualifier})" if verdict.qualifier else ""
     holm = {None: "", True: "; Holm agrees", False: "; Holm does not agree"}[verdict.holm_rejected]
     head = [
         f"### {_escape(verdict.name)}. {_escape(verdict.title)}: "
-        f"{verdict.status}{_escape(qualifier)}",
+        f"{_escape(verdict.qualifier or verdict.status)}",
         _escape(verdict.question),
         _escape(f"{verdict.reason}. p {p_value(verdict.p)}{holm}."),
         _block(_clauses("Clauses.", verdict.clauses)),

@@ -124,13 +124,14 @@ def _runs(study: Study) -> Iterator[Block]:
         rows.append((
             arms.label(arm), str(seed), status, f"runs/{arm}/seed_{seed}", f"{summary['step']:,}",
             f"{summary['tokens']:,}", number(summary.get("epochs"), 2),
+            number(summary.get("wall_seconds"), 0),
             str(summary["params_sha256"])[:16],
         ))  # fmt: skip
     if rows:
         yield Table(
             "Runs.",
             ("Configuration", "Seed", "Status", "Directory", "Steps", "Tokens", "Epochs",
-             "params_sha256"),
+             "Wall time (s)", "params_sha256"),
             tuple(rows), words=4,
         )  # fmt: skip
         fingerprints = sorted({run.dataset_fingerprint for run in study.runs.values()})

@@ -54,7 +54,7 @@ li { margin: .25rem 0; }
 .refuted { --tone: var(--refuted); }
 .inconclusive { --tone: var(--inconclusive); }
 .status { font: 600 .78rem/1 var(--sans); letter-spacing: .03em; color: var(--tone);
-  border: 1px solid; border-radius: 99px; padding: .26em .7em .3em; white-space: nowrap; }
+  border: 1px solid; border-radius: .9em; padding: .26em .7em .3em; }
 .facts { font: .82rem/1.5 var(--sans); color: var(--quiet); margin: 0 0 .4rem; }
 .clause { display: grid; grid-template-columns: minmax(0, 1fr) 17.5rem; gap: .2rem 1.6rem;
   border-top: 1px solid var(--rule); padding: .75rem 0; font: .88rem/1.5 var(--sans);
@@ -127,13 +127,15 @@ footer { color: var(--quiet); font: .82rem/1.5 var(--sans); padding-block: 1.2re
   :root { color-scheme: light; --paper: #fff; --ink: #000; --quiet: #444; --rule: #bbb;
     --grid: #ddd; --panel: #f5f5f5; --link: #000; --adamw: #0072b2; --muon: #d55e00;
     --supported: #14643b; --refuted: #96261f; --inconclusive: #5d5123; --warning: #7a4800; }
-  body { font-size: 9.5pt; }
+  html { font-size: 11px; }
   nav { display: none; }
+  .verdict { break-inside: auto; }
+  .charts.of-3 { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   header, main, footer { max-width: none; padding-inline: 0; }
   .table { overflow: visible; }
-  table { font-size: 7.5pt; min-width: 0; }
+  table { min-width: 0; }
   .tight { white-space: normal; }
-  pre { white-space: pre-wrap; font-size: 7pt; }
+  pre { white-space: pre-wrap; }
   h2, h3, h4, figcaption, .caption { break-after: avoid; }
 }
 """

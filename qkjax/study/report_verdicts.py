@@ -30,7 +30,9 @@ QUESTION = (
 _KEY = (
     "In the small figures the thick bar is the pooled 95% interval, the thin line the paired one, "
     "dots are seeds, the solid line is 0 and the dashed one the smallest effect of interest "
-    "(SESOI), the margin or the limit; to the right is as predicted."
+    "(SESOI), the margin or the limit. To the right is as predicted; what H4 asks of losses and "
+    "logits lies to the left. PR is the Participation Ratio and aa the axis-alignment index, both "
+    "of 4C."
 )
 
 
@@ -46,12 +48,13 @@ def verdicts(material: Material) -> Section:
         "refutes it."
     )
     board = Table(
-        "The verdicts.",
-        ("Hypothesis", "Verdict", "p", "Question"),
+        "The verdicts at a glance.",
+        ("Hypothesis", "Verdict", "p"),
         tuple(
-            (f"{v.name} {v.title}", v.status, p_value(v.p), v.question) for v in judgement.verdicts
+            (f"{v.name} {v.title}", v.qualifier or v.status, p_value(v.p))
+            for v in judgement.verdicts
         ),
-        words=4,
+        words=2,
     )
     boxes = (Box(verdict) for verdict in judgement.verdicts)
     blocks: list[Block] = [Text(QUESTION), Text(state), board, Text(_KEY), *boxes]

@@ -1,30 +1,21 @@
-"""4A and 4B of a report: the learning-rate sweep, and validation loss over training."""
+"""4A of a report: the learning-rate sweep."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qkjax.study import arms, drawing, report_charts, statistics
+from qkjax.study import arms, drawing, report_charts
 from qkjax.study.report_blocks import (
     ABSENT,
     Block,
-    Chart,
     Charts,
     Notes,
     Section,
     Table,
     Text,
-    mean,
     number,
-    without_empty,
 )
 from qkjax.study.report_data import Material, chosen_rate
-from qkjax.study.results import LOSS, RunResult, Study
-
-BASELINE = "adamw_qk"
-
-
-# --------------------------------------------------------------------------------------------
-# 4A: learning rates.
+from qkjax.study.results import Study
 
 
 def sweep(material: Material) -> Section:
@@ -50,12 +41,12 @@ def sweep(material: Material) -> Section:
         ))  # fmt: skip
         if missing:
             blocks.append(Notes((f"Not finished: {', '.join(missing)}.",)))
-        blocks += [_sweep_table(study, rates), *_sweep_charts(study, rates)]
+        blocks += [_best(study, rates), *_charts(rates), _every_run(study, rates)]
     blocks += _used_rates(study)
     return Section("sweep", "4A. Learning-rate sweep", tuple(blocks))
 
 
-def _sweep_table(study: Study, rates: Mapping[str, Any]) -> Table:
+def _best(study: Study, rates: Mapping[str, Any]) -> Table:
     rows = []
     for arm in study.plan["arms"]:
         if arm not in rates:
@@ -91,7 +82,7 @@ def _sweep_table(study: Study, rates: Mapping[str, Any]) -> Table:
     )  # fmt: skip
 
 
-def _sweep_charts(study: Study, rates: Mapping[str, Any]) -> Iterator[Charts]:
+def _charts(rates: Mapping[str, Any]) -> Iterator[Charts]:
     groups: dict[str, dict[str, list[report_charts.SweepPoint]]] = {}
     for arm, entry in rates.items():
         points = [
@@ -127,6 +118,20 @@ def _sweep_charts(study: Study, rates: Mapping[str, Any]) -> Iterator[Charts]:
     )  # fmt: skip
 
 
+def _every_run(study: Study, rates: Mapping[str, Any]) -> Table:
+    rows = [
+        (arms.label(arm), f"{run['learning_rate']:g}", number(run["loss"], 4),
+         number(run["loss_whole"], 4), "diverged" if run["diverged"] else
+         "chosen" if run["learning_rate"] == rates[arm]["chosen"] else ABSENT)
+        for arm in study.plan["arms"] if arm in rates for run in rates[arm]["runs"]
+    ]  # fmt: skip
+    return Table(
+        "Every run of the sweep.",
+        ("Configuration", "Learning rate", "Val loss, first half (nat)", "whole split (nat)", ""),
+        tuple(rows),
+    )
+
+
 def _used_rates(study: Study) -> Iterator[Table]:
     rows = []
     for arm in study.arms:
@@ -150,89 +155,3 @@ def _used_rates(study: Study) -> Iterator[Table]:
              "Rate from"),
             tuple(rows),
         )  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------
-# 4B: validation loss.
-
-
-def losses(material: Material) -> Section:
-    """4B: validation loss against tokens, with the differences to the baseline."""
-    study = material.study
-    curves = material.curves(LOSS)
-    if not curves:
-        return Section("loss", "4B. Validation loss", (Text("No run has finished yet."),))
-    label = "validation loss\n(nat per token)"
-    charts: list[Chart] = []
-    last = max(int(curve.tokens[-1]) for runs in curves.values() for curve in runs)
-    for names, stem, title in material.groups(curves):
-        chosen = {arm: curves[arm] for arm in names}
-        charts.append(report_charts.chart(
-            f"loss_{stem}", f"Validation loss, {title}",
-            f"Validation loss over training; at the end: {material.said(LOSS, names, 3)}.",
-            report_charts.over_tokens(
-                chosen, report_charts.common_scale(label, [curves])
-            ),
-        ))  # fmt: skip
-        late = last // 4
-        charts.append(report_charts.chart(
-            f"loss_{stem}_late", f"Validation loss, {title}: the last three quarters",
-            "The same from a quarter of the tokens on, on a linear axis.",
-            report_charts.over_tokens(
-                chosen, report_charts.common_scale(label, [curves], after=late), after=late
-            ),
-        ))  # fmt: skip
-    return Section(
-        "loss",
-        "4B. Validation loss",
-        (
-            Text(
-                "Validation tokens and their order are the same at every evaluation and for every "
-                f"run. {report_charts.BANDS}"
-            ),
-            Charts("Validation loss against training tokens; rows share their scale.",
-                   tuple(charts)),
-            _loss_table(study),
-        ),
-    )  # fmt: skip
-
-
-def _loss_table(study: Study) -> Table:
-    rows, strong = [], []
-    for arm in study.arms:
-        runs = study.of_arm(arm)
-        for run in runs:
-            halves = (float("nan"),) * 2 if run.diverged else run.half_losses()
-            against = study.runs.get((BASELINE, run.seed))
-            rows.append((
-                arms.label(arm), str(run.seed), number(run.value(LOSS), 4),
-                *(number(half, 4) for half in halves), _difference(run, against),
-                "diverged" if run.diverged else ABSENT,
-            ))  # fmt: skip
-        if len(runs) > 1:
-            values = [run.value(LOSS) for run in runs]
-            sound = [run.half_losses() for run in runs if not run.diverged]
-            means = [mean([pair[i] for pair in sound]) for i in (0, 1)]
-            strong.append(len(rows))
-            rows.append((
-                arms.label(arm), f"mean of {len(runs)}", number(mean(values), 4),
-                *(number(value, 4) for value in means), ABSENT, ABSENT,
-            ))  # fmt: skip
-    return without_empty(Table(
-        "Validation loss at the end (nat per token).",
-        ("Configuration", "Seed", "Val loss", "first half", "second half",
-         f"minus {arms.label(BASELINE)}, same seed", "Remark"),
-        tuple(rows), words=2, strong=tuple(strong),
-        notes=("The learning rate was chosen on the first half of the validation sequences. "
-               "± is the standard error over validation sequences, in pairs: it holds for these "
-               "trained models, and leaves the spread between seeds out.",),
-    ))  # fmt: skip
-
-
-def _difference(run: RunResult, against: RunResult | None) -> str:
-    if against is None or run.arm == BASELINE or run.diverged or against.diverged:
-        return ABSENT
-    if len(run.sequence_losses) < 2:
-        return number(run.value(LOSS) - against.value(LOSS), 4, signed=True)
-    found = statistics.paired_sequences(run.sequence_losses, against.sequence_losses)
-    return f"{number(found.estimate, 4, signed=True)} ± {number(found.standard_error, 4)}"

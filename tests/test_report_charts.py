@@ -1,0 +1,206 @@
+"""Charts of a report: what they draw is what was measured, on scales that do not lie."""
+
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from qkjax.study import arms, drawing, report_charts, report_spectra, report_svg
+from qkjax.study.judgement import Clause
+from qkjax.study.quantities import quantity
+from qkjax.study.report_blocks import Chart
+from qkjax.study.report_charts import Curve, Scale, SweepPoint
+
+pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
+TOKENS = np.array([0, 1_000, 10_000, 40_000])
+SCALE = Scale("loss (nat)", 0.0, 12.0)
+
+
+def curve(*values: float, tokens: np.ndarray = TOKENS, diverged: bool = False) -> Curve:
+    return Curve(tokens[: len(values)], np.array(values), diverged)
+
+
+def lines_of(figure, arm: str) -> list:
+    return [line for line in figure.axes[0].lines if line.get_label() == arms.short(arm)]
+
+
+# --------------------------------------------------------------------------------------------
+# Over tokens.
+
+
+def test_a_line_is_the_mean_of_the_seeds_and_the_band_their_range():
+    runs = [curve(10, 8, 6, 4), curve(10, 9, 8, 7)]
+    figure = report_charts.over_tokens({"muon_qk": runs}, SCALE)
+    axes = figure.axes[0]
+    (mean,) = lines_of(figure, "muon_qk")
+    assert list(mean.get_xdata()) == TOKENS.tolist()
+    assert list(mean.get_ydata()) == [10, 8.5, 7, 5.5]
+    (band,) = axes.collections
+    edges = {tuple(vertex) for vertex in band.get_paths()[0].vertices}
+    assert {(40_000.0, 4.0), (40_000.0, 7.0), (1_000.0, 8.0), (1_000.0, 9.0)} <= edges
+    seeds = [list(line.get_ydata()) for line in axes.lines if line is not mean]
+    assert [10, 8, 6, 4] in seeds and [10, 9, 8, 7] in seeds
+    assert axes.get_ylim() == (0.0, 12.0) and axes.get_ylabel() == "loss (nat)"
+    assert axes.get_xlabel().startswith("training tokens")
+
+
+def test_one_seed_has_no_band_and_says_so():
+    figure = report_charts.over_tokens({"muon_qk": [curve(10, 8, 6, 4)]}, SCALE)
+    assert not figure.axes[0].collections
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["Muon + QK (n = 1)"]
+
+
+def test_a_run_that_diverged_ends_in_a_cross_and_the_mean_with_it():
+    runs = [curve(10, 8, 6, 4), curve(10, 9, diverged=True)]
+    figure = report_charts.over_tokens({"muon_qk": runs}, SCALE)
+    (mean,) = lines_of(figure, "muon_qk")
+    assert list(mean.get_ydata()) == [10, 8.5]
+    crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
+    assert [(c.get_xdata()[0], c.get_ydata()[0]) for c in crosses] == [(1_000, 9)]
+
+
+def test_from_some_tokens_on_nothing_before_is_drawn():
+    figure = report_charts.over_tokens({"muon_qk": [curve(10, 8, 6, 4)]}, SCALE, after=10_000)
+    (line,) = figure.axes[0].lines
+    assert list(line.get_xdata()) == [10_000, 40_000]
+    assert figure.axes[0].get_xscale() == "linear"
+    assert figure.axes[0].get_xlim()[1] > 40_000
+
+
+def test_a_scale_holds_every_group():
+    groups = [{"muon_qk": [curve(10, 8, 6, 4)]}, {"adamw_qk": [curve(11, 9, math.nan, 2)]}]
+    scale = report_charts.common_scale("nat", groups)
+    assert scale.low < 2 and scale.high > 11
+    late = report_charts.common_scale("nat", groups, after=10_000)
+    assert late.low < 2 and 6 < late.high < 8
+    assert report_charts.common_scale("nat", groups, low=0.0).low == 0.0
+    assert report_charts.common_scale("nat", []) == Scale("nat")
+
+
+def test_hue_is_the_optimiser_and_line_the_normalisation():
+    looks = {arm: arms.look(arm) for arm in (
+        "adamw_qk", "adamw_noqk", "adamw_qk_frozen", "muon_qk", "muon_noqk", "muon_noqk_merged",
+    )}  # fmt: skip
+    assert {looks[a].hue for a in looks if a.startswith("adamw")} == {arms.HUES["adamw"]}
+    assert {looks[a].hue for a in looks if a.startswith("muon")} == {arms.HUES["muon"]}
+    assert looks["adamw_qk"].line == looks["muon_qk"].line != looks["muon_noqk"].line
+    assert len({(look.hue, look.line) for look in looks.values()}) == len(looks)
+    figure = report_charts.over_tokens({arm: [curve(3, 2)] for arm in looks}, SCALE)
+    assert {line.get_color() for line in figure.axes[0].lines} == set(arms.HUES.values())
+
+
+def test_names_of_arms():
+    assert arms.label("muon_noqk") == "Muon, no QK-Norm"
+    assert arms.label("adamw_qk_frozen") == "AdamW + QK-Norm, γ frozen"
+    assert arms.label("lion_qk") == "lion_qk" and arms.label("mine") == "mine"
+    assert arms.look("lion_qk").hue == arms.look("lion_noqk").hue not in arms.HUES.values()
+
+
+# --------------------------------------------------------------------------------------------
+# The sweep, heat maps, spectra.
+
+
+def test_sweep_rings_the_chosen_rate_and_puts_diverged_ones_on_top():
+    points = [
+        SweepPoint(1e-3, 4.0, False),
+        SweepPoint(2e-3, 3.5, True),
+        SweepPoint(4e-3, None, False),
+    ]
+    figure = report_charts.sweep({"adamw_qk": points}, SCALE)
+    axes = figure.axes[0]
+    (line,) = lines_of(figure, "adamw_qk")
+    assert list(zip(*line.get_data(), strict=True)) == [(1e-3, 4.0), (2e-3, 3.5)]
+    (ring,) = (line for line in axes.lines if line.get_markerfacecolor() == "none")
+    assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (2e-3, 3.5)
+    (cross,) = (line for line in axes.lines if line.get_marker() == "x")
+    assert cross.get_xdata()[0] == 4e-3
+    assert cross.get_transform() == axes.get_xaxis_transform()  # no loss, so no place on the axis
+    assert "diverged" in axes.get_xlabel() and axes.get_xscale() == "log"
+
+
+def test_heat_maps_are_the_mean_over_seeds_on_one_scale():
+    def arrays(share: float) -> dict[str, np.ndarray]:
+        sigma = np.ones((3, 2, 8), np.float32)
+        sigma[1, 0, 4:] = share  # layer 1, head 0 uses fewer directions
+        return {"key_post_rope_raw": sigma}
+
+    ends = {"muon_qk": [arrays(0.0), arrays(1.0)], "adamw_qk": [arrays(1.0)]}
+    shown = quantity("pr", "key", "post_rope", "raw")
+    figure = report_spectra.heat_maps(ends, shown, 8)
+    meshes = {axes.get_title(): axes.collections[0] for axes in figure.axes if axes.get_title()}
+    values = meshes["Muon + QK"].get_array()
+    assert values.shape == (3, 2) and values[1, 0] == pytest.approx(6.0)
+    assert values[0, 0] == pytest.approx(8.0)
+    assert {mesh.get_clim() for mesh in meshes.values()} == {(1.0, 8.0)}
+
+
+def test_spectra_are_of_the_layer_and_over_the_largest():
+    sigma = np.tile(np.array([4.0, 2.0, 1.0], np.float32), (2, 2, 1))
+    sigma[1, :, 1:] = 1.0
+    ends = {"muon_qk": [{"key": sigma}], "adamw_qk": [{"other": sigma}]}
+    assert report_spectra.lowest_ratio(ends, "key") == 0.25
+    figure = report_spectra.spectra(ends, "key", 0, 0.01)
+    (line,) = figure.axes[0].lines
+    assert list(line.get_xdata()) == [1, 2, 3]
+    assert line.get_ydata() == pytest.approx([1.0, 0.5, 0.25])
+    last = report_spectra.spectra(ends, "key", 1, 0.01).axes[0]
+    assert last.lines[0].get_ydata() == pytest.approx([1.0, 0.25, 0.25])
+    assert last.get_ylim() == figure.axes[0].get_ylim() and last.get_ylim()[0] < 0.01
+
+
+# --------------------------------------------------------------------------------------------
+# SVG in a page.
+
+
+def test_charts_of_one_page_share_no_id_and_follow_its_theme():
+    figure = report_charts.over_tokens({"muon_qk": [curve(3, 2), curve(3, 1)]}, SCALE)
+    svg = drawing.to_bytes(figure, "svg")
+    assert svg == drawing.to_bytes(figure, "svg")
+    first, second = (report_svg.inline(Chart(n, "Loss", "falls", svg)) for n in ("one", "two"))
+    ids = [[e.get("id") for e in root.iter() if e.get("id")] for root in (first, second)]
+    assert len(set(ids[0])) == len(ids[0]) and not set(ids[0]) & set(ids[1])
+    text = ET.tostring(first, encoding="unicode")
+    used = re.findall(r'(?:href="#|url\(#)([^")]+)', text)
+    assert used and set(used) <= set(ids[0])
+    assert "var(--muon)" in text and arms.HUES["muon"].lower() not in text.lower()
+    assert "currentColor" in text and "var(--grid)" in text
+    assert first.get("role") == "img" and first.get("aria-labelledby") == "one-title one-desc"
+    assert (first[0].tag, first[0].text, first[1].text) == ("title", "Loss", "falls")
+    assert first.get("width") is None and first.get("viewBox")
+
+
+def make_clause(**changed) -> Clause:
+    fields = {
+        "name": "H", "text": "", "status": "supported", "reason": "", "estimate": 4.0,
+        "pooled": (3.0, 5.0), "paired": (-90.0, 98.0), "p": 0.01, "sesoi": 3.2, "unit": "PR",
+        "seeds_needed": None, "per_seed": {42: 3.5, 43: 4.5, 44: None},
+    }  # fmt: skip
+    return Clause(**{**fields, **changed})
+
+
+def test_interval_figure_is_to_scale_and_cuts_a_long_interval_with_arrows():
+    root = report_svg.interval_figure(make_clause())
+    kinds = {line.get("class"): line for line in root.iter("line")}
+    x = {kind: (float(line.get("x1")), float(line.get("x2"))) for kind, line in kinds.items()}
+    per_unit = (x["pooled"][1] - x["pooled"][0]) / 2
+    assert x["estimate"][0] - x["zero"][0] == pytest.approx(4 * per_unit, abs=0.2)
+    assert x["sesoi"][0] - x["zero"][0] == pytest.approx(3.2 * per_unit, abs=0.2)
+    dots = [float(dot.get("cx")) for dot in root.iter("circle")]
+    assert [d - x["zero"][0] for d in dots] == pytest.approx(
+        [3.5 * per_unit, 4.5 * per_unit], abs=0.2
+    )
+    assert x["paired"] == (12.0, 268.0) and len(list(root.iter("polygon"))) == 2
+    short = report_svg.interval_figure(make_clause(paired=(2.0, 6.0)))
+    assert not list(short.iter("polygon"))
+    assert "paired [+2, +6]" in short.get("aria-label")
+
+
+def test_interval_figure_of_too_little():
+    assert report_svg.interval_figure(make_clause(estimate=None, per_seed={42: None})) is None
+    lone = make_clause(pooled=None, paired=None, per_seed={42: 4.0})
+    assert [line.get("class") for line in report_svg.interval_figure(lone).iter("line")] == [
+        "zero", "sesoi", "estimate",
+    ]  # fmt: skip

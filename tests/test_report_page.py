@@ -1,0 +1,87 @@
+"""The report's page in a real browser, at the width of a desktop and of a phone."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import synthetic_study
+from synthetic_study import LOSS, PR
+
+from qkjax.study import report
+
+pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--allow-file-access-from-files", "--enable-logging=stderr", "--virtual-time-budget=10000",
+    "--dump-dom",
+)  # fmt: skip
+WIDTHS = (1280, 390)
+# Shows the page in a frame of each width, without scroll bars, and says what it found there.
+PROBE = """<!DOCTYPE html><body><script>
+const found = {};
+for (const width of [%s]) {
+  const frame = document.createElement("iframe");
+  frame.style = "border: 0"; frame.width = width; frame.height = 900; frame.scrolling = "no";
+  frame.src = "%s";
+  frame.onload = () => {
+    const page = frame.contentDocument;
+    const box = element => element.getBoundingClientRect();
+    const inside = ".table, pre, svg";  // these scroll or clip by themselves
+    found[width] = {
+      width: page.documentElement.scrollWidth,
+      sections: Object.fromEntries([...page.querySelectorAll("section")].map(
+        section => [section.id, box(section).height])),
+      charts: [...page.querySelectorAll(".chart svg")].map(svg => box(svg).width),
+      beyond: [...page.querySelectorAll("body *")].filter(
+        element => box(element).right > width + 1 && !element.closest(inside)
+      ).map(element => element.tagName + " " + element.className),
+    };
+    document.title = JSON.stringify(found);
+  };
+  document.body.append(frame);
+}
+</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[str]]:
+    """What the browser found at each width, and what it wrote to its console."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    folder = tmp_path_factory.mktemp("page")
+    arms = synthetic_study.arms(32, adamw_qk={PR: 12.0, LOSS: 3.6}, muon_qk_frozen={PR: 21.0})
+    synthetic_study.write(
+        folder / "study", arms, seeds=(42, 43), noise={PR: 0.2}, scale="tiny", spectra=True
+    )
+    synthetic_study.write_sweep(folder / "study", {"muon_qk": {0.006: 3.0, 0.012: 3.1}})
+    right = {"muon_noqk": 0.4, "adamw_qk": 0.3}
+    synthetic_study.write_downstream(folder / "study", right, seeds=(42, 43), items=50)
+    page = report.make_report(folder / "study")
+    (folder / "probe.html").write_text(PROBE % (", ".join(map(str, WIDTHS)), page.as_uri()))
+    done = subprocess.run(
+        [browser, *FLAGS, f"--user-data-dir={folder / 'profile'}",
+         (folder / "probe.html").as_uri()],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr[-2000:]
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(title[1]), console
+
+
+def test_the_browser_has_nothing_to_say(shown: tuple[dict, list[str]]):
+    assert shown[1] == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_fits_its_window(shown: tuple[dict, list[str]], width: int):
+    found = shown[0][str(width)]
+    assert found["beyond"] == [] and found["width"] <= width
+    assert len(found["sections"]) == 12 and min(found["sections"].values()) > 60
+    assert len(found["charts"]) > 25
+    assert min(found["charts"]) > 280  # wide enough to read, also three in a row
