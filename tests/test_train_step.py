@@ -7,13 +7,12 @@ import numpy as np
 import optax
 import pytest
 import reference_model
+from compile_options import QUICK
 
 from qkjax import checkpoint, config, errors, model, optimizer, sharding, train_step
 
 import jax  # isort: skip  (after qkjax, which sets the XLA flags)
 
-# The same programs, compiled five times faster and run slower: these models are tiny.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 SMALL = {  # N 2, D 32, H 4, G 2, K 8, F 48, V 64, T 16; 16 sequences a step
     "model.num_layers": 2,
     "model.d_model": 32,

@@ -57,14 +57,13 @@ gpu_data "$end_of_text"
 # No sweep: recipe fixed runs at its base rates, which docs/pilot.md says.
 left="$(gpu_seconds_left 40)" # without what packing may take
 status=0
-timeout --signal=TERM --kill-after=30 "$left" \
+timeout --preserve-status --signal=TERM --kill-after=30 "$left" \
   "$PYTHON" tools/run_study.py --config=configs/study.py:"$scale,$recipe" \
   --config.data_dir="$data" --config.seeds="$seeds" --config.overrides="$overrides" \
   --config.sweep.tokens=0 --config.export=false --only="$only" --workdir="$study" "${rest[@]}" ||
   status=$?
 "$PYTHON" tools/make_report.py --workdir="$study" || echo "no report: see above" >&2
 "$PYTHON" tools/pack_results.py --workdir="$study" --out="$out"
-if [ "$status" = 143 ] || [ "$status" = 124 ]; then
+[ "$status" != 143 ] ||
   echo "stopped by the limit of $minutes minutes; the same command goes on where it stopped"
-fi
 exit "$status"

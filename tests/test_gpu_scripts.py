@@ -1,0 +1,137 @@
+"""The scripts for lent GPU machines, tried on the CPU with models that take seconds."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+import small_run
+
+from qkjax.study import results
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+OVERRIDES = (
+    "model.num_layers=1", "model.d_model=32", "model.num_heads=2", "model.num_kv_heads=1",
+    "model.head_dim=16", "model.d_ff=48", f"model.vocab_size={small_run.VOCABULARY}",
+    f"model.sequence_length={small_run.LENGTH}",
+    f"train.tokens_per_step={small_run.TOKENS_PER_STEP}", "eval.at_tokens=()",
+    f"checkpoint.every_tokens={10**9}", "data.max_epochs=1000000000",
+)  # fmt: skip
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(
+        ["bash", f"tools/{name}", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def make_wheel(folder: pathlib.Path, name: str) -> None:
+    """A wheel of one module that says its name."""
+    folder.mkdir()
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", f"NAME = {name!r}\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return small_run.make_dataset(tmp_path_factory.mktemp("gpu") / "data")
+
+
+def pilot(folder: pathlib.Path, tokens: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Part f, Muon on merged matrices, which is two small runs here."""
+    return script(
+        "gpu_pilot.sh", "--part=f", "--platform=cpu", "--scale=tiny",
+        f"--workdir={folder / 'pilot'}", f"--out={folder / 'out'}", *arguments,
+        "--", f"--config.tokens={tokens}", f"--config.overrides={OVERRIDES!r}",
+        "--config.controls=muon_noqk_merged",
+    )  # fmt: skip
+
+
+def test_a_part_of_the_pilot_runs_and_comes_home(data, tmp_path):
+    make_wheel(tmp_path / "wheels", "carried_along")
+    tokens = 5 * small_run.TOKENS_PER_STEP
+    done = pilot(tmp_path, tokens, f"--data={data}", f"--wheels={tmp_path / 'wheels'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "pilot" / "site" / "carried_along.py").is_file()
+    archives = sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in archives] == ["fixed-0.tar.gz"]
+    with tarfile.open(archives[0]) as archive:
+        assert {"report/index.html", "report/results.csv"} <= set(archive.getnames())
+        archive.extractall(tmp_path / "home", filter="data")
+    study = results.load_study(tmp_path / "home")
+    assert sorted(study.runs) == [("muon_noqk_merged", 42), ("muon_noqk_merged", 137)]
+    assert all(run.summary["step"] == 5 for run in study.runs.values())
+    checkpoints = tmp_path / "home" / "runs" / "muon_noqk_merged" / "seed_42" / "checkpoints"
+    assert {path.name for path in checkpoints.rglob("*") if path.is_file()} == {"metadata"}
+
+
+def test_the_time_limit_is_kept_and_leaves_what_is_there(data, tmp_path):
+    done = pilot(tmp_path, 10**9, f"--data={data}", "--minutes=1")
+    assert done.returncode == 143, done.stdout + done.stderr
+    assert "stopped by the limit of 1 minutes" in done.stdout
+    run = tmp_path / "pilot" / "fixed" / "runs" / "muon_noqk_merged" / "seed_42"
+    saved = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+    assert saved[0] == 0 and saved[-1] > 0  # where it was stopped
+    with tarfile.open(tmp_path / "out" / "fixed-0.tar.gz") as archive:
+        assert "runs/muon_noqk_merged/seed_42/metrics.jsonl" in archive.getnames()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--part=z", "--data=d"], "--part: z, expected one of a to g"),
+        (["--part=b", "--data=d", "--minutes=0.5"], "--minutes: 0.5, expected a whole number"),
+        (["--part=b", "--source=text:x"], "--data: missing, and no --source with a --tokenizer"),
+        (["--prat=b"], "--prat=b: unknown"),
+        (["--part=b", "--data=d", "--wheels=/none"], "--wheels: no folder /none"),
+        (["--part=b", "--data=d", "--platform=npu"], "--platform: npu, expected gpu or cpu"),
+        (["--part=b", "--data=d", "--scale=full"], "--scale: full, expected pilot or tiny"),
+    ],
+)
+def test_wrong_flags_are_named(tmp_path, arguments, message):
+    done = script("gpu_pilot.sh", f"--workdir={tmp_path / 'w'}", f"--out={tmp_path}", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"ERROR: {message}")
+
+
+def test_without_a_gpu_it_does_not_train_on_the_cpu(data, tmp_path):
+    if pathlib.Path("/dev/nvidia0").exists():
+        pytest.skip("there is a GPU on this machine")
+    done = script(
+        "gpu_pilot.sh", "--part=b", f"--workdir={tmp_path / 'w'}", f"--out={tmp_path / 'out'}",
+        f"--data={data}",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "ERROR: --platform: jax has no gpu here" in done.stderr
+    assert not (tmp_path / "w" / "seed_65536").exists()
+
+
+def benchmark(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    step = small_run.TOKENS_PER_STEP
+    fields = [*OVERRIDES[:-2], f"train.tokens={4 * step}", f"checkpoint.every_tokens={2 * step}"]
+    return script(
+        "gpu_benchmark.sh", "--platform=cpu", "--scale=tiny", "--determinism=default",
+        f"--workdir={folder / 'bench'}", f"--out={folder / 'out'}", *arguments,
+        "--", *(f"--config.{field}" for field in fields),
+    )  # fmt: skip
+
+
+def test_the_check_of_determinism_comes_home_and_a_failed_part_stops_no_other(data, tmp_path):
+    done = benchmark(tmp_path, f"--data={data}", "--subjects=nonsense")
+    assert done.returncode == 1
+    assert "not done, or found different: nonsense" in done.stderr
+    assert "determinism, default\n" not in done.stderr
+    outcome = json.loads((tmp_path / "out" / "determinism_default.json").read_text())
+    assert outcome["equal"] and outcome["steps"] == 4
