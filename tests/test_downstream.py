@@ -22,6 +22,8 @@ from qkjax.export import benchmarks, directory, downstream, hf
 from qkjax.study import results, verdicts
 
 pytest.importorskip("lm_eval", reason="tasks are scored with lm-eval")
+from qkjax.export import scorer
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 T = 384  # tokens: some of the prompts below are longer
 SHOTS, ITEMS, PASSAGES = 12, 10, 8
@@ -258,6 +260,22 @@ def test_byte_exact_items_have_metrics_of_their_own(ours):
     assert "byte_exact" not in ours[0]["tasks"]["lambada"]
 
 
+def test_answers_follow_from_log_likelihoods(ours, place):
+    """acc takes the likeliest ending, acc_norm the likeliest a character."""
+    path = place / "tasks" / "hellaswag" / "hellaswag_val.reconstructed.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    items = [item for item in ours[1] if item["task"] == "hellaswag"]
+    assert [item["index"] for item in items] == list(range(ITEMS))
+    chosen = []
+    for item, row in zip(items, rows, strict=True):
+        likely = np.array(item["log_likelihoods"])
+        best = likely.argmax(), (likely / [len(ending) for ending in row["endings"]]).argmax()
+        assert item["gold"] == int(row["label"])
+        assert (item["acc"], item["acc_norm"]) == tuple(int(i == item["gold"]) for i in best)
+        chosen.append(best)
+    assert len({first == second for first, second in chosen}) == 2  # the two do differ
+
+
 def test_an_item_is_its_prompt_and_its_answers(ours, place, tmp_path):
     """Other shots, or another ending, are another item."""
     tasks = shutil.copytree(place / "tasks", tmp_path / "tasks")
@@ -436,10 +454,14 @@ def small_tokenizer(path: pathlib.Path) -> None:
     path.write_bytes(tokenizer.train([" ".join(words)] * 3, 280).content)
 
 
-def test_scores_that_are_not_finite_are_no_result():
-    item = {"task": "hellaswag", "index": 7, "log_likelihoods": [-1.0, float("nan"), -2.0, -3.0]}
-    with pytest.raises(errors.UsageError, match=r"log-likelihoods of item 7 are not finite"):
-        downstream._check_finite([item])
+def test_scores_that_are_not_finite_are_no_result(place, tmp_path, monkeypatch):
+    def wrong(lm, requests, **options):
+        return [(float("nan") if i == 4 else -1.0, False) for i in range(len(requests))]
+
+    monkeypatch.setattr(scorer.Scorer, "_loglikelihood_tokens", wrong)
+    refused(place, tmp_path, "lambada: .* item 4 are not finite", workdir=place / "run")
+    text = r"hellaswag: .* item 1 are not finite .*\[nan, "
+    refused(place, tmp_path, text, workdir=place / "run", tasks=("hellaswag",))
 
 
 def test_answers_longer_than_the_context_are_refused(torch, place, tmp_path):

@@ -227,3 +227,29 @@ def test_it_generates_nothing(run):
     for method in (lm.generate_until, lm.loglikelihood_rolling):
         with pytest.raises(NotImplementedError, match="only continuations are scored"):
             method([])
+
+
+def test_texts_are_encoded_together_and_once(run, monkeypatch):
+    """Four endings of two contexts: ten texts; the scores are those of lm-eval's own encoding."""
+    from lm_eval.api.instance import Instance
+
+    arguments = [
+        (context, f" {ending}")
+        for context in ("The tone is", "An inn is here ")
+        for ending in ("set", "not", "in a tin", "tea")
+    ]
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in arguments]
+    lm = make_scorer(run)
+    expected = super(scorer.Scorer, lm).loglikelihood(requests, disable_tqdm=True)
+    texts, original = [], run.tokenizer.encode_batch
+
+    def look(some):
+        texts.extend(some)
+        return original(some)
+
+    monkeypatch.setattr(run.tokenizer, "encode_batch", look)
+    monkeypatch.setattr(scorer, "_TEXTS_AT_ONCE", 3)
+    assert lm.loglikelihood(requests, disable_tqdm=True) == expected
+    joined = {context + ending for context, ending in arguments}
+    assert sorted(texts[:10]) == sorted({"The tone is", "An inn is here "} | joined)
+    assert set(texts[10:]) == {"An inn is here"}  # lm-eval moves its last space to the endings

@@ -25,6 +25,7 @@ Request = tuple[Any, list[int], list[int]]  # lm-eval's: texts, tokens of contex
 Score = tuple[float, bool]  # log-likelihood in nat; whether every token is the most probable one
 _SHORTEST_PREFIX = 32  # tokens; a shared beginning below it is not worth a pass of its own
 _CPU_TOKENS, _ACCELERATOR_TOKENS = 512, 16_384  # of the rows of a batch; one row may be longer
+_TEXTS_AT_ONCE = 1024  # encoded together; the tokenizer's own records of them are large
 _PAD = -1  # the branch of what fills a row up
 
 
@@ -57,7 +58,7 @@ class Scorer(lm_eval.api.model.TemplateLM):
         self._add_bos = add_bos
         usual = _CPU_TOKENS if jax.default_backend() == "cpu" else _ACCELERATOR_TOKENS
         self._tokens_per_batch = usual if tokens_per_batch is None else tokens_per_batch
-        self._encode = functools.lru_cache(maxsize=8)(self._encode_text)  # endings share a context
+        self._encoded: dict[str, np.ndarray] = {}  # of the requests in hand
         self.tokens_computed = 0
 
     @property
@@ -75,10 +76,24 @@ class Scorer(lm_eval.api.model.TemplateLM):
     ) -> list[int]:
         """Token ids of a text; begins with end-of-text as `add_bos` says, or the argument."""
         begins = self._add_bos if add_special_tokens is None else add_special_tokens
-        return [self.eot_token_id] * begins + self._encode(string)
+        known = self._encoded.get(string)
+        ids = self._tokenizer.encode_batch([string])[0] if known is None else known
+        return [self.eot_token_id] * begins + ids.tolist()
 
-    def _encode_text(self, text: str) -> list[int]:
-        return self._tokenizer.encode_batch([text])[0].tolist()
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Score]:
+        """One score for every request; lm-eval would encode their texts one by one, on one core."""
+        pairs = [request.args for request in requests]
+        both = (
+            text for context, continuation in pairs for text in (context, context + continuation)
+        )
+        texts = list(dict.fromkeys(both))
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = texts[start : start + _TEXTS_AT_ONCE]
+            self._encoded |= zip(some, self._tokenizer.encode_batch(some), strict=True)
+        try:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._encoded = {}
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, **kwargs: Any
