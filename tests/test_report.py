@@ -18,7 +18,7 @@ import synthetic_study
 from synthetic_study import LOSS, PR
 
 from qkjax import errors
-from qkjax.study import original, report, report_csv, report_data, results
+from qkjax.study import original, report, report_csv, report_data, report_record, results
 from qkjax.study.report_blocks import Report
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
@@ -322,6 +322,24 @@ def test_other_few_shot_counts_are_refused(write: Callable[..., pathlib.Path]):
     assert not (study / "report").exists()
 
 
+def test_what_the_executor_noted_is_said(write: Callable[..., pathlib.Path]):
+    study = write(missing=[("muon_qk", 42)])
+    for step, note in (
+        ("runs/muon_qk/seed_42", {"status": "failed", "detail": "exit 4: disk full"}),
+        ("downstream/adamw_qk/seed_42", {"status": "skipped", "detail": "no data"}),
+    ):
+        path = study / "logs" / f"{step}.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(note))
+    plan = json.loads((study / "study.json").read_text())
+    plan["left_out"] = {"adamw_qk_decayed": "adamw_qk"}
+    (study / "study.json").write_text(json.dumps(plan))
+    page = sections(study)
+    assert "seed 42: not started (failed: exit 4: disk full)" in page["missing"]
+    assert "downstream scores: of every run (skipped: no data)" in page["missing"]
+    assert "Left out of the plan: AdamW + QK-Norm, γ decayed (trains the same as" in page["record"]
+
+
 def test_a_study_without_sweep_spectra_and_scores_says_so(write: Callable[..., pathlib.Path]):
     page = sections(write())
     assert "This study has no sweep" in page["sweep"] and "0.0012" in page["sweep"]
@@ -445,15 +463,17 @@ def test_the_originals_numbers_are_marked_as_what_they_are(
     arms = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
     options = {"fields": {"train__tokens": 1_100_000}} if scale == "pilot" else {}
     synthetic_study.write(tmp_path, arms, seeds=(42,), scale=scale, recipe=recipe, **options)
-    page = sections(tmp_path)
-    assert words in page["original"] and "51.2" in page["original"]
+    section = report_record.comparison(report_data.load(tmp_path))
+    text, table, _ = section.blocks
+    assert words in text.text
+    starts = {column: cell for column, cell in zip(table.columns, table.rows[0], strict=True)}
+    assert starts["Muon, no QK: original"] == "60.8"
     run = results.load_study(tmp_path).runs["muon_noqk", 42]
     ours = run.at_step(PR, 1_000_000 // run.config.train.tokens_per_step)
-    start = run.at_step(PR, 0) - 60.8
-    assert (f"−{-start:.1f}" in page["original"]) is numbers
-    if numbers:
-        assert f"{ours:.1f}" in page["original"]
-        assert f"recipe {recipe}" in page["deviations"]
+    assert [row[-1] for row in table.rows[:3]] == (
+        ["60.0", f"{ours:.1f}", "–"] if numbers else ["60.8", "46.1", "50.1"]
+    )
+    assert f"recipe {recipe}" in report_record.deviations(report_data.load(tmp_path)).blocks[0].text
 
 
 def test_no_study(tmp_path: pathlib.Path):

@@ -95,6 +95,8 @@ def test_hue_is_the_optimiser_and_line_the_normalisation():
 def test_names_of_arms():
     assert arms.label("muon_noqk") == "Muon, no QK-Norm"
     assert arms.label("adamw_qk_frozen") == "AdamW + QK-Norm, γ frozen"
+    assert arms.label("muon_qk_frozen_merged") == "Muon + QK-Norm, γ frozen, QKVO merged"
+    assert arms.label("muon_noqk_per_head") == "Muon, no QK-Norm, per head"
     assert arms.label("lion_qk") == "lion_qk" and arms.label("mine") == "mine"
     assert arms.look("lion_qk").hue == arms.look("lion_noqk").hue not in arms.HUES.values()
 

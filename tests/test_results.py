@@ -114,7 +114,7 @@ def test_a_run_that_nobody_started(study: pathlib.Path):
         (
             31,
             b'{"step": 31, "tok',
-            "unfinished, at step 30 (the torn last line of metrics.jsonl is skipped) of 195",
+            "unfinished, at step 30 of 195; the torn last line of metrics.jsonl is skipped",
         ),
         (0, b"", "unfinished, before step 1 of 195"),
     ],

@@ -41,7 +41,9 @@ def label(arm: str) -> str:
     if name not in _OPTIMIZERS or qk not in ("qk", "noqk"):
         return arm
     words = f"{_OPTIMIZERS[name]} + QK-Norm" if qk == "qk" else f"{_OPTIMIZERS[name]}, no QK-Norm"
-    return ", ".join([words, *(_CONTROLS.get(word, word) for word in controls)])
+    if not set(controls) <= _CONTROLS.keys():  # somebody's own arm
+        return ", ".join([words, " ".join(controls)])
+    return ", ".join([words, *(_CONTROLS[word] for word in controls)])
 
 
 def short(arm: str) -> str:

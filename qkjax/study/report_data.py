@@ -1,6 +1,7 @@
 """Everything that a report shows, gathered once: results, verdicts, spectra, warnings."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -53,6 +54,14 @@ class Material:
         """`end` of some arms in words."""
         ends = ((arms.label(arm), number(self.end(metric, arm), digits)) for arm in names)
         return "; ".join(f"{arm} {value}" for arm, value in ends)
+
+    def noted(self, step: str) -> str:
+        """What tools/run_study.py noted of a step without a result, such as a failure."""
+        try:
+            note = json.loads((self.study.workdir / "logs" / f"{step}.json").read_bytes())
+            return f" ({note['status']}: {note['detail']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
 
     def groups(self, curves: Mapping[str, object]) -> Iterator[tuple[list[str], str, str]]:
         """(arms, stem of file names, words) of each chart: the arms, then controls by optimiser.

@@ -179,7 +179,7 @@ def _status(words: str) -> ET.Element:
 def _(block: Box) -> list[ET.Element]:
     verdict = block.verdict
     facts = [f"p (largest of its clauses): {p_value(verdict.p)}" if verdict.p is not None else ""]
-    if verdict.holm_rejected is not None:
+    if verdict.p is not None and verdict.holm_rejected is not None:
         agrees = "agrees" if verdict.holm_rejected else "does not agree"
         facts.append(f"Holm over H1–H4 at 0.025: {agrees}")
     clauses = [_clause(clause) for clause in verdict.clauses]

@@ -20,6 +20,7 @@ from qkjax.study.report_data import Material
 from qkjax.study.results import LOSS, RunResult, Study
 
 BASELINE = "adamw_qk"
+_CHOSEN = "The learning rate was chosen on the first half of the validation sequences. "
 
 
 def losses(material: Material) -> Section:
@@ -128,7 +129,7 @@ def _loss_table(study: Study) -> Table:
         ("Configuration", "Seed", "Val loss", "first half", "second half",
          f"minus {arms.label(BASELINE)}, same seed", "Remark"),
         tuple(rows), words=2, strong=tuple(strong),
-        notes=("The learning rate was chosen on the first half of the validation sequences. "
+        notes=((_CHOSEN if study.learning_rates else "") +
                "± is the standard error over validation sequences, in pairs: it holds for these "
                "trained models, and leaves the spread between seeds out.",),
     ))  # fmt: skip

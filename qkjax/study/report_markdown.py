@@ -79,11 +79,12 @@ def _(block: Table) -> str:
 def _(block: Box) -> str:
     verdict = block.verdict
     holm = {None: "", True: "; Holm agrees", False: "; Holm does not agree"}[verdict.holm_rejected]
+    tested = f" p {p_value(verdict.p)}{holm}." if verdict.p is not None else ""
     head = [
         f"### {_escape(verdict.name)}. {_escape(verdict.title)}: "
         f"{_escape(verdict.qualifier or verdict.status)}",
         _escape(verdict.question),
-        _escape(f"{verdict.reason}. p {p_value(verdict.p)}{holm}."),
+        _escape(f"{verdict.reason}.{tested}"),
         _block(_clauses("Clauses.", verdict.clauses)),
     ]
     if verdict.shown:

@@ -15,6 +15,7 @@ from qkjax.study.report_blocks import (
     Text,
     mean,
     number,
+    without_empty,
 )
 from qkjax.study.report_data import Material
 from qkjax.study.results import PR, RunResult, Study
@@ -35,28 +36,22 @@ def comparison(material: Material) -> Section:
     study = material.study
     blocks: list[Block] = [Text(_setting(material))]
     comparable = material.head_dim == original.HEAD_DIM
+    names = list(original.PUBLISHED_PR[0])
     rows = []
     for tokens, published in original.PUBLISHED_PR.items():
-        for arm, value in published.items():
+        cells = [drawing.count(tokens)]
+        for arm in names:
             ours = _at_tokens(study.of_arm(arm), tokens) if comparable else None
-            rows.append(
-                (
-                    drawing.count(tokens),
-                    arms.label(arm),
-                    number(value, 1),
-                    number(ours, 1),
-                    ABSENT if ours is None else number(ours - value, 1, signed=True),
-                )
-            )
-    blocks += [
-        Table(
-            "Post-RoPE raw PR of keys: the original's pilot (one seed, read off its plot, ±0.3) "
-            "and the mean over this study's seeds at the same tokens.",
-            ("Tokens", "Configuration", "Original", "This study", "Difference"),
-            tuple(rows), words=2,
-        ),
-        Notes(original.OTHER_RESULTS),
-    ]  # fmt: skip
+            cells += [number(published[arm], 1), number(ours, 1)]
+        rows.append(tuple(cells))
+    columns = (head for arm in names for head in (f"{arms.short(arm)}: original", "this study"))
+    table = Table(
+        "Post-RoPE raw PR of keys by training tokens: the original's pilot (one seed, read off its "
+        "plot, ±0.3) and the mean over seeds of this study.",
+        ("Tokens", *columns),
+        tuple(rows),
+    )
+    blocks += [without_empty(table), Notes(original.OTHER_RESULTS)]
     return Section("original", "Beside the original's numbers", tuple(blocks))
 
 
@@ -109,11 +104,22 @@ def record(material: Material) -> Section:
     return Section("record", "Record", (
         Text(f"Plan: {study.plan.get('words') or study.plan['scale']}, fingerprint "
              f"{study.plan.get('fingerprint', ABSENT)}."),
+        *_left_out(study),
         *_runs(study), *_environment(study), *_commands(study),
         Text("results.csv holds every number of this report, one to a row, sorted, without "
              "paths, times and rates; equal results give equal bytes. Its columns:"),
         Notes(CSV_COLUMNS),
     ))  # fmt: skip
+
+
+def _left_out(study: Study) -> Iterator[Block]:
+    twins = study.plan.get("left_out") or {}
+    if twins:
+        said = (
+            f"{arms.label(arm)} (trains the same as {arms.label(twin)})"
+            for arm, twin in twins.items()
+        )
+        yield Text(f"Left out of the plan: {', '.join(said)}.")
 
 
 def _runs(study: Study) -> Iterator[Block]:

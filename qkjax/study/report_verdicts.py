@@ -81,7 +81,8 @@ def missing(material: Material) -> Section:
 def _missing(material: Material) -> Iterator[str]:
     study = material.study
     for run in study.missing:
-        yield f"{arms.label(run.arm)}, seed {run.seed}: {run.why}"
+        noted = material.noted(f"runs/{run.arm}/seed_{run.seed}")
+        yield f"{arms.label(run.arm)}, seed {run.seed}: {run.why}{noted}"
     if study.plan.get("sweep"):
         for arm in study.plan["arms"]:
             if arm not in (study.learning_rates or {}):
@@ -92,7 +93,8 @@ def _missing(material: Material) -> Iterator[str]:
             for arm in study.arms
         }
         if study.runs and not having:
-            yield f"{what}: of every run"
+            noted = material.noted(f"downstream/{study.arms[0]}/seed_{study.seeds[0]}")
+            yield f"{what}: of every run{noted if what != 'spectra' else ''}"
             continue
         for arm, seeds in lacking.items():
             if seeds:
@@ -113,10 +115,9 @@ def attribution(material: Material) -> Section:
         "of half of A or more reads “explained by decay at the original's tau”."
     )]  # fmt: skip
     for found in material.judgement.attributions:
-        blocks += [
-            Text(f"{arms.family(found.optimizer)}: {found.reason}."),
-            _attribution_table(found),
-        ]
+        blocks.append(Text(f"{arms.family(found.optimizer)}: {found.reason}."))
+        if any(clause.per_seed for clause in (found.total, *found.parts)):
+            blocks.append(_attribution_table(found))
     return Section("attribution", "Attribution of H1", tuple(blocks))
 
 

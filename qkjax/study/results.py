@@ -223,7 +223,7 @@ def load_run(workdir: pathlib.Path) -> RunResult | str:
     summary = run_directory.read_summary(workdir)
     metrics = workdir / "metrics.jsonl"
     if summary is None:
-        return f"unfinished, {_progress(metrics)} of {config.train.num_steps:,}"
+        return _progress(metrics, config.train.num_steps)
     rows = run_directory.read_metrics(metrics)
     if not rows or rows[-1]["step"] < summary["step"]:
         raise errors.UsageError(
@@ -260,14 +260,13 @@ def load_run(workdir: pathlib.Path) -> RunResult | str:
     )
 
 
-def _progress(metrics: pathlib.Path) -> str:
+def _progress(metrics: pathlib.Path, num_steps: int) -> str:
     """How far an unfinished run has come, and whether a kill has torn its last line."""
     rows = run_directory.read_metrics(metrics) if metrics.exists() else []
-    if not rows:
-        return "before step 1"
-    lines = sum(map(bool, metrics.read_bytes().split(b"\n")))
-    torn = " (the torn last line of metrics.jsonl is skipped)" if lines > len(rows) else ""
-    return f"at step {rows[-1]['step']:,}{torn}"
+    done = f"at step {rows[-1]['step']:,}" if rows else "before step 1"
+    lines = sum(map(bool, metrics.read_bytes().split(b"\n"))) if rows else 0
+    torn = "; the torn last line of metrics.jsonl is skipped" if lines > len(rows) else ""
+    return f"unfinished, {done} of {num_steps:,}{torn}"
 
 
 def _probe(row: Mapping[str, Any]) -> Probe:
