@@ -274,9 +274,10 @@ def coverage(seeds: int, spreads: tuple[float, ...], c: tuple[float, ...]) -> tu
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize("c", [TRAP, (1, -1, 0, 0)])
+@pytest.mark.parametrize("c", [TRAP, (1, -1, 0, 0), (*TRAP, 0, 0, 0, 0, 0)])
 def test_coverage_where_arms_vary_alike(seeds: int, c: tuple[float, ...]):
-    pooled, paired = coverage(seeds, (1.0, 1.0, 1.0, 1.0), c)
+    """Of four arms, and of nine, as many as the study has with its controls."""
+    pooled, paired = coverage(seeds, (1.0,) * len(c), c)
     assert 0.94 <= pooled <= 0.96
     assert 0.94 <= paired <= 0.96
 
@@ -287,3 +288,19 @@ def test_coverage_where_one_arm_varies_four_times_as_much(seeds: int):
     pooled, paired = coverage(seeds, (4.0, 1.0, 1.0, 1.0), (1, -1, 0, 0))
     assert 0.84 <= pooled <= 0.92
     assert 0.94 <= paired <= 0.96
+
+
+def test_error_rates_over_items():
+    """Two models that are equally able: 2,000 simulated tasks of 200 items each."""
+    chance = np.random.default_rng(12_345)
+    holds = found = 0
+    for _ in range(STUDIES):
+        hard = chance.standard_normal(200)
+        first, second = (
+            (hard + 0.7 * chance.standard_normal(200) < -0.5).astype(float) for _ in range(2)
+        )
+        low, high = statistics.paired_bootstrap(first, second, resamples=500).interval
+        holds += low <= 0 <= high
+        found += statistics.mcnemar(first, second).p_two_sided <= 0.05
+    assert 0.94 <= holds / STUDIES <= 0.96
+    assert 0.02 < found / STUDIES <= 0.05  # the exact test is conservative

@@ -39,5 +39,10 @@ DEVIATIONS: tuple[tuple[str, str, str], ...] = (
      "`fixed`: .9 .95, 0.1 on block matrices only; `seed`: as the original"),
     ("Muon", "Q, K, V, O as one matrix, no decay",
      "`fixed`: four matrices, decay 0.01; `seed`: as the original"),
+    ("learning rates",
+     "AdamW 6e-3 (25M pilot), 6e-4 (300M plan); Muon 0.024, 0.02, auxiliary 6e-3, never swept",
+     "`fixed`: swept around 1.2e-3; Muon around 0.012, auxiliary 3e-3 with it; `seed`: original's"),
+    ("Newton-Schulz", "bfloat16",
+     "`fixed`: bfloat16 on accelerators, float32 on CPU; `seed`: as the original"),
     ("RMSNorm eps", "1.19e-7", "`fixed`: 1e-6; `seed`: as the original"),
 )  # fmt: skip

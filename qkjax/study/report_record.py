@@ -92,7 +92,10 @@ def deviations(material: Material) -> Section:
         (
             Text(f"This study runs recipe {recipe}: {words}."),
             Table(
-                "Every known difference.", ("", "Original", "Here"), original.DEVIATIONS, words=3
+                "Every known difference; sizes are those of the 88M model.",
+                ("", "Original", "Here"),
+                original.DEVIATIONS,
+                words=3,
             ),
         ),
     )
