@@ -2,7 +2,7 @@
 
 A command defines its flags with absl, then ends with `command_line.run(main)`. Exit codes: 0 done;
 1 internal error; 2 usage, config, data or checkpoint mistake; 3 non-finite training; 4 disk;
-130 / 143 stopped by SIGINT / SIGTERM.
+130 / 143 stopped by SIGINT / SIGTERM; 141 nobody reads the output any more.
 """
 
 import os
@@ -15,6 +15,7 @@ from absl import flags
 from qkjax import errors
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+_BROKEN_PIPE = 141  # as of a program that SIGPIPE has ended
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 
 
@@ -55,10 +56,10 @@ def _run(
     positionals: Sequence[str],
     argv: list[str],
 ) -> int:
-    if any(argument in _HELP for argument in argv[1:]):
-        print(_help_text())
-        return 0
     try:
+        if any(argument in _HELP for argument in argv[1:]):
+            print(_help_text(), flush=True)
+            return 0
         values = parse(argv)[1:]
         repeated = bool(positionals) and positionals[-1].endswith("...")
         if len(values) > len(positionals) and not repeated:
@@ -72,6 +73,9 @@ def _run(
                 "command line. See --help."
             )
         return main(*values) or 0
+    except BrokenPipeError:  # whoever read this has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return _BROKEN_PIPE
     except (flags.Error, errors.QkjaxError, OSError, KeyboardInterrupt) as error:
         if _debug_wanted(argv):
             raise

@@ -1,5 +1,6 @@
 """`python -m qkjax.main` with mistakes: one line that helps, the right exit code, no jax."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -140,3 +141,16 @@ def test_value_after_a_space_is_read_too(call):
     done = call(CONFIG, "--config.model.qk_norm", "laerned")
     assert done.returncode == 2
     assert "model.qk_norm is 'laerned'" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--help", "--print_config"])
+def test_a_reader_that_leaves_early_gets_no_traceback(flag):
+    """As `| head` does; the pipe is closed before the command writes."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "qkjax.main", CONFIG, flag],
+        stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
