@@ -245,7 +245,8 @@ class _Executor:
         if step.kind == EXPORT:
             return ["tools/export_hf.py", run, f"--out={result}"]
         source = self.plan.study.downstream
-        data = [] if source == "hub" else [f"--data_dir={pathlib.Path(source).absolute()}"]
+        folder = pathlib.Path(source).expanduser().absolute()
+        data = [] if source == "hub" else [f"--data_dir={folder}"]
         return [
             "tools/eval_downstream.py", run, "--backend=jax", "--tasks=hellaswag,lambada", *data,
             f"--out={result}",

@@ -6,9 +6,10 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from qkjax.study import states, watching
 from qkjax.study.plan import TRAINING, Step
@@ -107,9 +108,8 @@ class View:
             watch = self._watches.setdefault(step, watching.Watch(directory))
             rows.append((step, states.State(states.RUNNING), watch.look()))
         if self._live is not None:
-            table = _table(rows)
-            table.title = f"{self._workdir}: {counts(found.values())}"
-            self._live.update(table, refresh=True)
+            title = Text(f"{self._workdir}: {counts(found.values())}", overflow="fold")
+            self._live.update(Group(title, _table(rows)), refresh=True)
             return
         for step, state, glance in rows:
             if glance is not None and now - self._shown.setdefault(step, now) >= _PLAIN_SECONDS:
