@@ -294,6 +294,28 @@ def test_another_plan_in_the_directory_is_refused_with_the_fields_that_differ(wo
     assert 'overrides: there [], now ["model.d_ff=64"]' in str(refused.value)
 
 
+def test_a_plan_whose_configs_have_another_meaning_now_is_refused(world):
+    """Equal fields of the study, but the code makes other runs of them."""
+    study, workdir, _ = world()
+    run.execute(study, workdir, only=["dataset"])
+    path = workdir / "study.json"
+    path.write_text(path.read_text().replace(study.step("runs/muon_qk/seed_1").fingerprint, "0"))
+    with pytest.raises(errors.UsageError, match=r"another plan:\n  configs of runs/muon_qk/seed_1"):
+        run.execute(study, workdir)
+
+
+def test_a_choice_among_other_runs_is_made_again(world):
+    study, workdir, machine = world()
+    run.execute(study, workdir)
+    path = workdir / "sweep" / "learning_rates.json"
+    good = path.read_bytes()
+    fingerprint = study.step("sweep/muon_qk/choice").fingerprint
+    path.write_text(path.read_text().replace(fingerprint, "0"))
+    run.execute(study, workdir)
+    assert path.read_bytes() == good
+    assert machine.started[-1] == "report" and machine.started.count("report") == 2
+
+
 def test_more_seeds_keep_the_finished_runs_when_study_json_is_moved_away(world):
     study, workdir, machine = world()
     run.execute(study, workdir)
