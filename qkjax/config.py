@@ -41,6 +41,7 @@ class ModelConfig:
     rope_base: float
     dtype: str  # "auto" | "float32" | "bfloat16": compute; parameters are always float32
     unroll: int  # layers per iteration of the layer loop
+    attention: str  # "auto" (by platform) | "cudnn" | "blocked" | "xla"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +231,7 @@ def base(optimizer: str, qk_norm: str, words: str = "") -> ml_collections.Config
             "rope_base": 10_000.0,
             "dtype": "auto",
             "unroll": 1,
+            "attention": "auto",
         }
     )
     config.optimizer = ml_collections.ConfigDict(
@@ -483,6 +485,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.qk_norm": ("none", "learned", "frozen"),
     "model.mlp": ("swiglu", "relu2"),
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.attention": ("auto", "cudnn", "blocked", "xla"),
     "optimizer.name": ("adamw", "muon"),
     "muon.coefficients": ("polar_express", "quintic"),
     "muon.granularity": ("separate", "merged", "per_head"),

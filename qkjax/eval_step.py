@@ -47,7 +47,8 @@ def make_eval_step(config: Config, mesh: Mesh) -> EvalStep:
         def probe(vectors: model.HeadVectors) -> probes.Statistics:
             return probes.look(vectors, rows, exact)
 
-        hidden, seen = model.apply_with_probe(params, tokens[:, :-1], config.model, probe)
+        with sharding.ambient(mesh):
+            hidden, seen = model.apply_with_probe(params, tokens[:, :-1], config.model, probe)
         return probes.merge(statistics, seen), _loss_sums(
             config, mesh, params, hidden, tokens, valid
         )
@@ -65,7 +66,8 @@ def make_loss_step(config: Config, mesh: Mesh) -> LossStep:
     """Compiles `step(params, tokens, valid) -> loss_sum`: the eval step without its probes."""
 
     def step(params: model.Params, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-        hidden = model.apply(params, tokens[:, :-1], config.model)
+        with sharding.ambient(mesh):
+            hidden = model.apply(params, tokens[:, :-1], config.model)
         return _loss_sums(config, mesh, params, hidden, tokens, valid)
 
     replicated, over_rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)

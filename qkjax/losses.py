@@ -81,16 +81,23 @@ def _chunks(
 
 
 def _logits(hidden_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
-    return jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
+    """[V, N] float32 of all N = B T positions.
+
+    V comes first for the sake of CPUs: maxima and sums over V are then sums of rows, which XLA
+    vectorises, and the table's gradient needs no transposed operand (docs/performance.md).
+    """
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    return jnp.einsum("VD,ND->VN", table_VD, hidden_ND, preferred_element_type=jnp.float32)
 
 
 def _position_losses(
-    logits_BTV: jax.Array, targets_BT: jax.Array, valid_BT: jax.Array
+    logits_VN: jax.Array, targets_BT: jax.Array, valid_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Loss of every position, 0 where it is padding, and the log of the softmax's denominator."""
-    log_sum_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jnp.where(valid_BT, log_sum_BT - target_BT, 0.0), log_sum_BT
+    """Loss [B, T] of every position, 0 where it is padding; log of the denominators [N]."""
+    log_sum_N = jax.nn.logsumexp(logits_VN, axis=0)
+    target_N = jnp.take_along_axis(logits_VN, targets_BT.reshape(1, -1), axis=0)[0]
+    losses_BT = (log_sum_N - target_N).reshape(targets_BT.shape)
+    return jnp.where(valid_BT, losses_BT, 0.0), log_sum_N
 
 
 def _sequence_losses(
@@ -132,16 +139,22 @@ def _summed_loss_forward(
         logits = _logits(hidden, table)
         losses, log_sum = _position_losses(logits, targets, valid)
         # A comparison instead of a scatter: it fuses with the softmax, in one pass over V.
-        is_target = targets[..., None] == ids_V
+        is_target = ids_V[:, None] == targets.reshape(-1)
         # Padded positions need no mask here: their hidden is 0 and their own gradient is cut off.
-        gradient = (jnp.exp(logits - log_sum[..., None]) - is_target).astype(dtype)
+        gradient = (jnp.exp(logits - log_sum) - is_target).astype(dtype)
         hidden_gradient = jnp.einsum(
-            "BTV,VD->BTD", gradient, table, preferred_element_type=jnp.float32
+            "VD,VN->DN", table, gradient, preferred_element_type=jnp.float32
         )
         table_gradient += jnp.einsum(
-            "BTV,BTD->VD", gradient, hidden, preferred_element_type=jnp.float32
+            "VN,ND->VD",
+            gradient,
+            hidden.reshape(-1, hidden.shape[-1]),
+            preferred_element_type=jnp.float32,
         )
-        return (total_B + losses.sum(axis=1), table_gradient), hidden_gradient.astype(dtype)
+        # The barrier keeps the transposition out of the product, which it would make slow.
+        hidden_gradient = jax.lax.optimization_barrier(hidden_gradient.astype(dtype)).T
+        hidden_gradient = hidden_gradient.reshape(hidden.shape)
+        return (total_B + losses.sum(axis=1), table_gradient), hidden_gradient
 
     start = (jnp.zeros(hidden_BTD.shape[0], jnp.float32), jnp.zeros(table.shape, jnp.float32))
     (total_B, table_gradient), hidden_gradient = jax.lax.scan(

@@ -5,6 +5,7 @@ kernel is stored [in, out]. Parameter names are the contract that `optimizer.py`
 read: see `parameter_shapes`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qkjax import attention
+from qkjax import attention, sharding
 from qkjax.config import ModelConfig
 
 Params = dict[str, Any]
@@ -133,11 +134,14 @@ class _Linear(nn.Module):
         kernel = self.param("kernel", _normal, (x.shape[-1], self.features), jnp.float32)
         # A float32 output of bfloat16 inputs would run the backward products in float32, so only
         # the probe asks for it.
-        return jnp.dot(
-            x.astype(self.dtype),
+        # Two axes: XLA's CPU compiler transposes operands that are contracted over more than one,
+        # as the kernel's gradient is over batch and time.
+        y = jnp.dot(
+            x.reshape(-1, x.shape[-1]).astype(self.dtype),
             kernel.astype(self.dtype),
             preferred_element_type=out_dtype or self.dtype,
         )
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class _Attention(nn.Module):
@@ -173,7 +177,13 @@ class _Attention(nn.Module):
             return HeadVectors(q, q_post, k, k_post, v)
 
         seen = vectors(dtype)
-        out_BTHK = attention.causal_attention(
+        attend = functools.partial(
+            attention.causal_attention,
+            implementation=attention.choose_implementation(
+                c.attention, jax.default_backend(), c.dtype
+            ),
+        )
+        out_BTHK = sharding.per_device(attend)(
             seen.query_post_BTHK.astype(dtype), seen.key_post_BTGK.astype(dtype), seen.value_BTGK
         )
         out = _Linear(c.d_model, dtype, name="output")(out_BTHK.reshape(*x_BTD.shape[:2], -1))

@@ -72,7 +72,7 @@ def orthogonalize(
         ValueError: unknown coefficients.
     Source: "quintic" Keller Jordan, Muon (2024); "polar_express" Amsel et al. (2025).
     """
-    safety, steps = _newton_schulz(coefficients)
+    safety, steps = newton_schulz(coefficients)
     is_tall = u.shape[-2] > u.shape[-1]
     x = _short_side_first(u).astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
@@ -111,7 +111,7 @@ def scale_by_muon(
         path and shape of a leaf that has fewer than two axes.
     Source: Keller Jordan, Muon (2024).
     """
-    _newton_schulz(coefficients)
+    newton_schulz(coefficients)
 
     def init(params: optax.Params) -> ScaleByMuonState:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -210,7 +210,12 @@ def muon(
     )
 
 
-def _newton_schulz(coefficients: str) -> tuple[float, np.ndarray]:
+def newton_schulz(coefficients: str) -> tuple[float, np.ndarray]:
+    """Safety factor on the norm, and (a, b, c) of every step, [5, 3] float32.
+
+    Raises:
+        ValueError: unknown coefficients.
+    """
     if coefficients not in _NEWTON_SCHULZ:
         known = ", ".join(COEFFICIENTS)
         raise ValueError(f"coefficients: {coefficients!r} is unknown. Choose one of {known}.")

@@ -1,5 +1,8 @@
 """The data-parallel mesh: one axis `data` over all devices; parameters on every device."""
 
+import contextlib
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -22,6 +25,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch: its leading axis is cut over `data`."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def ambient(mesh: Mesh) -> contextlib.AbstractContextManager[object]:
+    """While a program is traced: the mesh that `per_device` cuts batches over."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def per_device(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function` of batches, run by each device on its own rows of the ambient mesh, if any.
+
+    For programs that the partitioner would not cut by itself, such as a loop over the batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    rows = PartitionSpec(DATA_AXIS)
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows)
 
 
 def put_batch(mesh: Mesh, local: np.ndarray) -> jax.Array:

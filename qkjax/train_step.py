@@ -92,7 +92,8 @@ def _loss_and_gradients(
     """Mean loss and its gradient, in `passes` forward-backward passes of equal size."""
 
     def summed_loss(params: model.Params, tokens: jax.Array) -> jax.Array:
-        hidden = model.apply(params, tokens[:, :-1], config.model)
+        with sharding.ambient(mesh):
+            hidden = model.apply(params, tokens[:, :-1], config.model)
         return losses.next_token_loss(
             hidden,
             params["embedding"],

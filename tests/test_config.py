@@ -313,6 +313,7 @@ INVALID = {
     "model.rope_base": math.inf,
     "model.dtype": "float16",
     "model.unroll": 0,
+    "model.attention": "flash",
     "optimizer.name": "sgd",
     "optimizer.learning_rate": 0.0,
     "optimizer.weight_decay": -0.1,

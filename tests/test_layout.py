@@ -43,6 +43,11 @@ STREET = [
     """
     main
     """,
+    """
+    benchmark.__init__ benchmark.subjects benchmark.inputs benchmark.arrays benchmark.jax_work
+    benchmark.torch_model benchmark.torch_muon benchmark.torch_work benchmark.worker
+    benchmark.interleave benchmark.table benchmark.data
+    """,
 ]
 PLACES = {
     name: (row, position)
@@ -52,11 +57,13 @@ PLACES = {
 PURE = ("spectral", "muon", "losses", "attention")  # arrays in, arrays out: nothing of ours
 # Answer in under a second, or are read by the report: no jax at import, however deep.
 LIGHT = ("main", "command_line", "config_flag", "run_directory", "data.dataset", "data.check",
+         "benchmark.subjects", "benchmark.interleave", "benchmark.table", "benchmark.data",
          "study.figures", "study.packing", "study.plan_cost", "study.plan_lines", "study.report",
          "study.results", "study.run", "study.statistics", "study.verdicts")  # fmt: skip
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "clu", "tensorflow_datasets"}
 ONLY_IN = {"flax": {"model"}, "orbax": {"checkpoint"}, "clu": {"tensorboard"},
-           "torch": {"export.verify", "export.stock_model"}, "tensorflow": set(),
+           "torch": {"export.verify", "export.stock_model", "benchmark.torch_model",
+                     "benchmark.torch_muon", "benchmark.torch_work"}, "tensorflow": set(),
            "transformers": {"export.verify"},
            "lm_eval": {"export.benchmarks", "export.stock_model", "export.scorer",
                        "export.downstream"}}  # fmt: skip

@@ -1,6 +1,7 @@
 """model.py and attention.py: counts, the numpy reference, causality, every qk_norm, bfloat16."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -131,32 +132,103 @@ def test_a_logit_depends_on_no_later_token():
         assert (reach[position + 1 :] == 0).all()
 
 
-@pytest.mark.parametrize("length", [1, 257, 600])
-def test_attention_agrees_with_the_plain_formula_and_its_gradients(length: int):
-    B, H, G, K = 2, 4, 2, 16
+def plain_attention(q, k, v):
+    """The formula, float32 and with the whole square."""
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    sharing = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, sharing, axis=2), jnp.repeat(v, sharing, axis=2)
+    scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1])
+    scores = jnp.where(jnp.tri(q.shape[1], dtype=bool), scores, -jnp.inf)
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores), v)
+
+
+def attention_inputs(length: int, heads: int, kv_heads: int) -> list[np.ndarray]:
+    """q, k, v, and a weight of each output, at B 2, K 16."""
     normal = np.random.default_rng(0).standard_normal
-    q, k, v, weight = (normal((B, length, n, K), np.float32) for n in (H, G, G, H))
+    numbers = (heads, kv_heads, kv_heads, heads)
+    return [normal((2, length, n, 16), np.float32) for n in numbers]
 
-    def plain(q, k, v):
-        k, v = jnp.repeat(k, H // G, axis=2), jnp.repeat(v, H // G, axis=2)
-        scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(K)
-        scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
-        return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores), v)
 
-    def value_and_gradients(function):
-        def weighted(*args):
-            out = function(*args)
-            return (out * weight).sum(), out
+def value_and_gradients(function, q, k, v, weight):
+    """The output, and the gradients of its weighted sum by q, k and v."""
 
-        (_, out), gradients = jax.jit(
-            jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True)
-        )(q, k, v)
-        return out, gradients
+    def weighted(*args):
+        out = function(*args)
+        return (out.astype(jnp.float32) * weight).sum(), out
 
-    found, expected = value_and_gradients(attention.causal_attention), value_and_gradients(plain)
-    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
-    for f, e in zip(found[1], expected[1], strict=True):
-        np.testing.assert_allclose(f, e, atol=2e-5)
+    gradient = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))
+    (_, out), gradients = gradient(q, k, v)
+    return out, *gradients
+
+
+def errors_against_the_formula(implementation: str, inputs: list[np.ndarray], dtype: str):
+    """Largest error of the output and of each gradient, relative to the largest value there."""
+    q, k, v, weight = inputs
+    rounded = [jnp.asarray(x, dtype) for x in (q, k, v)]
+    attend = functools.partial(attention.causal_attention, implementation=implementation)
+    found = value_and_gradients(attend, *rounded, weight)
+    assert all(f.dtype == jnp.dtype(dtype) for f in found)
+    expected = value_and_gradients(plain_attention, *rounded, weight)
+    return [
+        float(jnp.abs(f.astype(jnp.float32) - e).max() / jnp.abs(e).max())
+        for f, e in zip(found, (x.astype(jnp.float32) for x in expected), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("length", [1, 2, 127, 300, 2048])
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+def test_attention_agrees_with_the_formula_and_its_gradients(implementation: str, length: int):
+    inputs = attention_inputs(length, 4, 2)
+    assert max(errors_against_the_formula(implementation, inputs, "float32")) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 300, 2048])
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+def test_attention_agrees_in_bfloat16(implementation: str, length: int):
+    inputs = attention_inputs(length, 4, 2)
+    assert max(errors_against_the_formula(implementation, inputs, "bfloat16")) < 2e-2
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 1), (6, 2)])
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+def test_query_heads_share_keys_and_values(implementation: str, heads: int, kv_heads: int):
+    inputs = attention_inputs(150, heads, kv_heads)
+    assert max(errors_against_the_formula(implementation, inputs, "float32")) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+def test_attention_stays_finite_at_large_scores(implementation: str):
+    q, k, v, weight = attention_inputs(150, 2, 2)
+    # Scores of some hundreds: exp would overflow without the maximum. They are rounded to 3e-5.
+    found = errors_against_the_formula(implementation, [10 * q, 10 * k, v, weight], "float32")
+    assert max(found) < 1e-4
+
+
+def test_attention_lowers_to_fused_kernels_for_cuda(monkeypatch):
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    # The only questions to a real device: the version of its cuDNN, and its compute capability.
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91_200)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in attention_inputs(128, 4, 2))
+
+    def value(q, k, v):
+        return attention.causal_attention(q, k, v, implementation="cudnn").sum()
+
+    lowered = jax.jit(jax.grad(value)).trace(q, k, v).lower(lowering_platforms=("cuda",))
+    assert "__cudnn$fmhaSoftmax" in lowered.as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in lowered.as_text()
+
+
+def test_attention_is_chosen_by_platform_and_refused_by_name():
+    choose = attention.choose_implementation
+    assert choose("auto", "cpu", "float32") == "blocked"
+    assert choose("auto", "gpu", "bfloat16") == "cudnn"
+    assert choose("auto", "gpu", "float32") == "xla"  # cuDNN's kernels have none
+    assert choose("auto", "tpu", "bfloat16") == "xla"
+    assert choose("blocked", "tpu", "bfloat16") == "blocked"
+    q, k, v, _ = attention_inputs(2, 1, 1)
+    with pytest.raises(ValueError, match="'flash' is unknown"):
+        attention.causal_attention(q, k, v, implementation="flash")
 
 
 def test_arms_of_a_seed_share_initial_values():

@@ -134,6 +134,7 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
             rope_base=values["rope_parameters"]["rope_theta"],
             dtype="float32",
             unroll=1,
+            attention="auto",
         )
         expected = config_json(config, eos_id=values["eos_token_id"], dtype=values["dtype"])
     except (KeyError, TypeError) as error:

@@ -1,0 +1,48 @@
+"""A measurement as text."""
+
+from qkjax.benchmark import interleave, subjects
+
+
+def format_table(measured: interleave.Measurement) -> str:
+    """What was measured, one row a variant, and what the noise allows to say."""
+    request = measured.request
+    subject = subjects.subject(request.subject)
+    reference = subject.reference if subject.reference in measured.outcomes else None
+    reference = reference or next(iter(measured.outcomes))
+    clock = "CPU time, one core" if request.platform == "cpu" else "wall time"
+    shape = ", ".join(f"{k} {v}" for k, v in subjects.describe(request.config).items())
+    agreed = ", ".join(f"{name} {value:.6g}" for name, value in measured.agreed.items())
+    header = ["variant", f"s/{subject.unit}", f"/ {reference}", "verdict", "peak GB", "first s"]
+    rows = [header]
+    for name, outcome in measured.outcomes.items():
+        rows.append(
+            [
+                name,
+                f"{outcome.seconds:.4g}",
+                f"{outcome.ratio:.3f}",
+                verdict(outcome.ratio, measured.noise),
+                f"{outcome.peak_bytes / 1e9:.2f}",
+                f"{outcome.first_seconds:.1f}",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(
+        [
+            f"{request.subject}: {clock}; {request.rounds} rounds of 2 blocks of "
+            f"{measured.repetitions}; medians",
+            shape,
+            f"all agree on {agreed}",
+            *lines,
+            f"noise floor {measured.noise:.3f}: ratios nearer to 1 are equal",
+        ]
+    )
+
+
+def verdict(ratio: float, noise: float) -> str:
+    if abs(ratio - 1) <= noise:
+        return "equal"
+    return "faster" if ratio < 1 else "slower"
