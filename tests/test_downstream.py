@@ -414,7 +414,7 @@ def test_unfinished_and_damaged_runs_are_refused(place, tmp_path):
     values["model"]["vocab_size"] = 320
     (unfinished / "config.json").write_text(json.dumps(values))
     (unfinished / "summary.json").write_text("{}")
-    text = "its tokenizer has 300 tokens, and the model .* has 320"
+    text = "its tokenizer has 300 tokens, and the model .* has 320.*--dataset_dir=DIR"
     refused(place, tmp_path, text, workdir=unfinished)
     poisoned = random_run.random_params(
         small_run.make_config(place / "run-dataset").for_platform("cpu")

@@ -250,6 +250,7 @@ def test_texts_are_encoded_together_and_once(run, monkeypatch):
     monkeypatch.setattr(run.tokenizer, "encode_batch", look)
     monkeypatch.setattr(scorer, "_TEXTS_AT_ONCE", 3)
     assert lm.loglikelihood(requests, disable_tqdm=True) == expected
+    assert not lm._encoded  # nothing is kept
     joined = {context + ending for context, ending in arguments}
     assert sorted(texts[:10]) == sorted({"The tone is", "An inn is here "} | joined)
     assert set(texts[10:]) == {"An inn is here"}  # lm-eval moves its last space to the endings
