@@ -26,7 +26,7 @@ STREET = [
     """
     progress evaluation resources rank_curves rank_surgery train export.__init__
     determinism export.trained_run export.hf export.card export.verify export.directory
-    export.benchmarks export.stock_model export.scorer export.downstream generation
+    export.benchmarks export.scores export.stock_model export.scorer export.downstream generation
     """,
     """
     study.__init__ study.quantities study.run_spectra study.results study.statistics

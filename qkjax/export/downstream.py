@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import math
 import pathlib
 import platform
 import tempfile
@@ -17,10 +16,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from qkjax import errors, run_directory
-from qkjax.export import benchmarks, directory, stock_model, trained_run
+from qkjax.export import benchmarks, directory, scores, stock_model, trained_run
 from qkjax.export.benchmarks import Benchmark, Files
 
 BACKENDS = ("hf", "jax")
@@ -83,7 +80,7 @@ def run(request: Request, report: Callable[[str], None] = print) -> dict[str, An
             )
             results[one.name] = result
             items += of_task
-            report(summary(result, is_sample=request.limit is not None))
+            report(scores.summary(result, is_sample=request.limit is not None))
     record = {
         "format_version": 1,
         "backend": backend,
@@ -102,19 +99,6 @@ def run(request: Request, report: Callable[[str], None] = print) -> dict[str, An
     run_directory.write_json(request.out, record)  # last: the mark of a whole result
     report(str(request.out))
     return record
-
-
-def summary(result: Mapping[str, Any], *, is_sample: bool) -> str:
-    """One line for people on a task of the JSON file; a sample is called one."""
-    found = ", ".join(
-        f"{name} {metric['value']:,.4f}"
-        + ("" if metric["stderr"] is None else f" +- {metric['stderr']:,.4f}")
-        for name, metric in result["metrics"].items()
-    )
-    of = "SAMPLE, the first items only: " if is_sample else ""
-    cut = f", {result['truncated']:,} prompts truncated" if result["truncated"] else ""
-    shots = f"{result['num_fewshot']}-shot"
-    return f"{of}{result['name']}, {shots}: {found}, n {result['n']:,}{cut}"
 
 
 def _check(request: Request) -> tuple[list[Benchmark], str]:
@@ -222,14 +206,14 @@ def _evaluate(
     finally:
         requests.close()
     assert found is not None and found["samples"] is not None
-    items = [_item(benchmark, sample) for sample in found["samples"][benchmark.title]]
+    items = [scores.item(benchmark, sample) for sample in found["samples"][benchmark.title]]
     items.sort(key=lambda item: item["index"])
-    _check_finite(items)
+    scores.check_finite(items)
     result = {
         "name": _name(benchmark, files),
         "num_fewshot": benchmark.num_fewshot,
         "n": len(items),
-        "metrics": metrics(benchmark.name, items),
+        "metrics": scores.metrics(benchmark.name, items),
         **_byte_exact(benchmark, files, items),
         "truncated": requests.truncated,
         "tokens_computed": subject.counter.tokens_computed - before,
@@ -247,7 +231,7 @@ def _byte_exact(
     exact = [item for item in items if files and files.is_exact and files.is_exact[item["index"]]]
     if not exact:
         return {}
-    return {"byte_exact": {"n": len(exact), "metrics": metrics(benchmark.name, exact)}}
+    return {"byte_exact": {"n": len(exact), "metrics": scores.metrics(benchmark.name, exact)}}
 
 
 class _Requests:
@@ -279,62 +263,6 @@ class _Requests:
     def close(self) -> None:
         """Leaves the model as it was."""
         del self._lm._loglikelihood_tokens
-
-
-def _item(benchmark: Benchmark, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the items file, from a sample of lm-eval.
-
-    The digest is of the texts that were scored, with the shots: equal ones answered the same.
-    """
-    contexts = [context for context, _ in sample["arguments"]]
-    texts = [contexts[0], *(continuation for _, continuation in sample["arguments"])]
-    scores = [score for score, _ in sample["filtered_resps"]]
-    item = {
-        "task": benchmark.name,
-        "index": sample["doc_id"],
-        "item_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-    }
-    if benchmark.name == "hellaswag":
-        choice = {"acc": int(sample["acc"]), "acc_norm": int(sample["acc_norm"])}
-        return {**item, "log_likelihoods": scores, "gold": int(sample["target"]), **choice}
-    return {**item, "log_likelihood": scores[0], "acc": int(sample["acc"])}
-
-
-def _check_finite(items: Sequence[Mapping[str, Any]]) -> None:
-    for item in items:
-        scores = item.get("log_likelihoods") or [item["log_likelihood"]]
-        if not all(map(math.isfinite, scores)):
-            raise errors.UsageError(
-                f"{item['task']}: the log-likelihoods of item {item['index']} are not finite "
-                f"({scores}). The model is damaged or has diverged: give an earlier --step."
-            )
-
-
-def metrics(task: str, items: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Value and standard error of a task's metrics, as lm-eval defines the values.
-
-    Errors are of the mean over items; that of the perplexity by the delta method, where lm-eval
-    has a bootstrap.
-
-    Returns:
-        By name "value" and "stderr"; None for the error of a single item.
-    """
-    names = ("acc", "acc_norm") if task == "hellaswag" else ("acc",)
-    found = {name: _mean([float(item[name]) for item in items]) for name in names}
-    if task == "lambada":
-        mean = _mean([item["log_likelihood"] for item in items])
-        assert mean["value"] is not None
-        perplexity = float(np.exp(-mean["value"]))
-        error = None if mean["stderr"] is None else perplexity * mean["stderr"]
-        found["perplexity"] = {"value": perplexity, "stderr": error}
-    return found
-
-
-def _mean(values: Sequence[float]) -> dict[str, float | None]:
-    error = None
-    if len(values) > 1:
-        error = float(np.std(values, ddof=1) / math.sqrt(len(values)))
-    return {"value": float(np.mean(values)), "stderr": error}
 
 
 def _name(benchmark: Benchmark, files: Files | None) -> str:

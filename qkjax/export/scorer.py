@@ -8,7 +8,7 @@ is predicted and nowhere else. The log-likelihoods are those of the stock path.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -110,19 +110,22 @@ class Scorer(lm_eval.api.model.TemplateLM):
     def _score(self, prefix: list[int], items: Sequence["Item"]) -> Iterator[tuple[int, Score]]:
         """(index, score) of every request of items that begin with `prefix`."""
         cache = decoder.empty_cache(self._config, len(prefix))
-        with jax.default_matmul_precision("highest"):  # GPUs would take TF32
-            if prefix:
-                cache = _take_in(self._params, cache, np.array(prefix, np.int32), self._config)
-                self.tokens_computed += len(prefix)
-            waiting: tuple[Batch, Any] | None = None
-            for batch in batches(items, self._tokens_per_batch):
-                computed = _score_rows(self._params, cache, batch.arrays, self._config)
-                self.tokens_computed += batch.arrays.token_BC.size
-                if waiting:  # the device goes on with this batch while the last one is read
-                    yield from _read(*waiting)
-                waiting = batch, computed
-            if waiting:
+        if prefix:
+            cache = self._on_device(_take_in, cache, np.array(prefix, np.int32))
+            self.tokens_computed += len(prefix)
+        waiting: tuple[Batch, Any] | None = None
+        for batch in batches(items, self._tokens_per_batch):
+            computed = self._on_device(_score_rows, cache, batch.arrays)
+            self.tokens_computed += batch.arrays.token_BC.size
+            if waiting:  # the device goes on with this batch while the last one is read
                 yield from _read(*waiting)
+            waiting = batch, computed
+        if waiting:
+            yield from _read(*waiting)
+
+    def _on_device(self, function: Callable[..., Any], *arrays: Any) -> Any:
+        with jax.default_matmul_precision("highest"):  # GPUs would take TF32
+            return function(self._params, *arrays, self._config)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """No task of this project asks for it."""
