@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import synthetic_study
 from synthetic_study import LOSS, PR
@@ -272,8 +273,29 @@ def test_a_diverged_arm(write: Callable[..., pathlib.Path]):
     for seed in SEEDS:
         assert f"adamw_noqk seed {seed} diverged at step 61" in page["warnings"]
     assert "2 of 2 diverged" in page["end"] and "10.8000" in page["end"]
-    assert page["loss"].count("diverged") == 2 and "diverged at step 61" in page["record"]
+    assert page["loss"].count("10.8000") == 3  # both runs and their mean
+    assert "The loss of a diverged run counts as that of its start" in page["loss"]
+    assert "AdamW, no QK (×: diverged)" in page["loss"]
+    assert "diverged at step 61" in page["record"]
     assert "AdamW, no QK-Norm (diverged)" in page["keys"]
+
+
+def test_keys_that_are_all_zero(write: Callable[..., pathlib.Path]):
+    """Their participation ratio is undefined: shown as absent, and no contrast is made of it."""
+    study = write(spectra=True, seeds=(42, 43))
+    run = study / "runs" / "muon_noqk" / "seed_42"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[-1][PR] = None
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, PR: None}))
+    path = run / "spectra" / "step_00000195.npz"
+    with np.load(path) as arrays:
+        zeros = {name: 0 * values if "key_" in name else values for name, values in arrays.items()}
+    np.savez(path, **zeros)
+    page = sections(study)
+    assert "no finite value of muon_noqk seed 42" in page["verdicts"]
+    assert "Muon, no QK-Norm2" in page["end"] and "–" in page["end"]
 
 
 def test_a_torn_last_line_is_skipped_with_a_note(write: Callable[..., pathlib.Path]):

@@ -23,7 +23,10 @@ def curve(*values: float, tokens: np.ndarray = TOKENS, diverged: bool = False) -
 
 
 def lines_of(figure, arm: str) -> list:
-    return [line for line in figure.axes[0].lines if line.get_label() == arms.short(arm)]
+    """The lines under an arm's name in the legend; what is behind its first blank stays."""
+    name, _, more = arm.partition(" ")
+    wanted = " ".join(filter(None, (arms.short(name), more)))
+    return [line for line in figure.axes[0].lines if line.get_label() == wanted]
 
 
 # --------------------------------------------------------------------------------------------
@@ -56,8 +59,11 @@ def test_one_seed_has_no_band_and_says_so():
 def test_a_run_that_diverged_ends_in_a_cross_and_the_mean_with_it():
     runs = [curve(10, 8, 6, 4), curve(10, 9, diverged=True)]
     figure = report_charts.over_tokens({"muon_qk": runs}, SCALE)
-    (mean,) = lines_of(figure, "muon_qk")
+    (mean,) = lines_of(figure, "muon_qk (×: diverged)")
     assert list(mean.get_ydata()) == [10, 8.5]
+    late = report_charts.over_tokens({"muon_qk": runs}, SCALE, after=10_000)
+    (mean,) = lines_of(late, "muon_qk (×: diverged)")  # of no common evaluation, but named
+    assert not len(mean.get_xdata())
     crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
     assert [(c.get_xdata()[0], c.get_ydata()[0]) for c in crosses] == [(1_000, 9)]
 

@@ -113,14 +113,14 @@ def _draw_arm(axes: "Axes", arm: str, runs: Sequence[Curve], after: int) -> None
     for run in shown:
         if run.diverged and len(run.tokens):
             axes.plot(run.tokens[-1:], run.values[-1:], color=hue, marker="x", ms=9, mew=2)
+    if any(run.diverged for run in runs):
+        name += " (×: diverged)"
     tokens, values = _together(shown)
-    if not len(tokens):
-        return
-    if len(shown) > 1:
+    if len(shown) > 1 and len(tokens):
         low, high = values.min(axis=0), values.max(axis=0)
         axes.fill_between(tokens, low, high, color=hue, alpha=0.18, lw=0)
     every = max(1, len(tokens) // 8)
-    axes.plot(
+    axes.plot(  # without a common evaluation no line, but a name
         tokens, values.mean(axis=0), color=hue, ls=line, marker=marker, lw=1.6, label=name,
         markevery=every,
     )  # fmt: skip

@@ -123,7 +123,7 @@ def _(block: Code) -> list[ET.Element]:
 @_blocks.register
 def _(block: Charts) -> list[ET.Element]:
     charts = (
-        _element("div", _element("h4", chart.title), report_svg.inline(chart), cls="chart")
+        _element("div", _element("h3", chart.title), report_svg.inline(chart), cls="chart")
         for chart in block.charts
     )
     caption = _element("figcaption", *_words(block.caption))

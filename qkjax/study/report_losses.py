@@ -20,6 +20,7 @@ from qkjax.study.report_data import Material
 from qkjax.study.results import LOSS, RunResult, Study
 
 BASELINE = "adamw_qk"
+_DIVERGED = "The loss of a diverged run counts as that of its start. "
 _CHOSEN = "The learning rate was chosen on the first half of the validation sequences. "
 
 
@@ -130,6 +131,7 @@ def _loss_table(study: Study) -> Table:
          f"minus {arms.label(BASELINE)}, same seed", "Remark"),
         tuple(rows), words=2, strong=tuple(strong),
         notes=((_CHOSEN if study.learning_rates else "") +
+               (_DIVERGED if any(run.diverged for run in study.runs.values()) else "") +
                "± is the standard error over validation sequences, in pairs: it holds for these "
                "trained models, and leaves the spread between seeds out.",),
     ))  # fmt: skip

@@ -90,13 +90,14 @@ def _normalised(sigma_HK: np.ndarray) -> np.ndarray:
 
 def lowest_ratio(ends: Mapping[str, Sequence[Arrays]], array: str) -> float:
     """Smallest singular value over its largest among all layers: the end of a common axis."""
-    lows = []
-    for runs in ends.values():
-        for arrays in runs:
-            if array in arrays:
-                curves = np.array([_normalised(sigma) for sigma in arrays[array]])
-                lows.append(float(np.nanmin(curves)))
-    return min(lows, default=1e-3)
+    curves = [
+        _normalised(sigma)
+        for runs in ends.values()
+        for arrays in runs
+        for sigma in arrays.get(array, ())
+    ]
+    found = np.concatenate([np.ones(1), *curves])
+    return float(found[np.isfinite(found)].min())
 
 
 def gamma_curves(

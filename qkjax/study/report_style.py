@@ -87,7 +87,7 @@ figcaption, .caption { font: .86rem/1.45 var(--sans); color: var(--quiet); text-
   max-width: 52rem; margin-bottom: .6rem; }
 .charts { display: grid; gap: 1.5rem 2rem; grid-template-columns: repeat(2, minmax(0, 27rem)); }
 .of-3 { grid-template-columns: repeat(3, minmax(0, 1fr)); }
-.chart h4 { font: 600 .88rem/1.35 var(--sans); margin: 0 0 .35rem; }
+.chart h3 { font: 600 .88rem/1.35 var(--sans); margin: 0 0 .35rem; }
 .chart { break-inside: avoid; margin: 0; max-width: 30rem;
   display: flex; flex-direction: column; justify-content: space-between; }
 
@@ -136,6 +136,6 @@ footer { color: var(--quiet); font: .82rem/1.5 var(--sans); padding-block: 1.2re
   table { min-width: 0; }
   .tight { white-space: normal; }
   pre { white-space: pre-wrap; }
-  h2, h3, h4, figcaption, .caption { break-after: avoid; }
+  h2, h3, figcaption, .caption { break-after: avoid; }
 }
 """
