@@ -29,7 +29,8 @@ STREET = [
     export.benchmarks export.scores export.stock_model export.scorer export.downstream generation
     """,
     """
-    study.__init__ study.quantities study.run_spectra study.results study.statistics
+    study.__init__ study.quantities study.run_spectra study.study_files study.scores
+    study.results study.statistics
     study.judgement study.clauses study.stability study.hypotheses study.items study.verdicts
     study.drawing study.figures study.arms study.original study.report_blocks
     study.report_charts study.report_data study.report_spectra study.report_verdicts

@@ -259,7 +259,10 @@ def test_scores_put_in_another_way_are_refused(scored: pathlib.Path):
             f"hellaswag has data_sha256 {{'hellaswag.jsonl': '{'e' * 64}'}}, but",
         ),
         (lambda: edit(path, limit=10), "hellaswag has limit 10, but"),
-        (lambda: edit(path, bos="none"), "hellaswag has bos none, but"),
+        (
+            lambda: edit(path, bos={"added": False, "why": "documents ran on"}),
+            "hellaswag has bos {'added': False, 'why': 'documents ran on'}, but",
+        ),
     ):
         path.write_text(before)
         change()
@@ -279,11 +282,37 @@ def test_a_sample_is_compared_with_samples_alone(study: pathlib.Path):
 
 
 @pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"bos": "none"}, "bos is not a JSON object"),
+        ({"run": {}}, "run lacks params_sha256"),
+        ({"tasks": {"hellaswag": {"n": 3}}}, "hellaswag lacks data_sha256, metrics, name"),
+        (
+            {"tasks": {"lambada": {"name": "", "num_fewshot": 0, "n": 1, "data_sha256": {},
+                                   "metrics": {"acc": {"value": 0.5}}}}},
+            "lambada acc lacks stderr",
+        ),
+    ],
+)  # fmt: skip
+def test_damaged_scores_are_refused(scored: pathlib.Path, fields: dict, words: str):
+    edit(score_of(scored), **fields)
+    message = refusal(scored)
+    assert words in message and "muon_noqk/seed_43.json: damaged" in message
+
+
+def test_damaged_learning_rates_are_refused(study: pathlib.Path):
+    synthetic_study.write_sweep(study, {"muon_qk": {0.006: 3.0, 0.012: 3.1}})
+    assert results.load_study(study).learning_rates["muon_qk"]["chosen"] == 0.006
+    run_directory.write_json(study / "sweep" / "learning_rates.json", {"muon_qk": {"runs": []}})
+    assert "muon_qk lacks chosen, edge, extended" in refusal(study)
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
     [
         ('{"task": "hellaswag", "index": 0}', "line 1 lacks item_sha256, log_likelihoods"),
-        ('{"index": 0}', "line 1 lacks 'task'"),
-        ("[]", "line 1 is no object"),
+        ('{"index": 0}', "line 1 lacks task"),
+        ("[]", "line 1 is not a JSON object"),
         ("{", "damaged"),
     ],
 )

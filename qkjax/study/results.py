@@ -5,25 +5,21 @@ files alone. What cannot be compared is refused; what is missing is named and le
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qkjax import config as configs
 from qkjax import errors, run_directory
+from qkjax.study import scores, study_files
 
 LOSS, PR = "val/loss", "pr/key/post_rope/raw"
 _PLAN_FIELDS = ("scale", "recipe", "arms", "controls", "seeds")  # of study.json, read here
-# What an item of downstream/<arm>/seed_<n>.items.jsonl holds, by task.
-_ITEM_FIELDS = {
-    "hellaswag": ("index", "item_sha256", "log_likelihoods", "gold", "acc", "acc_norm"),
-    "lambada": ("index", "item_sha256", "log_likelihood", "acc"),
-}
+_RATE_FIELDS = ("chosen", "edge", "extended", "loss_at_init", "runs", "sensitivity")
 
 
 class Probe(NamedTuple):
@@ -157,17 +153,15 @@ def load_study(workdir: str | pathlib.Path) -> Study:
         StorageError: the disk failed.
     """
     path = pathlib.Path(workdir)
-    plan = _read_json(path / "study.json")
+    plan = study_files.read_object(path / "study.json")
     if plan is None:
         raise errors.UsageError(
             f"{path / 'study.json'}: no such file, expected a study of tools/run_study.py. "
             "Give the --workdir of a study."
         )
-    absent = [field for field in _PLAN_FIELDS if field not in plan]
-    if absent:
-        raise _damaged(path / "study.json", f"it lacks {', '.join(absent)}")
+    study_files.need(path / "study.json", "", plan, _PLAN_FIELDS)
     runs: dict[tuple[str, int], RunResult] = {}
-    missing, notes = [], []
+    missing = []
     for arm in (*plan["arms"], *plan["controls"]):
         for seed in plan["seeds"]:
             directory = path / "runs" / arm / f"seed_{seed}"
@@ -182,31 +176,20 @@ def load_study(workdir: str | pathlib.Path) -> Study:
                 )
             runs[arm, seed] = result
     _check_comparable(list(runs.values()))
-    downstream: dict[tuple[str, int], dict[str, Any]] = {}
-    items = {}
-    for arm, seed in runs:
-        file = path / "downstream" / arm / f"seed_{seed}.json"
-        found = _read_json(file)
-        if found is None:
-            continue
-        trained = runs[arm, seed].summary["params_sha256"]
-        if (found.get("run") or {}).get("params_sha256") != trained:
-            notes.append(f"{file}: left out, it measured other parameters than the run's last")
-            continue
-        downstream[arm, seed] = found
-        lines = file.with_suffix(".items.jsonl")
-        if lines.exists():
-            items[arm, seed] = _read_items(lines)
-    _check_scored_alike(path / "downstream", downstream)
+    rates = study_files.read_object(path / "sweep" / "learning_rates.json")
+    for arm, entry in (rates or {}).items():
+        study_files.need(path / "sweep" / "learning_rates.json", arm, entry, _RATE_FIELDS)
+    trained = {place: str(run.summary["params_sha256"]) for place, run in runs.items()}
+    scored = scores.read(path / "downstream", trained)
     return Study(
         workdir=path,
         plan=plan,
         runs=runs,
         missing=tuple(missing),
-        learning_rates=_read_json(path / "sweep" / "learning_rates.json"),
-        downstream=downstream,
-        items=items,
-        notes=tuple(notes),
+        learning_rates=rates,
+        downstream=scored.results,
+        items=scored.items,
+        notes=scored.notes,
     )
 
 
@@ -240,7 +223,7 @@ def load_run(workdir: pathlib.Path) -> RunResult | str:
         raise errors.UsageError(
             f"{metrics}: no evaluation in it, expected {LOSS}. Restore it from a copy."
         )
-    environment = _read_json(workdir / "environment.json") or {}
+    environment = study_files.read_object(workdir / "environment.json") or {}
     if not environment.get("dataset_fingerprint"):
         raise errors.UsageError(
             f"{workdir / 'environment.json'}: names no dataset_fingerprint, so nobody can tell "
@@ -331,76 +314,7 @@ def _incomparable(
     )
 
 
-def _check_scored_alike(
-    folder: pathlib.Path, downstream: Mapping[tuple[str, int], Mapping[str, Any]]
-) -> None:
-    """Refuses scores of other questions, or of questions put otherwise.
-
-    A sample decides nothing, so samples and whole results are each compared with their own kind.
-    """
-    seen: dict[tuple[bool, str, str], tuple[pathlib.Path, Any]] = {}
-    for (arm, seed), found in downstream.items():
-        file = folder / arm / f"seed_{seed}.json"
-        sample = bool(found.get("sample"))
-        for task, what, value in _conditions(found):
-            other, theirs = seen.setdefault((sample, task, what), (file, value))
-            if value != theirs:
-                raise errors.UsageError(
-                    f"{file}: {task} has {what} {value}, but {other} has {theirs}. Scores are "
-                    "compared on the same items, put in the same way: evaluate this run again."
-                )
-
-
-def _conditions(found: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    for task, measured in (found.get("tasks") or {}).items():
-        yield task, "num_fewshot", measured.get("num_fewshot")
-        yield task, "data_sha256", measured.get("data_sha256")
-        yield task, "limit", found.get("limit")
-        yield task, "bos", found.get("bos")
-
-
 def _final_name(metric: str) -> str:
     """val/loss -> val_final/loss."""
     family, _, rest = metric.partition("/")
     return f"{family}_final/{rest}"
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    """None where there is no such file."""
-    try:
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("it is not a JSON object")
-        return value
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise _damaged(path, str(error)) from error
-    except OSError as error:
-        raise run_directory.storage_error(path, error) from error
-
-
-def _read_items(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The items of a downstream result, each with the fields of its task."""
-    items = []
-    try:
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            item = json.loads(line)
-            wanted = _ITEM_FIELDS.get(item["task"], ()) if isinstance(item, dict) else None
-            if wanted is None or (absent := [name for name in wanted if name not in item]):
-                lacks = "is no object" if wanted is None else f"lacks {', '.join(absent)}"
-                raise ValueError(f"line {number} {lacks}")
-            items.append(item)
-    except KeyError as error:
-        raise _damaged(path, f"line {number} lacks {error}") from error
-    except ValueError as error:
-        raise _damaged(path, str(error)) from error
-    except OSError as error:
-        raise run_directory.storage_error(path, error) from error
-    return items
-
-
-def _damaged(path: pathlib.Path, what: str) -> errors.UsageError:
-    return errors.UsageError(
-        f"{path}: damaged ({what}). Delete it and run tools/run_study.py again."
-    )
