@@ -16,6 +16,7 @@ _VIEWS = (  # metric, stem, title; the published number first
     (PR, "pr_post_rope_raw", "post-RoPE, raw (the published number)"),
     (PR_BEFORE, "pr_pre_rope_centred", "pre-RoPE, centred"),
 )
+_LAST = "Of a run that diverged: its last evaluation."
 _COLUMNS = (  # metric, heading, digits
     (PR, "PR post-RoPE raw", 2),
     ("pr/key/post_rope/centred", "post-RoPE centred", 2),
@@ -128,7 +129,8 @@ def _heat_maps(material: Material) -> Iterator[Block]:
                 report_spectra.heat_maps(ends, shown, material.head_dim),
             ))  # fmt: skip
     yield Charts(
-        f"Layer by head at the end, mean over seeds; every map runs from 1 to {material.head_dim}.",
+        f"Layer by head at the end, mean over seeds; every map runs from 1 to {material.head_dim}. "
+        f"{_LAST}",
         tuple(charts),
     )
 
@@ -153,7 +155,7 @@ def _spectra(material: Material) -> Iterator[Block]:
             ))  # fmt: skip
     yield Charts(
         "Singular values of the keys of the first, middle and last layer at the end, divided by "
-        "the largest; mean over heads and seeds. One scale.",
+        f"the largest; mean over heads and seeds. One scale. {_LAST}",
         tuple(charts),
         columns=3,
     )
