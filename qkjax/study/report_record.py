@@ -106,7 +106,7 @@ def record(material: Material) -> Section:
     study = material.study
     return Section("record", "Record", (
         Text(f"Plan: {study.plan.get('words') or study.plan['scale']}, fingerprint "
-             f"{study.plan.get('fingerprint', ABSENT)}."),
+             f"`{study.plan.get('fingerprint', ABSENT)}`."),
         *_left_out(study),
         *_runs(study), *_environment(study), *_commands(study),
         Text("results.csv holds every number of this report, one to a row, sorted, without "
@@ -134,7 +134,7 @@ def _runs(study: Study) -> Iterator[Block]:
             arms.label(arm), str(seed), status, f"runs/{arm}/seed_{seed}", f"{summary['step']:,}",
             f"{summary['tokens']:,}", number(summary.get("epochs"), 2),
             number(summary.get("wall_seconds"), 0),
-            str(summary["params_sha256"])[:16],
+            f"`{str(summary['params_sha256'])[:16]}`",
         ))  # fmt: skip
     if rows:
         yield Table(
@@ -144,7 +144,7 @@ def _runs(study: Study) -> Iterator[Block]:
             tuple(rows), words=4,
         )  # fmt: skip
         fingerprints = sorted({run.dataset_fingerprint for run in study.runs.values()})
-        yield Text(f"Dataset fingerprint of every run: {', '.join(fingerprints)}.")
+        yield Text(f"Dataset fingerprint of every run: `{'`, `'.join(fingerprints)}`.")
 
 
 def _environment(study: Study) -> Iterator[Block]:
