@@ -483,4 +483,8 @@ def test_status_shows_every_step_with_what_it_has_reached(world, capsys):
     assert "5/5" in shown["sweep/muon_qk/lr_0.012"] and "3.0" in shown["sweep/muon_qk/lr_0.012"]
     assert "failed (exit 2" in shown["runs/muon_qk/seed_1"]
     assert "diverged (at step 3)" in shown["runs/adamw_noqk/seed_1"]
+    with pytest.raises(errors.UsageError, match="no such file, expected a study"):
+        table.print_status(states.StudyFiles(study, workdir / "elsewhere"))
+    with pytest.raises(errors.UsageError, match=r"seeds: there \[1\], now \[1, 2\]"):
+        table.print_status(states.StudyFiles(make_plan(seeds=(1, 2)), workdir))
     assert lines[-1].startswith(f"{workdir}: 8 of 14 steps done, 1 diverged, 1 failed, 1 open, 3")

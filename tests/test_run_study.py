@@ -24,8 +24,7 @@ OVERRIDES = (
     f"checkpoint.every_tokens={40 * small_run.TOKENS_PER_STEP}", "data.max_epochs=10",
 )  # fmt: skip
 RUNS = [
-    "sweep/muon_qk/lr_0.012", f"sweep/muon_qk/lr_{0.012 * TOP:.6g}",
-    "runs/muon_qk/seed_3", "runs/muon_qk/seed_4",
+    "sweep/muon_qk/lr_0.012", f"sweep/muon_qk/lr_{0.012 * TOP:.6g}", "runs/muon_qk/seed_3"
 ]  # fmt: skip
 
 
@@ -36,7 +35,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def command(dataset: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[str]:
     fields = {
-        "arms": "muon_qk", "seeds": "(3,4)", "tokens": STEPS * small_run.TOKENS_PER_STEP,
+        "arms": "muon_qk", "seeds": 3, "tokens": STEPS * small_run.TOKENS_PER_STEP,
         "sweep.tokens": SHORT * small_run.TOKENS_PER_STEP, "sweep.factors": f"(1.0,{TOP})",
         "data_dir": dataset, "overrides": repr(OVERRIDES), "export": "false",
     }  # fmt: skip
@@ -97,24 +96,25 @@ def test_kill_9_of_the_process_group_and_signals_end_in_the_same_study(dataset, 
     workdir = tmp_path / "study"
     whole, shown = rows(unbroken), ""
     for signum, share in (
-        (signal.SIGKILL, 0.15), (signal.SIGTERM, 0.35), (signal.SIGKILL, 0.7)
+        (signal.SIGKILL, 0.02), (signal.SIGTERM, 0.2), (signal.SIGINT, 0.5), (signal.SIGKILL, 0.75)
     ):  # fmt: skip
         process = start(command(dataset, workdir))
         wait_for_rows(process, workdir, round(whole * share + chance.uniform(0, 0.1 * whole)))
-        if signum == signal.SIGKILL:
-            os.killpg(process.pid, signum)
+        if signum == signal.SIGTERM:
+            process.send_signal(signum)  # to the executor alone, as a scheduler may
         else:
-            process.send_signal(signum)  # to the executor alone
+            os.killpg(process.pid, signum)  # to all, as Ctrl-C does
         stdout, stderr = process.communicate()
         shown += stdout
-        assert process.returncode == (-9 if signum == signal.SIGKILL else 143), stderr
-        if signum == signal.SIGTERM:
-            assert "steps are left. Run the same command again to go on." in stderr
-            assert call("pgrep", "-g", str(process.pid)).stdout == ""  # no run is left behind
+        if signum == signal.SIGKILL:
+            assert process.returncode == -signum
+            continue
+        assert process.returncode == 128 + signum, stderr
+        assert "steps are left. Run the same command again to go on." in stderr
+        assert call("pgrep", "-g", str(process.pid)).stdout == ""  # no run is left behind
     done = call(*command(dataset, workdir))
     assert done.returncode == 0, done.stderr
     assert "runs/muon_qk/seed_3  resumes" in shown + done.stdout
-    assert "runs/muon_qk/seed_4  resumes" in shown + done.stdout
     for name in RUNS:
         expected = summary(unbroken, name)["params_sha256"]
         assert summary(workdir, name)["params_sha256"] == expected, name

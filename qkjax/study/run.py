@@ -34,6 +34,7 @@ from qkjax.study.table import View, counts
 HUB_IS_SILENT = "the hub does not give"  # how tools/eval_downstream.py says that there is no data
 _POLL_SECONDS = 0.2
 _DIVERGED_EXIT = errors.NonFiniteError.exit_code
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # before any fork
 _PR_SET_PDEATHSIG = 1  # of Linux, sys/prctl.h
 
 
@@ -335,8 +336,8 @@ class _Executor:
 
 def _die_with_parent() -> None:
     """Runs in the child before its program: a killed executor leaves no run behind (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _last_words(log: pathlib.Path, start: int) -> str:

@@ -178,14 +178,28 @@ def settle_plan(plan: Plan, workdir: pathlib.Path) -> None:
     """Records the plan in a new study directory; in a used one, compares it.
 
     Raises:
-        UsageError: the directory has another plan; lists the fields that differ.
+        UsageError: as `check_plan`.
         StorageError: the disk failed.
     """
     path = workdir / "study.json"
-    ours = plan.to_dict()
+    if path.exists():
+        check_plan(plan, workdir)
+    else:
+        run_directory.write_json(path, plan.to_dict())
+
+
+def check_plan(plan: Plan, workdir: pathlib.Path) -> None:
+    """Compares the plan with the one of the study directory.
+
+    Raises:
+        UsageError: there is none, or another one; lists the fields that differ.
+    """
+    path = workdir / "study.json"
     if not path.exists():
-        run_directory.write_json(path, ours)
-        return
+        raise errors.UsageError(
+            f"{path}: no such file, expected a study of tools/run_study.py. Give its --workdir."
+        )
+    ours = plan.to_dict()
     theirs = read_json(path)
     old, new = (run_directory.flatten({**values, "steps": None}) for values in (theirs, ours))
     differences = [

@@ -27,7 +27,12 @@ def counts(found: Iterable[states.State]) -> str:
 
 
 def print_status(files: states.StudyFiles) -> None:
-    """Every step of the study with its state; of a run also what it has reached."""
+    """Every step of the study with its state; of a run also what it has reached.
+
+    Raises:
+        UsageError: the directory holds no study, or one of another plan.
+    """
+    states.check_plan(files.plan, files.workdir)
     found = {step: files.state(step) for step in files.plan.steps}
     rows = []
     for step, state in found.items():
