@@ -2,7 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+# What a rematerialised layer should keep carries this name (jax.ad_checkpoint).
+RESULT = "attention"
 IMPLEMENTATIONS = ("xla", "blocked", "cudnn")
 # Queries are taken in blocks, each against the keys up to its own end: a causal row never pays for
 # the keys that it may not see, and no [T, T] matrix outlives its block.
@@ -90,8 +93,8 @@ def _over_all_heads(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array) -> 
         _attend_block(q[..., start:stop, :], k[:, :, :stop], v[:, :, :stop])
         for start, stop in _blocks(T, "xla")
     ]
-    out = jnp.concatenate(blocks, axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+    out = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+    return checkpoint_name(out, RESULT)
 
 
 @jax.checkpoint
@@ -126,6 +129,7 @@ def _single_heads_forward(
     heads = (_group_queries(q_BTHK, k_BTGK.shape[2]), _group_keys(k_BTGK), _group_keys(v_BTGK))
     out, log_sum = jax.lax.map(lambda head: _attend_head(*head), heads)
     out = _ungroup_queries(out.transpose(0, 2, 3, 1), q_BTHK.shape).astype(q_BTHK.dtype)
+    out, log_sum = checkpoint_name((out, log_sum), RESULT)
     return out, (q_BTHK, k_BTGK, v_BTGK, out, log_sum)
 
 

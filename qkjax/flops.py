@@ -34,11 +34,17 @@ def num_parameters(config: ModelConfig) -> int:
     return config.vocab_size * d + config.num_layers * (attention + mlp + gammas) + d
 
 
-def training_flops_per_token(config: ModelConfig, num_parameters: int) -> float:
+def training_flops_per_token(
+    config: ModelConfig, num_parameters: int, *, causal: bool = False
+) -> float:
     """Forward and backward FLOP per trained token: 6 N + 12 N_layers H K T.
 
     The convention of PaLM (Chowdhery et al. 2022, appendix B): all parameters (here the tied
     embedding once, as the output head), and attention over the full T x T square, though causal.
+
+    Args:
+        causal: count half of the square, what a causal kernel computes.
     """
     attention = 12 * config.num_layers * config.num_heads * config.head_dim
-    return 6.0 * num_parameters + attention * config.sequence_length
+    length = config.sequence_length / 2 if causal else config.sequence_length
+    return 6.0 * num_parameters + attention * length

@@ -241,7 +241,7 @@ class _Decoder(nn.Module):
         x_BTD = (embedding[tokens_BT] * math.sqrt(c.d_model)).astype(dtype)
         rotary = attention.rotary_tables(tokens_BT.shape[1], c.head_dim, c.rope_base)
         blocks = nn.scan(
-            _Block,
+            nn.remat(_Block, policy=_is_kept, prevent_cse=False),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
@@ -250,6 +250,20 @@ class _Decoder(nn.Module):
         )(c, self.probe, name="blocks")
         x_BTD, probed = blocks(x_BTD, rotary, projection)
         return _RMSNorm(c.norm_eps, name="final_norm")(x_BTD).astype(dtype), probed
+
+
+def _is_kept(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """What the backward pass takes from the forward pass: linear layers, and what attention gives.
+
+    Everything else of a layer is cheaper to compute again than to store and read. Products of
+    batches of matrices are attention's own, of size T x T.
+    """
+    name = primitive.name
+    return (
+        (name == "dot_general" and parameters["dimension_numbers"][1] == ((), ()))
+        or name.startswith("dot_product_attention_fwd")  # cuDNN's
+        or (name == "name" and parameters["name"] == attention.RESULT)
+    )
 
 
 def _split_heads(x: jax.Array, head_dim: int) -> jax.Array:

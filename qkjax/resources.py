@@ -57,6 +57,36 @@ def explain(error: jax.errors.JaxRuntimeError) -> Exception:
     )
 
 
+def compile_step(
+    step: jax.stages.Wrapped, config: Config, state: train_step.TrainState, mesh: Mesh
+) -> jax.stages.Compiled:
+    """The program of `make_train_step`'s step, for a state of arrays or jax.ShapeDtypeStruct."""
+    batch = jax.ShapeDtypeStruct(
+        (config.train.sequences_per_step, config.model.sequence_length + 1),
+        jnp.int32,
+        sharding=sharding.batch_sharding(mesh),
+    )
+    return step.lower(state, batch).compile()
+
+
+def program_cost(program: jax.stages.Compiled) -> str:
+    """The compiler's own account of memory and arithmetic, on one device, as far as it gives one.
+
+    It counts the body of a loop once, whatever the number of its turns.
+    """
+    parts = []
+    memory = program.memory_analysis()
+    if memory is not None:
+        parts.append(
+            f"{memory.argument_size_in_bytes / 1e9:.3f} GB of arguments, "
+            f"{memory.temp_size_in_bytes / 1e9:.3f} GB of temporaries"
+        )
+    cost = program.cost_analysis() or {}
+    if "flops" in cost:
+        parts.append(f"{cost['flops'] / 1e9:.3f} GFLOP with each loop's body once")
+    return ", ".join(parts) or "no analysis on this platform"
+
+
 def describe(
     config: Config, transformation: optax.GradientTransformation, mesh: Mesh
 ) -> dict[str, Any]:
@@ -66,16 +96,9 @@ def describe(
     """
     parameters = model.count_parameters(config.model)
     tokens = config.train.num_steps * config.train.tokens_per_step
-    rows = config.train.sequences_per_step
-    batch = jax.ShapeDtypeStruct(
-        (rows, config.model.sequence_length + 1), jnp.int32, sharding=sharding.batch_sharding(mesh)
-    )
     step = train_step.make_train_step(config, transformation, mesh)
-    memory = (
-        step.lower(train_step.state_shapes(config, transformation), batch)
-        .compile()
-        .memory_analysis()
-    )
+    state = train_step.state_shapes(config, transformation)
+    memory = compile_step(step, config, state, mesh).memory_analysis()
     return {
         "parameters": parameters,
         "tokens": tokens,

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from qkjax import (
+    attention_check,
     checkpoint,
     errors,
     evaluation,
@@ -54,7 +55,8 @@ def train_and_evaluate(
         StorageError: the disk failed; earlier checkpoints stay.
         Stopped: SIGTERM or SIGINT; a checkpoint was saved.
     """
-    config = config.for_platform(jax.default_backend())
+    platform = jax.default_backend()
+    config = attention_check.settle(config.for_platform(platform), platform)
     directory = run_directory.make_workdir(workdir)
     with run_directory.lock(directory), signals.StopRequest() as stop:
         dataset = datasets.open_dataset(config)
@@ -221,16 +223,19 @@ class _Run:
         row = self.writer.last_row() or {"step": 0, "tokens": 0}
         self._settle(state, start, row)
         batches = self._batches(start)
+        steps = range(start + 1, self.config.train.num_steps + 1)
+        if steps:
+            train_step_program = self._compile_step(state)
         boundaries = {*self.config.eval.steps, *self.config.checkpoint.steps}
         pending: _Pending | None = None
         try:
-            for step in range(start + 1, self.config.train.num_steps + 1):
+            for step in steps:
                 self._profile(step)
                 waiting = time.monotonic()
                 batch = next(batches)
                 data_wait = time.monotonic() - waiting
                 tokens = sharding.put_batch(self.mesh, batch.tokens)
-                state, metrics = self.train_step(state, tokens)
+                state, metrics = train_step_program(state, tokens)
                 if pending is not None:  # one step late, so that the device never waits
                     self._write(self._read(pending))
                 pending = _Pending(step, metrics, batch, data_wait)
@@ -242,6 +247,14 @@ class _Run:
         finally:
             self._end_profile()
         return state
+
+    def _compile_step(self, state: train_step.TrainState) -> jax.stages.Compiled:
+        """The step's program before its first batch; shows what the compiler says of it."""
+        begun = time.monotonic()
+        program = resources.compile_step(self.train_step, self.config, state, self.mesh)
+        seconds = time.monotonic() - begun
+        print(f"compiled   in {seconds:.1f} s: {resources.program_cost(program)}", flush=True)
+        return program
 
     def _profile(self, step: int) -> None:
         """Starts the trace before its first update, and ends it before the one after its last."""

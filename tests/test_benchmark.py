@@ -145,6 +145,17 @@ def test_the_noise_floor_covers_what_one_variant_differs_from_itself():
     assert (table.verdict(1.04, 0.03), table.verdict(0.96, 0.03)) == ("slower", "faster")
 
 
+def test_rates_name_both_conventions_of_mfu():
+    full = subjects.make_config("full", "adamw_qk", "gpu", None)
+    request = interleave.Request("step", ("jax",), full, "gpu", 1, 0.0)
+    measured = interleave.Measurement(request, 87_909_632, "NVIDIA H200", 1, {}, 0.0, {})
+    # 65,536 tokens in 0.1 s; 804.3 and 665.9 MFLOP a token of 989 TFLOP/s.
+    expected = {"tokens/s": "655,360", "MFU (PaLM)": "53.3%", "MFU (causal)": "44.1%"}
+    assert table.rates(measured, 0.1) == expected
+    unknown = dataclasses.replace(measured, device=None)
+    assert list(table.rates(unknown, 0.1)) == ["tokens/s"]
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "tools/benchmark.py", *arguments],
@@ -187,9 +198,9 @@ def test_mistakes_are_named(arguments, message):
 
 def test_a_variant_that_fails_is_named_with_its_words(tmp_path):
     request = interleave.Request(
-        "step", ("jax",), small("adamw_qk"), "cpu", rounds=1, block_seconds=0.0
+        "attention", ("cudnn",), small("adamw_qk"), "cpu", rounds=1, block_seconds=0.0
     )
-    with pytest.raises(errors.UsageError, match=r"variant jax failed: FileNotFoundError.*inputs"):
+    with pytest.raises(errors.UsageError, match=r"variant cudnn failed: RuntimeError: cuDNN is"):
         interleave.measure(request, tmp_path, report=lambda line: None)
 
 

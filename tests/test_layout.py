@@ -18,6 +18,7 @@ STREET = [
     flops data.docstrings data.documents data.hub data.tfds_text data.sources data.holdout
     data.tokenizer data.request data.overlap data.shards data.staging data.encoding data.reading
     data.mixing data.journal data.job data.prepare data.check data.dataset data.pipeline attention
+    attention_check
     model optimizer decoder
     """,
     """

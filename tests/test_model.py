@@ -219,6 +219,30 @@ def test_attention_lowers_to_fused_kernels_for_cuda(monkeypatch):
     assert "__cudnn$fmhaSoftmaxBackward" in lowered.as_text()
 
 
+def test_cuda_gradients_compute_attention_once(monkeypatch):
+    """Rematerialised layers keep what the fused kernel gave: one forward, one backward call."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91_200)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    c = small(dtype="bfloat16", attention="cudnn", sequence_length=128)
+    shapes = model.parameter_shapes(c)
+    batch = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda params, batch: model.apply(params, batch, c).sum()))
+    text = gradient.trace(shapes, batch).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaSoftmax(") == 1
+    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+def test_gradients_keep_linear_layers_and_attention_alone(implementation: str):
+    """Scores are computed twice, once a pass; linear layers once, beside their two gradients."""
+    c = small(attention=implementation)
+    params, batch = random_params(c), tokens(c, 2, 29)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: model.apply(p, batch, c).sum()))(params)
+    # 7 linear layers: forward, by input, by kernel. Attention: 2 forward; 1 again and 4 backward.
+    assert str(jaxpr).count("dot_general") == 7 * 3 + 2 + 5
+
+
 def test_attention_is_chosen_by_platform_and_refused_by_name():
     choose = attention.choose_implementation
     assert choose("auto", "cpu", "float32") == "blocked"

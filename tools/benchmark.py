@@ -63,7 +63,6 @@ def main(subject: str) -> None:
                 rounds=_ROUNDS.value,
                 block_seconds=_BLOCK_SECONDS.value,
             )
-            interleave.write_inputs(request.config, folder)
             measured = interleave.measure(request, folder, report)
             report(f"\n{table.format_table(measured)}")
             figures = measured.to_dict()

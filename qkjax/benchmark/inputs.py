@@ -1,4 +1,7 @@
-"""Weights and tokens that every variant of a training step starts from, in one file."""
+"""Weights and tokens that every variant of a training step starts from, in one file.
+
+Prints the number of parameters.
+"""
 
 import json
 import sys
@@ -23,6 +26,7 @@ def main(path: str, values: dict[str, Any]) -> None:
         "newton_schulz_safety": np.array(safety),
         "newton_schulz_steps": steps,
     }
+    print(sum(leaf.size for leaf in named.values()))
     np.savez(path, allow_pickle=False, **arrays)
 
 

@@ -55,6 +55,8 @@ class Measurement:
     """All variants of one run; ratios within `noise` of 1 are equal."""
 
     request: Request
+    parameters: int
+    device: str | None  # of the first variant; None on CPU
     repetitions: int  # in a block
     agreed: dict[str, float]  # what every variant computed in its first repetition
     noise: float
@@ -94,6 +96,7 @@ class _Worker:
         started = self._read()
         self.agree: dict[str, float] = started["agree"]
         self.first_seconds: float = started["first_seconds"]
+        self.device: str | None = started["device"]
 
     def __enter__(self) -> "_Worker":
         return self
@@ -134,11 +137,12 @@ def measure(
     """Starts every variant, compares their first repetition, and only then takes times.
 
     Args:
-        folder: for inputs, logs and compilation caches, empty at the start.
+        folder: for weights and tokens, logs and compilation caches, empty at the start.
         report: called with a line of progress now and then.
     Raises:
         UsageError: a variant failed, or does not compute what the others do.
     """
+    parameters = write_inputs(request.config, folder)
     names = [*request.variants, request.variants[0] + AGAIN]
     reference = subjects.subject(request.subject).reference
     reference = reference if reference in names else names[0]
@@ -176,7 +180,8 @@ def measure(
             for name in names
         }
     noise = noise_floor(ratios(rounds[names[-1]], rounds[names[0]]))
-    return Measurement(request, repetitions, agreed, noise, outcomes)
+    device = workers[names[0]].device
+    return Measurement(request, parameters, device, repetitions, agreed, noise, outcomes)
 
 
 def check_agreement(found: dict[str, dict[str, float]], tolerance: float) -> dict[str, float]:
@@ -216,10 +221,13 @@ def noise_floor(same: list[float]) -> float:
     return abs(median - 1) + 2 * 1.2533 * deviation / math.sqrt(len(same))
 
 
-def write_inputs(config: Config, folder: pathlib.Path) -> None:
+def write_inputs(config: Config, folder: pathlib.Path) -> int:
     """Initial weights and one batch of tokens as inputs.npz, the same for every variant.
 
     Made by a process of its own: this one stays free of jax.
+
+    Returns:
+        The number of parameters.
     """
     done = subprocess.run(
         [sys.executable, "-m", f"{subjects.__package__}.inputs", str(folder / "inputs.npz")],
@@ -230,6 +238,7 @@ def write_inputs(config: Config, folder: pathlib.Path) -> None:
     )
     if done.returncode:
         raise errors.UsageError(f"benchmark: the inputs failed: {done.stderr.strip()[-500:]}")
+    return int(done.stdout)
 
 
 def _environment(folder: pathlib.Path, on_cpu: bool) -> dict[str, str]:

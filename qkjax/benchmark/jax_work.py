@@ -25,6 +25,10 @@ import optax  # isort: skip
 
 
 class _Work:
+    def device(self) -> str | None:
+        device = jax.devices()[0]
+        return None if device.platform == "cpu" else device.device_kind
+
     def peak_bytes(self) -> int | None:
         statistics = jax.devices()[0].memory_stats()
         return None if statistics is None else statistics["peak_bytes_in_use"]

@@ -1,5 +1,6 @@
 """A measurement as text."""
 
+from qkjax import flops
 from qkjax.benchmark import interleave, subjects
 
 
@@ -13,6 +14,7 @@ def format_table(measured: interleave.Measurement) -> str:
     shape = ", ".join(f"{k} {v}" for k, v in subjects.describe(request.config).items())
     agreed = ", ".join(f"{name} {value:.6g}" for name, value in measured.agreed.items())
     header = ["variant", f"s/{subject.unit}", f"/ {reference}", "verdict", "peak GB", "first s"]
+    header += list(rates(measured, 1.0))
     rows = [header]
     for name, outcome in measured.outcomes.items():
         rows.append(
@@ -23,6 +25,7 @@ def format_table(measured: interleave.Measurement) -> str:
                 verdict(outcome.ratio, measured.noise),
                 f"{outcome.peak_bytes / 1e9:.2f}",
                 f"{outcome.first_seconds:.1f}",
+                *rates(measured, outcome.seconds).values(),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -40,6 +43,21 @@ def format_table(measured: interleave.Measurement) -> str:
             f"noise floor {measured.noise:.3f}: ratios nearer to 1 are equal",
         ]
     )
+
+
+def rates(measured: interleave.Measurement, seconds: float) -> dict[str, str]:
+    """Tokens/s of steps that take so long, and MFU where the device's peak is known."""
+    config = measured.request.config
+    if subjects.subject(measured.request.subject).unit != "step":
+        return {}
+    tokens = config.train.tokens_per_step / seconds
+    found = {"tokens/s": f"{tokens:,.0f}"}
+    peak = measured.device and flops.peak_flops(measured.device)
+    if peak:
+        for name, causal in (("MFU (PaLM)", False), ("MFU (causal)", True)):
+            work = flops.training_flops_per_token(config.model, measured.parameters, causal=causal)
+            found[name] = f"{tokens * work / peak:.1%}"
+    return found
 
 
 def verdict(ratio: float, noise: float) -> str:

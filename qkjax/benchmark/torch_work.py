@@ -24,13 +24,16 @@ def prepare(platform: str) -> torch.device:
 
 
 class _Work:
-    device: torch.device
+    torch_device: torch.device
+
+    def device(self) -> str | None:
+        return torch.cuda.get_device_name() if self.torch_device.type == "cuda" else None
 
     def peak_bytes(self) -> int | None:
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        return torch.cuda.max_memory_allocated() if self.torch_device.type == "cuda" else None
 
     def wait(self) -> None:
-        if self.device.type == "cuda":
+        if self.torch_device.type == "cuda":
             torch.cuda.synchronize()
 
 
@@ -38,7 +41,7 @@ class Step(_Work):
     """Eager mode: forward, backward, clipping, fused AdamW (with Muon's groups in a Muon arm)."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        self.device = prepare(spec["platform"])
+        self.torch_device = prepare(spec["platform"])
         self.config = config.from_dict(spec["config"])
         inputs = np.load(spec["inputs"])
         self.model = torch_model.Decoder(self.config.model)
@@ -46,8 +49,8 @@ class Step(_Work):
         self.model.load(
             {name.removeprefix(prefix): inputs[name] for name in inputs if name.startswith(prefix)}
         )
-        self.model.to(self.device)
-        self._tokens = torch.from_numpy(inputs["tokens"]).long().to(self.device)
+        self.model.to(self.torch_device)
+        self._tokens = torch.from_numpy(inputs["tokens"]).long().to(self.torch_device)
         self._optimizers = self._make_optimizers(inputs)
         self.loss = self.make_loss()
 
@@ -197,12 +200,12 @@ class Attention(_Gradient):
     """scaled_dot_product_attention forward and backward at the shapes of one layer."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        self.device = prepare(spec["platform"])
+        self.torch_device = prepare(spec["platform"])
         settings = config.from_dict(spec["config"])
         dtype = getattr(torch, settings.model.dtype)
         *vectors, weight = (torch.from_numpy(x) for x in arrays.attention_inputs(settings))
-        self.leaves = [x.to(self.device, dtype).requires_grad_() for x in vectors]
-        self._weight = weight.to(self.device)
+        self.leaves = [x.to(self.torch_device, dtype).requires_grad_() for x in vectors]
+        self._weight = weight.to(self.torch_device)
 
     def value(self) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in self.leaves)
@@ -222,15 +225,15 @@ class Loss(_Gradient):
     """Cross-entropy over all logits, and its gradients by hidden states and table."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        self.device = prepare(spec["platform"])
+        self.torch_device = prepare(spec["platform"])
         settings = config.from_dict(spec["config"])
         hidden, table, targets = (torch.from_numpy(x) for x in arrays.loss_inputs(settings))
         dtype = getattr(torch, settings.model.dtype)
         self.leaves = [
-            hidden.flatten(0, 1).to(self.device, dtype).requires_grad_(),
-            table.to(self.device).requires_grad_(),
+            hidden.flatten(0, 1).to(self.torch_device, dtype).requires_grad_(),
+            table.to(self.torch_device).requires_grad_(),
         ]
-        self._targets = targets.long().flatten().to(self.device)
+        self._targets = targets.long().flatten().to(self.torch_device)
 
     def value(self) -> Tensor:
         hidden, table = self.leaves

@@ -24,6 +24,9 @@ class Work(Protocol):
     def repeat(self, times: int) -> None:
         """Does the work so often; returns when the device has finished."""
 
+    def device(self) -> str | None:
+        """Kind of the accelerator; None on CPU."""
+
     def peak_bytes(self) -> int | None:
         """Peak memory of the accelerator; None: the process's own is meant."""
 
@@ -43,7 +46,7 @@ def main(spec: dict[str, Any]) -> None:
         clock = time.process_time if spec["platform"] == "cpu" else time.perf_counter
         work: Work = getattr(importlib.import_module(spec["module"]), spec["class"])(spec)
         agree = work.first()
-        answer(agree=agree, first_seconds=time.time() - begun)
+        answer(agree=agree, first_seconds=time.time() - begun, device=work.device())
         for line in sys.stdin:
             request = json.loads(line)
             if "repeat" not in request:

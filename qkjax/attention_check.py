@@ -1,0 +1,67 @@
+"""Before a run: does the fused attention of this machine work, and does it compute the same?"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qkjax import attention, errors
+from qkjax.config import Config, ModelConfig
+
+_TOLERANCE = 2e-2  # of bfloat16, relative to the largest value
+
+
+def settle(config: Config, platform: str, report: Callable[[str], None] = print) -> Config:
+    """The config, with model.attention "xla" where "auto" means cuDNN and cuDNN does not work.
+
+    Args:
+        platform: of jax.default_backend().
+        report: called with a warning in that case.
+    Raises:
+        UsageError: model.attention asks for cuDNN by name.
+    """
+    wanted = config.model.attention
+    if attention.choose_implementation(wanted, platform, config.model.dtype) != "cudnn":
+        return config
+    fault = _fault(config.model)
+    if fault is None:
+        return config
+    if wanted == "cudnn":
+        raise errors.UsageError(
+            f"model.attention: cudnn does not work here ({fault}). Use model.attention=xla, or "
+            "auto, which falls back to it."
+        )
+    report(
+        f"WARNING: cuDNN's fused attention does not work here ({fault}). This run uses XLA's, "
+        "which is slower and takes more memory (model.attention=xla)."
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
+
+
+def _fault(c: ModelConfig) -> str | None:
+    """What is wrong with cuDNN's attention and its gradients at the model's shape, if anything."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    vectors = [
+        jax.random.normal(key, (1, c.sequence_length, heads, c.head_dim), jnp.dtype(c.dtype))
+        for key, heads in zip(keys, (c.num_heads, c.num_kv_heads, c.num_kv_heads), strict=True)
+    ]
+
+    def results(implementation: str) -> Any:
+        def value(*vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = attention.causal_attention(*vectors, implementation=implementation)
+            return jnp.square(out.astype(jnp.float32)).sum(), out
+
+        return jax.jit(jax.grad(value, argnums=(0, 1, 2), has_aux=True))(*vectors)
+
+    try:
+        found = jax.block_until_ready(results("cudnn"))
+    except Exception as error:  # whatever plugin, driver or compiler may raise
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    for ours, plain in zip(jax.tree.leaves(found), jax.tree.leaves(results("xla")), strict=True):
+        difference = jnp.abs(ours.astype(jnp.float32) - plain.astype(jnp.float32)).max()
+        relative = float(difference / jnp.abs(plain.astype(jnp.float32)).max())
+        if not relative <= _TOLERANCE:  # NaN differs too
+            return f"it differs from XLA's by {relative:.2g} of the largest value"
+    return None
