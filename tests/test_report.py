@@ -19,8 +19,16 @@ import synthetic_study
 from synthetic_study import LOSS, PR
 
 from qkjax import errors
-from qkjax.study import original, report, report_csv, report_data, report_record, results
-from qkjax.study.report_blocks import Report
+from qkjax.study import (
+    original,
+    report,
+    report_csv,
+    report_data,
+    report_record,
+    report_verdicts,
+    results,
+)
+from qkjax.study.report_blocks import Report, Table
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -258,6 +266,7 @@ def test_a_deleted_seed(write: Callable[..., pathlib.Path]):
     study = write()
     shutil.rmtree(study / "runs" / "muon_noqk" / "seed_43")
     page = sections(study)
+    assert "The verdicts are about scale tiny alone" in page["verdicts"]
     assert "7 of 8 runs are finished" in page["verdicts"]
     assert "enter the contrasts: 42." in page["verdicts"] and "no replication" in page["verdicts"]
     assert "one seed (42)" in page["warnings"]
@@ -496,6 +505,21 @@ def test_the_originals_numbers_are_marked_as_what_they_are(
         ["60.0", f"{ours:.1f}", "–"] if numbers else ["60.8", "46.1", "50.1"]
     )
     assert f"recipe {recipe}" in report_record.deviations(report_data.load(tmp_path)).blocks[0].text
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [("pilot", "about scale pilot alone: they do not answer"), ("full", "the study's own scale")],
+)
+def test_the_page_says_first_what_its_verdicts_are_about(
+    tmp_path: pathlib.Path, scale: str, words: str
+):
+    arms = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
+    every = [("muon_noqk", 42)]  # a study that has not begun says so too
+    synthetic_study.write(tmp_path, arms, seeds=(42,), scale=scale, missing=every)
+    section = report_verdicts.verdicts(report_data.load(tmp_path))
+    before = section.blocks[: [type(block) for block in section.blocks].index(Table)]
+    assert any(words in getattr(block, "text", "") for block in before)
 
 
 def test_no_study(tmp_path: pathlib.Path):

@@ -20,6 +20,7 @@ from qkjax.study.report_blocks import (
 )
 from qkjax.study.report_data import Material
 from qkjax.study.results import LOSS, PR
+from qkjax.study.verdicts import scope
 
 QUESTION = (
     "Does QK-Norm (RMSNorm on queries and keys) collapse the dimensionality of attention keys in "
@@ -42,10 +43,10 @@ def verdicts(material: Material) -> Section:
     planned = len(study.arms) * len(study.seeds)
     used = ", ".join(map(str, judgement.seeds_used)) or "none"
     state = (
-        f"{len(study.runs)} of {planned} runs are finished. Seeds that have every arm, and so "
-        f"enter the contrasts: {used}. A hypothesis is supported only where all of its clauses "
-        "are and Holm's correction over H1–H4 (one-sided 0.025) agrees; one refuted clause "
-        "refutes it."
+        f"{scope(study)} {len(study.runs)} of {planned} runs are finished. Seeds that have every "
+        f"arm, and so enter the contrasts: {used}. A hypothesis is supported only where all of its "
+        "clauses are and Holm's correction over H1–H4 (one-sided 0.025) agrees; one refuted "
+        "clause refutes it."
     )
     board = Table(
         "The verdicts at a glance.",

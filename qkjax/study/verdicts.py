@@ -18,7 +18,7 @@ from qkjax.study.judgement import (
 )
 from qkjax.study.results import Study
 
-__all__ = ["ALPHA", "Attribution", "Clause", "Judgement", "Verdict", "judge"]
+__all__ = ["ALPHA", "Attribution", "Clause", "Judgement", "Verdict", "judge", "scope"]
 
 ALPHA = 0.025  # one-sided, over the family H1 to H4
 
@@ -66,6 +66,17 @@ def _corrected(verdict: Verdict, rejected: bool) -> Verdict:
         qualifier="",
         reason="supported by its intervals, but not after Holm's correction over H1-H4 "
         f"(p {verdict.p:.3g}): {verdict.reason}",
+    )
+
+
+def scope(study: Study) -> str:
+    """What the verdicts are about, in one sentence; a small study does not answer a large one."""
+    scale = study.plan["scale"]
+    if scale == "full":
+        return "The verdicts are about the study's own scale: 88M parameters, 300M tokens a run."
+    return (
+        f"The verdicts are about scale {scale} alone: they do not answer the study's question, "
+        "which is about 88M parameters and 300M tokens a run."
     )
 
 
