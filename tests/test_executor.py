@@ -3,10 +3,13 @@
 Processes are replaced by `Machine`, which leaves the files of a run; real ones: test_run_study.py.
 """
 
+import concurrent.futures
 import json
+import os
 import pathlib
 import re
 import signal
+import time
 import types
 from collections.abc import Callable
 
@@ -108,7 +111,8 @@ class _Process:
     def send_signal(self, signum):
         self.machine.exit_codes[self.name] = 128 + signum
 
-    terminate = wait
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
 
 
 @pytest.fixture
@@ -294,6 +298,17 @@ def test_another_plan_in_the_directory_is_refused_with_the_fields_that_differ(wo
     assert 'overrides: there [], now ["model.d_ff=64"]' in str(refused.value)
 
 
+def test_scores_may_be_asked_for_later(world):
+    study, workdir, machine = world(export=False)
+    run.execute(study, workdir)
+    assert json.loads((workdir / "study.json").read_text())["downstream"] == "none"
+    machine.started.clear()
+    run.execute(make_plan(export=False, downstream="benchmarks"), workdir)
+    assert machine.started == [
+        "downstream/muon_qk/seed_1", "downstream/adamw_noqk/seed_1", "report"
+    ]  # fmt: skip
+
+
 def test_a_plan_whose_configs_have_another_meaning_now_is_refused(world):
     """Equal fields of the study, but the code makes other runs of them."""
     study, workdir, _ = world()
@@ -327,6 +342,39 @@ def test_more_seeds_keep_the_finished_runs_when_study_json_is_moved_away(world):
         "runs/muon_qk/seed_2", "runs/adamw_noqk/seed_2", "exports/muon_qk/seed_2",
         "exports/adamw_noqk/seed_2", "report",
     ]  # fmt: skip
+
+
+def test_a_wider_sweep_that_chooses_anew_refuses_the_runs_of_the_old_choice(world):
+    """What the old choice has recorded does not make its runs those of the new plan."""
+    study, workdir, machine = world()
+    run.execute(study, workdir)
+    (workdir / "study.json").rename(workdir / "study.old.json")
+    wider = make_plan(sweep__factors=(0.5, 1.0, 2.0))
+    machine.study, machine.losses = wider, {0.006: 2.5, 0.0006: 3.5}  # better, and worse
+    files = states.StudyFiles(wider, workdir)
+    assert files.state(wider.step("runs/muon_qk/seed_1")).status == "open"
+    error = missing(wider, workdir)
+    assert error.exit_code == 1
+    assert "learning_rate is 0.012, planned 0.006" in str(error)
+    assert "runs/adamw_noqk" not in str(error)  # its rate is chosen again
+    assert [name for name in machine.started if name.startswith("runs/")] == [
+        "runs/muon_qk/seed_1", "runs/adamw_noqk/seed_1"
+    ]  # fmt: skip
+
+
+def test_lines_that_begin_at_one_moment_record_plan_and_dataset_once(world, monkeypatch):
+    """An array of --only lines on a fresh directory; none finds another's half-written file."""
+    study, workdir, _ = world()
+    workdir.mkdir()
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (time.sleep(0.01), sync(file)))
+    with concurrent.futures.ThreadPoolExecutor(8) as lines:
+        started = [lines.submit(run._settle, study, workdir, study.steps) for _ in range(8)]
+    assert [line.exception() for line in started] == [None] * 8
+    written = {path: path.stat().st_mtime_ns for path in workdir.glob("*.json")}
+    assert {path.name for path in written} == {"dataset.json", "study.json"}
+    run._settle(study, workdir, study.steps)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
 def test_another_dataset_is_refused(world, monkeypatch):
@@ -408,6 +456,28 @@ def test_the_report_comes_last_and_again_when_something_is_new(world):
     assert machine.started == ["exports/muon_qk/seed_1", "report"]
 
 
+def test_a_page_made_while_a_run_finished_is_made_again(world, monkeypatch):
+    """By another process with --only: the page is younger than the run, and does not show it."""
+    pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
+    from qkjax.study import report
+
+    study, workdir, _ = world()
+    run.execute(study, workdir)
+    files = states.StudyFiles(study, workdir)
+    report.make_report(workdir)
+    assert files.state(study.step("report")).status == "done"
+    gather = report.gather
+
+    def finish_meanwhile(found):
+        summary = workdir / "runs" / "muon_qk" / "seed_1" / "summary.json"
+        run_directory.write_bytes(summary, summary.read_bytes())
+        return gather(found)
+
+    monkeypatch.setattr(report, "gather", finish_meanwhile)
+    report.make_report(workdir)
+    assert files.state(study.step("report")).status == "open"
+
+
 def test_downstream_results_are_made_skipped_or_refused(world):
     study, workdir, machine = world(downstream="hub", export=False)
     assert run.HUB_IS_SILENT in (ROOT / "qkjax" / "export" / "benchmarks.py").read_text()
@@ -469,6 +539,23 @@ def test_a_signal_is_passed_on_and_leaves_everything_resumable(world, signum):
     machine.exit_codes, machine.when_started = {}, lambda name: None
     run.execute(study, workdir)
     assert statuses(study, workdir)["report"] == "done"
+
+
+def test_an_error_of_its_own_waits_until_the_runs_have_saved(world, monkeypatch):
+    """They die with the executor, so it may not leave before them."""
+    study, workdir, machine = world()
+    machine.asleep = 3
+    machine.exit_codes = {"sweep/muon_qk/lr_0.012": 1}
+
+    def full(self, step, state):
+        raise errors.StorageError("no space left")
+
+    monkeypatch.setattr(run._Executor, "_note", full)
+    with pytest.raises(errors.StorageError, match="no space left"):
+        run.execute(study, workdir, places=devices.places(2, []))
+    assert machine.started == ["sweep/muon_qk/lr_0.012", "sweep/muon_qk/lr_0.024"]
+    assert machine.exit_codes["sweep/muon_qk/lr_0.024"] == 143  # asked to stop
+    assert machine.alive == 0
 
 
 def test_status_shows_every_step_with_what_it_has_reached(world, capsys):

@@ -73,8 +73,10 @@ def test_a_run_is_running_while_the_process_that_locked_it_lives(directory):
     holder = json.loads((directory / "run.lock").read_text())
     run_directory.write_json(directory / "run.lock", {**holder, "pid": os.getpid()})
     assert watching.is_running(directory)
+    assert watching.other_host(directory) is None
     run_directory.write_json(directory / "run.lock", {**holder, "pid": os.getpid(), "host": "x"})
     assert not watching.is_running(directory)
+    assert watching.other_host(directory) == "x"
 
 
 @pytest.fixture

@@ -135,6 +135,7 @@ class Plan:
             "sweep": sweep if study.sweep.tokens else None,
             "overrides": list(study.overrides),
             "export": study.export,
+            "downstream": {"": "none", "hub": "hub"}.get(study.downstream, "folder"),
             "steps": [dataclasses.asdict(step) for step in self.steps],
             "fingerprint": self.fingerprint,
         })  # fmt: skip

@@ -1,5 +1,6 @@
 """The report of a study: index.html, report.md, results.csv and figures/*.svg, from its files."""
 
+import os
 import pathlib
 
 from qkjax import run_directory
@@ -12,6 +13,7 @@ from qkjax.study import (
     report_sweep,
     report_verdicts,
     results,
+    study_files,
 )
 from qkjax.study.report_blocks import Report
 from qkjax.study.report_csv import results_csv
@@ -32,9 +34,12 @@ def make_report(workdir: str | pathlib.Path, out: str | pathlib.Path | None = No
         StorageError: the disk failed.
     """
     drawing.check_available()
+    newest = study_files.newest_input(pathlib.Path(workdir))
     material = gather(results.load_study(workdir))
     folder = pathlib.Path(out) if out else pathlib.Path(workdir) / "report"
-    return write(assemble(material), results_csv(material), folder)
+    path = write(assemble(material), results_csv(material), folder)
+    os.utime(path, ns=(newest, newest))  # so that a run that has finished meanwhile is newer
+    return path
 
 
 def write(report: Report, numbers: str, folder: pathlib.Path) -> pathlib.Path:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from qkjax import errors, run_directory, signals
 from qkjax.data import dataset as datasets
-from qkjax.study import plan_arms, states, sweep
+from qkjax.study import plan_arms, states, study_files, sweep
 from qkjax.study.plan import (
     CHOICE,
     DATASET,
@@ -66,13 +66,19 @@ def execute(
     steps = plan.select(only)
     directory = run_directory.make_workdir(workdir)
     with run_directory.lock(directory, shared=bool(only)), signals.StopRequest() as stop:
-        states.settle_plan(plan, directory)
-        if any(step.kind in (DATASET, *TRAINING) for step in steps):
-            _settle_dataset(plan, directory)
+        _settle(plan, directory, steps)
         with View(directory) as view:
             executor = _Executor(plan, directory, steps, places, view, stop)
             executor.work()
         executor.conclude()
+
+
+def _settle(plan: Plan, directory: pathlib.Path, steps: Sequence[Step]) -> None:
+    """Records plan and dataset in a new study directory; in a used one, compares them."""
+    with study_files.locked(directory):
+        states.settle_plan(plan, directory)
+        if any(step.kind in (DATASET, *TRAINING) for step in steps):
+            _settle_dataset(plan, directory)
 
 
 def _settle_dataset(plan: Plan, directory: pathlib.Path) -> None:
@@ -87,14 +93,15 @@ def _settle_dataset(plan: Plan, directory: pathlib.Path) -> None:
         raise errors.UsageError(text) from error
     path = directory / "dataset.json"
     ours = {"name": dataset.manifest.name, "fingerprint": dataset.manifest.fingerprint}
-    theirs = states.read_json(path) if path.exists() else ours
+    if not path.exists():
+        run_directory.write_json(path, ours)
+    theirs = states.read_json(path)
     if theirs["fingerprint"] != ours["fingerprint"]:
         raise errors.UsageError(
             f"{path}: this study was begun on the dataset {theirs['name']}, fingerprint "
             f"{theirs['fingerprint'][:12]}, but {dataset.directory} is {ours['fingerprint'][:12]}. "
             "Give the first one back, or use another --workdir."
         )
-    run_directory.write_json(path, ours)
 
 
 @dataclasses.dataclass
@@ -162,8 +169,12 @@ class _Executor:
                 else:
                     return
         finally:
-            for child in self.children:  # none, unless an error ends this loop
+            # There are children only where an error ends this loop. They die with this process,
+            # so it stays until they have saved.
+            for child in self.children:
                 child.process.terminate()
+            for child in self.children:
+                child.process.wait()
 
     def _show(self) -> None:
         training = [child for child in self.children if child.step.kind in TRAINING]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from qkjax import config as configs
 from qkjax import errors, run_directory
-from qkjax.study import plan_arms, sweep, watching
+from qkjax.study import plan_arms, study_files, sweep, watching
 from qkjax.study.plan import (
     CHOICE,
     DATASET,
@@ -29,6 +29,8 @@ DONE, DIVERGED, SKIPPED, RUNNING, UNFINISHED, FAILED, REFUSED, OPEN = (
 SETTLED = (DONE, DIVERGED, SKIPPED)  # nothing is left to do
 NO_DATA = "no data"
 PAGE = pathlib.Path("report", "index.html")
+# Fields of study.json: the first is that of its steps; scores may be asked for later.
+_NOT_COMPARED = ("fingerprint", "downstream")
 
 
 class State(NamedTuple):
@@ -60,7 +62,8 @@ class StudyFiles:
         choice = self.plan.choice_of(step.arm)
         if step.kind == SWEEP or choice is None:
             return step.learning_rate
-        return sweep.recorded(self.workdir).get(self.plan.arms[step.arm].parent, {}).get("chosen")
+        entry = self._choice_entry(self.plan.step(choice))
+        return None if entry is None else entry["chosen"]
 
     def directory(self, step: Step) -> pathlib.Path:
         """Where the step's result lies."""
@@ -109,7 +112,10 @@ class StudyFiles:
         _check_config(directory, config, self.plan.run_config(step, rate))
         summary = run_directory.read_summary(directory)
         if summary is None:
-            return State(RUNNING if watching.is_running(directory) else UNFINISHED)
+            if watching.is_running(directory):
+                return State(RUNNING)
+            host = watching.other_host(directory)
+            return State(UNFINISHED, f"last held by {host}" if host else "")
         if summary["diverged"]:
             return State(DIVERGED, f"at step {summary['diverged_step']}")
         return State(DONE)
@@ -118,9 +124,14 @@ class StudyFiles:
         grid = self.plan.grid(arm)
         return len(sweep.read(self.workdir, arm, grid)) == len(grid)
 
-    def _choice(self, step: Step) -> State:
+    def _choice_entry(self, step: Step) -> dict[str, Any] | None:
+        """What the choice has recorded; None where it has not, or not among this plan's runs."""
         entry = sweep.recorded(self.workdir).get(step.arm)
-        if entry is None or entry["fingerprint"] != step.fingerprint:
+        return entry if entry is not None and entry["fingerprint"] == step.fingerprint else None
+
+    def _choice(self, step: Step) -> State:
+        entry = self._choice_entry(step)
+        if entry is None:
             return State(OPEN)
         if entry["chosen"] is None:
             return State(FAILED, "every learning rate diverged")
@@ -143,16 +154,10 @@ class StudyFiles:
         return State(OPEN) if self.plan.study.downstream else State(SKIPPED, NO_DATA)
 
     def _report_is_new(self) -> bool:
-        """Whether the page is younger than everything that it shows."""
+        """Whether the page is of everything that there is to show."""
         page = self.workdir / PAGE
-        inputs = [
-            self.workdir / "study.json",
-            self.workdir / "sweep" / "learning_rates.json",
-            *self.workdir.glob("runs/*/*/summary.json"),
-            *self.workdir.glob("downstream/*/*.json"),
-        ]
-        times = [path.stat().st_mtime_ns for path in inputs if path.exists()]
-        return page.exists() and page.stat().st_mtime_ns >= max(times, default=0)
+        newest = study_files.newest_input(self.workdir)
+        return page.exists() and page.stat().st_mtime_ns >= newest
 
 
 def _check_config(directory: pathlib.Path, found: configs.Config, planned: configs.Config) -> None:
@@ -205,7 +210,7 @@ def check_plan(plan: Plan, workdir: pathlib.Path) -> None:
     differences = [
         f"  {field}: there {json.dumps(old.get(field))}, now {json.dumps(new.get(field))}"
         for field in dict.fromkeys((*old, *new))
-        if field != "fingerprint" and old.get(field) != new.get(field)
+        if field not in _NOT_COMPARED and old.get(field) != new.get(field)
     ]
     fingerprints = {step["name"]: step["fingerprint"] for step in theirs.get("steps", ())}
     changed = [s.name for s in plan.steps if fingerprints.get(s.name) != s.fingerprint]
@@ -215,8 +220,8 @@ def check_plan(plan: Plan, workdir: pathlib.Path) -> None:
         table = "\n".join(differences)
         raise errors.UsageError(
             f"{path}: this directory has another plan:\n{table}\nUse another --workdir. Or, to "
-            "change the plan of this one, move study.json away: finished runs whose config is "
-            "still planned count as done, others are refused."
+            "change the plan of this one, rename study.json to study.1.json, which the report will "
+            "tell: finished runs whose config is still planned count as done, others are refused."
         )
 
 

@@ -1,18 +1,16 @@
 """The learning rate of every arm: read off its sweep runs, recorded in learning_rates.json."""
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from qkjax import errors, run_directory
-from qkjax.study import results
+from qkjax.study import results, study_files
 from qkjax.study.plan import Plan, extended_rate
 
 
@@ -118,7 +116,7 @@ def choose(plan: Plan, workdir: pathlib.Path, arm: str) -> dict[str, Any]:
         "loss_at_init": initial,
         "fingerprint": plan.step(f"sweep/{arm}/choice").fingerprint,
     }  # fmt: skip
-    with _locked(workdir):
+    with study_files.locked(workdir):
         run_directory.write_json(_path(workdir), {**recorded(workdir), arm: entry})
     if winner is None:
         raise errors.UsageError(
@@ -142,11 +140,3 @@ def recorded(workdir: pathlib.Path) -> dict[str, Any]:
 
 def _path(workdir: pathlib.Path) -> pathlib.Path:
     return workdir / "sweep" / "learning_rates.json"
-
-
-@contextlib.contextmanager
-def _locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Steps of several arms may be executed by several processes."""
-    with open(workdir / "sweep" / ".lock", "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

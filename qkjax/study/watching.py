@@ -69,6 +69,15 @@ class Watch:
                 continue
 
 
+def other_host(directory: pathlib.Path) -> str | None:
+    """The other host that has last locked the run directory; it may be at work still."""
+    try:
+        host = str(json.loads((directory / "run.lock").read_bytes())["host"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if host == socket.gethostname() else host
+
+
 def is_running(directory: pathlib.Path) -> bool:
     """Whether a process of this host that has locked the run directory is alive.
 
