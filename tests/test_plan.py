@@ -259,10 +259,15 @@ def test_costs_of_a_run():
     cost = plan_cost.cost(study, study.step("runs/muon_noqk/seed_42"))
     assert cost.tokens == 4577 * 65_536
     assert cost.flop == pytest.approx(cost.tokens * (6 * 87_906_816 + 12 * 22 * 512 * 2048))
-    assert cost.evaluated is None  # the final pass takes all of the split
+    evaluations = len(study.run_config(study.step("runs/muon_noqk/seed_42"), None).eval.steps)
+    assert cost.evaluated == evaluations * 1_048_576
+    assert cost.whole_passes == 1  # after the last step
     assert cost.disk == 4 * 12 * 87_906_816
     tiny = make("tiny", overrides=("eval.tokens=4096",))
     assert plan_cost.cost(tiny, tiny.step("runs/muon_qk/seed_42")).evaluated == 5 * 4096
+    assert "evaluations of 229,376 tokens\n" in plan_cost.describe(tiny, {})
+    quick = make("full,quick")
+    assert " tokens and 4 passes over the whole validation split\n" in plan_cost.describe(quick, {})
 
 
 def test_the_time_comes_from_finished_runs_or_is_said_to_be_unknown(tmp_path):

@@ -24,7 +24,8 @@ class Cost:
     """Of one training step of the plan."""
 
     tokens: int  # trained on
-    evaluated: int | None  # by all its evaluations; None: some of them take the whole split
+    evaluated: int  # by its evaluations, but for those of the whole split
+    whole_passes: int  # evaluations of the whole validation split
     flop: float  # training, PaLM convention
     disk: int  # bytes of checkpoints at their most
 
@@ -40,7 +41,8 @@ def cost(plan: Plan, step: Step) -> Cost:
     state = 12 * parameters
     return Cost(
         tokens=tokens,
-        evaluated=sum(passes) if all(passes) else None,
+        evaluated=sum(passes),
+        whole_passes=passes.count(0),
         flop=tokens * flops.training_flops_per_token(run.model, parameters),
         disk=min(len(run.checkpoint.steps), _CHECKPOINTS) * state,
     )
@@ -106,9 +108,13 @@ def _costs(plan: Plan, rates: Mapping[str, float]) -> Iterator[str]:
     exports = sum(step.kind == EXPORT for step in plan.steps)
     if exports:
         yield f"exports: {exports}, about {4 * max(parameters) / 1e9:.2f} GB each"
+    training = [cost(plan, step) for step in plan.steps if step.kind in TRAINING]
+    whole = sum(c.whole_passes for c in training)
     yield (
         f"arms: {len(plan.arms)}, parameters {min(parameters):,} to {max(parameters):,}; tokens of "
-        "training alone, evaluations come on top"
+        "training alone; on top, forward alone, come evaluations of "
+        f"{sum(c.evaluated for c in training):,} tokens"
+        + (f" and {whole} passes over the whole validation split" if whole else "")
     )
     if rates:
         shown = ", ".join(f"{arm or 'all arms'} {rate:,.0f}" for arm, rate in rates.items())
