@@ -97,20 +97,23 @@ class Checkpoints:
             item_names=_ITEMS,
         )
 
-    def set_aside_after(self, step: int) -> None:
-        """Renames every later checkpoint, so that the run can go on from `step`; loses nothing."""
-        for path in self._step_directories():
-            if int(path.name) > step:
-                path.rename(path.with_name(f"set-aside-{path.name}-{os.getpid()}"))
+    def set_aside_after(self, step: int) -> list[str]:
+        """Renames every later checkpoint, so that the run can go on from `step`; loses nothing.
+
+        Returns:
+            The new names.
+        """
+        later = [path for path in self._step_directories() if int(path.name) > step]
+        names = [_set_aside(path, "set-aside").name for path in later]
         self._manager.reload()
+        return names
 
     def _set_incomplete_aside(self) -> None:
         """Orbax would count an empty step directory as the latest checkpoint."""
         for path in self._step_directories():
             if not _is_complete(path):
-                aside = path.with_name(f"incomplete-{path.name}-{os.getpid()}")
+                aside = _set_aside(path, "incomplete")
                 logging.warning("%s: an incomplete checkpoint, moved to %s", path, aside.name)
-                path.rename(aside)
 
     def _step_directories(self) -> list[pathlib.Path]:
         if not self._directory.is_dir():
@@ -249,7 +252,8 @@ class Checkpoints:
     def _unusable(self, step: int, what: str, error: Exception | None) -> errors.UsageError:
         others = [other for other in self.steps() if other != step]
         mend = (
-            f"Steps that can be tried: {others}; --restore_step={others[-1]} continues from there"
+            f"Steps that can be tried: {others}, with --restore_step={others[-1]} of qkjax.main "
+            f"to train on from there, or with --step={others[-1]} of the tools to read it"
             if others
             else "No other step is there: begin again in another --workdir"
         )
@@ -285,6 +289,14 @@ def _is_record(meta: Any) -> bool:
 
 def _is_complete(path: pathlib.Path) -> bool:
     return all((path / item).is_dir() for item in _ITEMS)
+
+
+def _set_aside(path: pathlib.Path, why: str) -> pathlib.Path:
+    """The directory under the first free name <why>-<step>-<number>."""
+    number = 1
+    while (aside := path.with_name(f"{why}-{path.name}-{number}")).exists():
+        number += 1
+    return path.rename(aside)
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -24,6 +24,12 @@ from qkjax import environment, errors, presets
 
 # Differences in these cannot change a result, so a resume does not ask about them.
 FREE_FIELDS = ("checkpoint.keep_all", "data.dir", "log.every_seconds", "profile.steps")
+# No checkpoint goes on with another of these: its batches or its arrays would be others.
+FIXED_FIELDS = (
+    "dataset", "seed", "train.tokens_per_step", "train.sequences_per_step", "optimizer.name",
+    "model.mlp", "model.num_layers", "model.d_model", "model.num_heads", "model.num_kv_heads",
+    "model.head_dim", "model.d_ff", "model.vocab_size", "model.sequence_length",
+)  # fmt: skip
 _ABSENT = "(absent)"
 
 
@@ -125,29 +131,27 @@ def read_config(workdir: pathlib.Path) -> configs.Config | None:
         raise _damaged(path, f"its fields are not those of a config: {error}") from error
 
 
-def settle_config(
+def config_changes(
     workdir: pathlib.Path,
     config: configs.Config,
     dataset_fingerprint: str,
     allowed: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Records config and dataset in a new run directory; in a used one, compares them.
+    """Compares config and dataset with those the directory has on record; writes nothing.
 
-    Fields of `FREE_FIELDS` may differ. A difference in an allowed field is recorded in
-    environment.json under `allowed_config_changes`, and config.json becomes the new config.
+    Fields of `FREE_FIELDS` may differ, those of `FIXED_FIELDS` never.
 
     Args:
         dataset_fingerprint: compared as the field `dataset`.
         allowed: dotted names of fields that may differ, such as "train.tokens".
     Returns:
-        The differences accepted by this call: {"time", "field", "old", "new"} each.
+        The allowed differences, {"field", "old", "new"} each; none in a new directory.
     Raises:
         UsageError: a field differs that is not allowed (all of them are listed); an allowed name
             is no field; config.json or environment.json is damaged.
         StorageError: the disk failed.
     """
-    values = plain(config.to_dict())
-    new = {**flatten(values), "dataset": dataset_fingerprint}
+    new = {**flatten(plain(config.to_dict())), "dataset": dataset_fingerprint}
     for name in allowed:
         if name not in new:
             raise errors.UsageError(
@@ -156,12 +160,9 @@ def settle_config(
             )
     config_path, environment_path = workdir / "config.json", workdir / "environment.json"
     record = _read_object(environment_path) or {}
-    if (old_values := _read_object(config_path)) is None:  # a new run, or killed right here
-        record["dataset_fingerprint"] = dataset_fingerprint
-        write_json(environment_path, record)
-        write_json(config_path, values)
+    old_values = _read_object(config_path)
+    if old_values is None:  # a new run, or one killed before its first record
         return []
-
     if "dataset_fingerprint" not in record:
         logging.warning(
             "%s: does not name the dataset of this run; taken to be the present one",
@@ -169,18 +170,36 @@ def settle_config(
         )
     old_dataset = record.get("dataset_fingerprint", dataset_fingerprint)
     changes = _differences({**flatten(old_values), "dataset": old_dataset}, new)
-    refused = [change for change in changes if change["field"] not in allowed]
+    refused = [c for c in changes if c["field"] not in allowed or c["field"] in FIXED_FIELDS]
     if refused:
         raise errors.UsageError(_refusal(config_path, refused, allowed))
-    time = _now()
-    changes = [{"time": time, **change} for change in changes]
-    # The record comes first: killed in between, the next call finds the differences again.
+    return changes
+
+
+def record_config(
+    workdir: pathlib.Path,
+    config: configs.Config,
+    dataset_fingerprint: str,
+    changes: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Makes `config` the directory's config.json, once it is certain that the run can use it.
+
+    Args:
+        changes: of `config_changes`; recorded with the time in environment.json, under
+            `allowed_config_changes`.
+    Raises:
+        UsageError: environment.json is damaged.
+        StorageError: the disk failed.
+    """
+    path = workdir / "environment.json"
+    record = _read_object(path) or {}
     record["dataset_fingerprint"] = dataset_fingerprint
     if changes:
-        record["allowed_config_changes"] = [*record.get("allowed_config_changes", []), *changes]
-    write_json(environment_path, record)
-    write_json(config_path, values)
-    return changes
+        dated = [{"time": _now(), **change} for change in changes]
+        record["allowed_config_changes"] = [*record.get("allowed_config_changes", []), *dated]
+    # The record comes first: killed in between, the next call finds the differences again.
+    write_json(path, record)
+    write_json(workdir / "config.json", config.to_dict())
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -197,11 +216,16 @@ def _refusal(path: pathlib.Path, refused: list[dict[str, Any]], allowed: Sequenc
     rows += [(c["field"], _cell(c["old"]), _cell(c["new"])) for c in refused]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     table = "\n".join(f"  {f:<{widths[0]}}  {old:<{widths[1]}}  {new}" for f, old, new in rows)
+    fixed = [change["field"] for change in refused if change["field"] in FIXED_FIELDS]
     names = ",".join([*allowed, *(change["field"] for change in refused)])
+    rest = (
+        f": no checkpoint can go on with another {', '.join(fixed)}."
+        if fixed
+        else f", or go on with --allow_config_change={names} (which is recorded)."
+    )
     return (
         f"{path}: this run was begun with other settings:\n{table}\n"
-        f"Use the old ones, or another --workdir, or go on with --allow_config_change={names} "
-        "(which is recorded)."
+        f"Use the old ones, or another --workdir{rest}"
     )
 
 

@@ -55,27 +55,21 @@ def train_and_evaluate(
         StorageError: the disk failed; earlier checkpoints stay.
         Stopped: SIGTERM or SIGINT; a checkpoint was saved.
     """
+    directory = run_directory.make_workdir(workdir)
     platform = jax.default_backend()
     config = attention_check.settle(config.for_platform(platform), platform)
-    directory = run_directory.make_workdir(workdir)
     with run_directory.lock(directory), signals.StopRequest() as stop:
         dataset = datasets.open_dataset(config)
         run = _Run(config, directory, dataset, stop)
-        fingerprint = dataset.manifest.fingerprint
-        run_directory.settle_config(directory, config, fingerprint, allow_config_change)
+        changes = run_directory.config_changes(
+            directory, config, dataset.manifest.fingerprint, allow_config_change
+        )
         summary = run_directory.read_summary(directory)
-        if summary is not None and _is_finished(summary, config):
-            return _already_finished(directory, summary)
-        if summary is not None:  # the mark of a finished run, which this one no longer is
-            name = f"summary.step_{summary['step']}.json"
-            (directory / "summary.json").rename(directory / name)
+        if summary is not None and restore_step is None and _is_finished(summary, config):
+            return _already_finished(directory, summary, changes)
         resources.check_disk(directory, config, run.transformation)
-        run_directory.write_environment(directory, fingerprint)
-        routes = optimizer.routing_table(model.parameter_shapes(config.model), config)
-        table = optimizer.format_routing_table(routes)
-        (directory / "parameters.txt").write_text(table + "\n")
         try:
-            return run.execute(restore_step, table)
+            return run.execute(restore_step, changes)
         except jax.errors.JaxRuntimeError as error:
             raise resources.explain(error) from error
 
@@ -90,7 +84,15 @@ def _is_finished(summary: dict[str, Any], config: Config) -> bool:
     return summary["diverged"] or summary["step"] >= config.train.num_steps
 
 
-def _already_finished(directory: pathlib.Path, summary: dict[str, Any]) -> dict[str, Any]:
+def _already_finished(
+    directory: pathlib.Path, summary: dict[str, Any], changes: list[dict[str, Any]]
+) -> dict[str, Any]:
+    if changes:
+        names = ", ".join(change["field"] for change in changes)
+        raise errors.UsageError(
+            f"{directory}: ended at step {summary['step']}, nothing is left to train with another "
+            f"{names}. Use another --workdir, or go on from a checkpoint with --restore_step."
+        )
     if summary["diverged"]:
         raise errors.NonFiniteError(
             f"{directory}: this run diverged at step {summary['diverged_step']}. "
@@ -154,16 +156,40 @@ class _Run:
         self.checkpoints: checkpoint.Checkpoints
         self.writer: writers.CompositeWriter
 
-    def execute(self, restore_step: int | None, table: str) -> dict[str, Any]:
-        """Everything from the restored or fresh state to the summary; shows `table` at start."""
+    def execute(self, restore_step: int | None, changes: list[dict[str, Any]]) -> dict[str, Any]:
+        """Everything from the restored or fresh state to the summary.
+
+        Args:
+            changes: of the config, which go on record once the checkpoint has taken them.
+        """
         self.checkpoints = checkpoint.Checkpoints(
             self.directory / "checkpoints", keep_all=self.config.checkpoint.keep_all
         )
         with contextlib.closing(self.checkpoints):
-            state = self._restore_or_init(restore_step)
+            restored = self._restore(restore_step)
+            table = self._record_start(changes)
+            state = self._begin() if restored is None else self._go_on(restored)
             with contextlib.closing(self.writer):
                 print(f"{self._banner(int(state.step))}\n\n{table}\n", flush=True)
                 return self._finish(self._train(state))
+
+    def _record_start(self, changes: list[dict[str, Any]]) -> str:
+        """Writes what this start runs on, and takes the mark of a finished run away.
+
+        Returns:
+            The routing table that parameters.txt holds.
+        """
+        fingerprint = self.dataset.manifest.fingerprint
+        run_directory.record_config(self.directory, self.config, fingerprint, changes)
+        run_directory.write_environment(self.directory, fingerprint)
+        summary = run_directory.read_summary(self.directory)
+        if summary is not None:
+            name = f"summary.step_{summary['step']}.json"
+            (self.directory / "summary.json").rename(self.directory / name)
+        routes = optimizer.routing_table(model.parameter_shapes(self.config.model), self.config)
+        table = optimizer.format_routing_table(routes)
+        (self.directory / "parameters.txt").write_text(table + "\n")
+        return table
 
     def _banner(self, start: int) -> str:
         """What is about to be trained, in a few lines; the treatment first."""
@@ -187,26 +213,38 @@ class _Run:
             )
         )
 
-    def _restore_or_init(self, restore_step: int | None) -> train_step.TrainState:
+    def _restore(self, restore_step: int | None) -> checkpoint.Restored | None:
+        """The checkpoint to go on from, verified; None where there is none. Changes nothing."""
         steps = self.checkpoints.steps()
-        if restore_step is not None:
-            if restore_step not in steps:
-                raise errors.UsageError(
-                    f"--restore_step: {self.directory} has no checkpoint of step {restore_step}. "
-                    f"It has {steps}."
-                )
-            self.checkpoints.set_aside_after(restore_step)
-            steps = [step for step in steps if step <= restore_step]
-        if not steps:
-            self.writer = writers.create_run_writer(self.directory, resume_step=-1)
-            self.writer.write_hparams(run_directory.flatten(self.config.to_dict()))
-            return train_step.init_state(
-                initialisation_key(self.config.seed), self.config, self.transformation, self.mesh
+        if restore_step is not None and restore_step not in steps:
+            raise errors.UsageError(
+                f"--restore_step: {self.directory} has no checkpoint of step {restore_step}. "
+                f"It has {steps}."
             )
-        step = steps[-1]
+        if not steps:
+            return None
+        step = steps[-1] if restore_step is None else restore_step
         shapes = train_step.state_shapes(self.config, self.transformation)
         restored = self.checkpoints.restore(step, shapes.params, shapes.opt_state)
         pipeline.check_fingerprint(restored.meta["data_order"], self.data_order)
+        return restored
+
+    def _begin(self) -> train_step.TrainState:
+        self.writer = writers.create_run_writer(self.directory, resume_step=-1)
+        self.writer.write_hparams(run_directory.flatten(self.config.to_dict()))
+        return train_step.init_state(
+            initialisation_key(self.config.seed), self.config, self.transformation, self.mesh
+        )
+
+    def _go_on(self, restored: checkpoint.Restored) -> train_step.TrainState:
+        step = restored.meta["step"]
+        aside = self.checkpoints.set_aside_after(step)
+        if aside:
+            print(
+                f"set aside  {', '.join(aside)} in {self.directory / 'checkpoints'}; leave "
+                "--restore_step out of the next command, or it begins here again",
+                flush=True,
+            )
         self.earlier_seconds = restored.meta["wall_seconds"]
         self.saved_sha256[step] = restored.meta["params_sha256"]
         self.writer = writers.create_run_writer(self.directory, resume_step=step)

@@ -268,7 +268,8 @@ def test_refusal_names_leaf_and_the_steps_that_remain(copied):
     with pytest.raises(errors.UsageError) as caught:
         restore(copied, 7)
     assert "params/blocks/attention/key/kernel does not match its sha256" in str(caught.value)
-    assert "Steps that can be tried: [0]; --restore_step=0 continues" in str(caught.value)
+    assert "can be tried: [0], with --restore_step=0 of qkjax.main" in str(caught.value)
+    assert "--step=0 of the tools" in str(caught.value)
     shutil.rmtree(copied / "0")
     with pytest.raises(errors.UsageError, match="No other step is there: begin again in another"):
         restore(copied, 7)

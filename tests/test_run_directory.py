@@ -240,43 +240,64 @@ def test_reading_a_run_needs_no_jax():
 # ----------------------------------------------------------------------------- config.json
 
 
+def settle(workdir, config, fingerprint, allowed=()):
+    """What a run does with its config, in one call."""
+    changes = run_directory.config_changes(workdir, config, fingerprint, allowed)
+    run_directory.record_config(workdir, config, fingerprint, changes)
+    return changes
+
+
 def test_first_use_records_config_and_dataset(tmp_path):
     config = tiny()
     assert run_directory.read_config(tmp_path) is None
-    assert run_directory.settle_config(tmp_path, config, "aaa") == []
+    assert settle(tmp_path, config, "aaa") == []
     assert run_directory.read_config(tmp_path) == config
     record = json.loads((tmp_path / "environment.json").read_text())
     assert record["dataset_fingerprint"] == "aaa"
-    assert run_directory.settle_config(tmp_path, config, "aaa") == []
+    assert settle(tmp_path, config, "aaa") == []
 
 
 def test_data_dir_and_terminal_may_change_silently(tmp_path):
     config = tiny()
-    run_directory.settle_config(tmp_path, config, "aaa")
+    settle(tmp_path, config, "aaa")
     moved = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, dir="/elsewhere"),
         log=dataclasses.replace(config.log, every_seconds=60.0),
     )
-    assert run_directory.settle_config(tmp_path, moved, "aaa") == []
+    assert settle(tmp_path, moved, "aaa") == []
     assert run_directory.read_config(tmp_path) == moved
 
 
 def test_changed_fields_are_refused_in_a_table(tmp_path):
     config = tiny()
-    run_directory.settle_config(tmp_path, config, "aaa")
+    settle(tmp_path, config, "aaa")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     optimizer = dataclasses.replace(config.optimizer, learning_rate=0.5)
-    changed = tiny(seed=43, optimizer=optimizer)
+    changed = tiny(muon=dataclasses.replace(config.muon, nesterov=False), optimizer=optimizer)
     with pytest.raises(errors.UsageError) as caught:
-        run_directory.settle_config(tmp_path, changed, "bbb", ["seed"])
+        settle(tmp_path, changed, "aaa", ["muon.nesterov"])
     lines = [line.split() for line in str(caught.value).splitlines()]
     assert ["field", "old", "new"] in lines
     assert ["optimizer.learning_rate", "0.012", "0.5"] in lines
-    assert ["dataset", '"aaa"', '"bbb"'] in lines
-    assert not any(line[:1] == ["seed"] for line in lines)  # allowed
-    assert "--allow_config_change=seed,optimizer.learning_rate,dataset " in str(caught.value)
+    assert not any(line[:1] == ["muon.nesterov"] for line in lines)  # allowed
+    assert "--allow_config_change=muon.nesterov,optimizer.learning_rate " in str(caught.value)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_what_no_checkpoint_survives_is_not_offered_and_cannot_be_allowed(tmp_path):
+    settle(tmp_path, tiny(), "aaa")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(errors.UsageError) as caught:
+        settle(tmp_path, tiny(seed=43), "bbb", ["seed", "dataset"])
+    lines = [line.split() for line in str(caught.value).splitlines()]
+    assert ["seed", "42", "43"] in lines and ["dataset", '"aaa"', '"bbb"'] in lines
+    assert "another --workdir: no checkpoint can go on with another seed, dataset." in str(
+        caught.value
+    )
+    assert "--allow_config_change" not in str(caught.value)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert set(run_directory.FIXED_FIELDS) <= {*run_directory.flatten(tiny().to_dict()), "dataset"}
 
 
 # A field in this list cannot change a result: an addition is a claim to think about.
@@ -286,7 +307,7 @@ FREE = ("checkpoint.keep_all", "data.dir", "log.every_seconds", "profile.steps")
 @pytest.mark.parametrize("field", run_directory.flatten(tiny().to_dict()))
 def test_every_field_that_can_change_a_result_is_compared(tmp_path, field):
     config = tiny()
-    run_directory.settle_config(tmp_path, config, "aaa")
+    settle(tmp_path, config, "aaa")
     path = tmp_path / "config.json"
     stored = json.loads(path.read_text())
     *sections, name = field.split(".")
@@ -296,44 +317,47 @@ def test_every_field_that_can_change_a_result_is_compared(tmp_path, field):
     holder[name] = "another"
     path.write_text(json.dumps(stored))
     if field in FREE:
-        assert run_directory.settle_config(tmp_path, config, "aaa") == []
+        assert settle(tmp_path, config, "aaa") == []
     else:
         with pytest.raises(errors.UsageError, match=rf"(?m)^  {field} +\"another\""):
-            run_directory.settle_config(tmp_path, config, "aaa")
+            settle(tmp_path, config, "aaa")
 
 
 def test_allowed_changes_are_recorded_and_become_the_config(tmp_path):
-    run_directory.settle_config(tmp_path, tiny(), "aaa")
-    allowed = ["seed", "dataset", "model.norm_eps"]
-    accepted = run_directory.settle_config(tmp_path, tiny(seed=43), "bbb", allowed)
-    assert [{k: v for k, v in change.items() if k != "time"} for change in accepted] == [
-        {"field": "seed", "old": 42, "new": 43},
-        {"field": "dataset", "old": "aaa", "new": "bbb"},
+    config = tiny()
+    settle(tmp_path, config, "aaa")
+    allowed = ["muon.nesterov", "model.norm_eps", "eval.tokens"]
+    muon = dataclasses.replace(config.muon, nesterov=False)
+    model = dataclasses.replace(config.model, norm_eps=0.5)
+    first = settle(tmp_path, tiny(muon=muon, model=model), "aaa", allowed)
+    assert first == [
+        {"field": "model.norm_eps", "old": config.model.norm_eps, "new": 0.5},
+        {"field": "muon.nesterov", "old": True, "new": False},
     ]
-    again = run_directory.settle_config(tmp_path, tiny(seed=44), "bbb", allowed)
-    record = json.loads((tmp_path / "environment.json").read_text())
-    assert record["allowed_config_changes"] == accepted + again
-    assert record["dataset_fingerprint"] == "bbb"
-    assert run_directory.read_config(tmp_path).seed == 44
-    run_directory.write_environment(tmp_path, "bbb", [])  # keeps them
-    record = json.loads((tmp_path / "environment.json").read_text())
-    assert record["allowed_config_changes"] == accepted + again
+    again = settle(tmp_path, tiny(muon=muon), "aaa", allowed)
+    assert run_directory.read_config(tmp_path) == tiny(muon=muon)
+    for _ in range(2):
+        record = json.loads((tmp_path / "environment.json").read_text())
+        changes = record["allowed_config_changes"]
+        assert [change.pop("time")[:2] for change in changes] == ["20"] * 3
+        assert changes == first + again
+        run_directory.write_environment(tmp_path, "aaa", [])  # keeps them
 
 
 def test_unknown_allowed_field_is_refused_with_a_suggestion(tmp_path):
     with pytest.raises(errors.UsageError, match=r"unknown field 'train\.token'.*'train\.tokens'"):
-        run_directory.settle_config(tmp_path, tiny(), "aaa", ["train.token"])
+        settle(tmp_path, tiny(), "aaa", ["train.token"])
 
 
 def test_config_of_another_version_is_a_difference_not_a_crash(tmp_path):
-    run_directory.settle_config(tmp_path, tiny(), "aaa")
+    settle(tmp_path, tiny(), "aaa")
     path = tmp_path / "config.json"
     stored = json.loads(path.read_text())
     del stored["model"]["unroll"]
     stored["model"]["window"] = 128
     path.write_text(json.dumps(stored))
     with pytest.raises(errors.UsageError) as caught:
-        run_directory.settle_config(tmp_path, tiny(), "aaa")
+        settle(tmp_path, tiny(), "aaa")
     lines = [line.split() for line in str(caught.value).splitlines()]
     assert ["model.unroll", "(absent)", "1"] in lines
     assert ["model.window", "128", "(absent)"] in lines
@@ -343,19 +367,19 @@ def test_config_of_another_version_is_a_difference_not_a_crash(tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "environment.json"])
 def test_damaged_record_is_refused(tmp_path, name):
-    run_directory.settle_config(tmp_path, tiny(), "aaa")
+    settle(tmp_path, tiny(), "aaa")
     (tmp_path / name).write_text('{"seed": 4')
     with pytest.raises(errors.UsageError, match=rf"{name}: damaged"):
-        run_directory.settle_config(tmp_path, tiny(), "aaa")
+        settle(tmp_path, tiny(), "aaa")
 
 
 def test_lost_environment_is_written_anew_with_a_warning(tmp_path, caplog):
-    run_directory.settle_config(tmp_path, tiny(), "aaa")
+    settle(tmp_path, tiny(), "aaa")
     (tmp_path / "environment.json").unlink()
-    assert run_directory.settle_config(tmp_path, tiny(), "bbb") == []
+    assert settle(tmp_path, tiny(), "bbb") == []
     assert "does not name the dataset" in caplog.text
     with pytest.raises(errors.UsageError, match="dataset"):
-        run_directory.settle_config(tmp_path, tiny(), "aaa")
+        settle(tmp_path, tiny(), "aaa")
 
 
 # ------------------------------------------------------------------------- environment.json
@@ -363,7 +387,7 @@ def test_lost_environment_is_written_anew_with_a_warning(tmp_path, caplog):
 
 def test_environment_keeps_every_start(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    run_directory.settle_config(tmp_path, tiny(), "aaa")
+    settle(tmp_path, tiny(), "aaa")
     run_directory.write_environment(tmp_path, "aaa", ["main", "--workdir=x"])
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "1")
     run_directory.write_environment(tmp_path, "aaa", ["main", "--workdir=y"])

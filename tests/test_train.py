@@ -16,7 +16,7 @@ import pytest
 import small_run
 from tensorboard.backend.event_processing import event_accumulator
 
-from qkjax import checkpoint, errors, evaluation, model, signals, train, writers
+from qkjax import checkpoint, errors, evaluation, model, run_directory, signals, train, writers
 from qkjax.config import Config
 from qkjax.data import pipeline
 
@@ -115,8 +115,7 @@ def test_a_finished_run_is_left_as_it_is(finished, capsys):
     assert train.train_and_evaluate(config, workdir) == summary
     assert "already complete at step 20" in capsys.readouterr().out
     after = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
-    changed = {path.name for path in after if after[path] != before.get(path)}
-    assert changed <= {"run.lock", "config.json", "environment.json"}
+    assert {path.name for path in after if after[path] != before.get(path)} <= {"run.lock"}
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -282,6 +281,64 @@ def test_a_longer_budget_may_be_allowed(datasets, finished, tmp_path):
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     changed = {change["field"] for change in environment["allowed_config_changes"]}
     assert changed == set(allowed)
+
+
+def everything(workdir: pathlib.Path) -> dict[str, bytes]:
+    """Every file that a start may write, but for the lock."""
+    names = [path for path in workdir.iterdir() if path.is_file() and path.name != "run.lock"]
+    return {path.name: path.read_bytes() for path in names}
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "message"),
+    [
+        (  # refused by nobody, and nothing is left to train with it
+            {"optimizer__learning_rate": 1.0}, "optimizer.learning_rate",
+            r"run: ended at step 20, nothing is left to train with another "
+            r"optimizer\.learning_rate\. Use another --workdir",
+        ),
+        ({"seed": 7}, "seed", "no checkpoint can go on with another seed"),
+        ({"model__d_ff": 64}, "model.d_ff", r"no checkpoint can go on with another model\.d_ff"),
+        # Only the checkpoint knows that its optimiser state has another tree.
+        (
+            {"optimizer__clip_norm": 0.0, "train__tokens": 24 * small_run.TOKENS_PER_STEP},
+            "all", "in the checkpoint and .* in this config",
+        ),
+    ],
+)  # fmt: skip
+def test_a_change_that_cannot_be_used_leaves_the_record_as_it_was(
+    datasets, finished, tmp_path, fields, field, message
+):
+    config, unbroken, _ = finished
+    workdir = shutil.copytree(unbroken, tmp_path / "run")
+    changed = arm_config(datasets, "muon_noqk_accumulated", eval__final_tokens=0, **fields)
+    names = tuple(run_directory.flatten(config.to_dict())) if field == "all" else (field,)
+    before = everything(workdir)
+    with pytest.raises(errors.UsageError, match=message):
+        train.train_and_evaluate(changed, workdir, allow_config_change=names)
+    assert everything(workdir) == before
+    assert train.train_and_evaluate(config, workdir)["step"] == small_run.STEPS
+
+
+def test_a_finished_run_goes_back_where_it_is_told_to(finished, tmp_path, capsys):
+    config, unbroken, summary = finished
+    workdir = shutil.copytree(unbroken, tmp_path / "run")
+    before = everything(workdir)
+    with pytest.raises(errors.UsageError, match=r"no checkpoint of step 7.*\[0, 18, 20\]"):
+        train.train_and_evaluate(config, workdir, restore_step=7)
+    assert everything(workdir) == before
+    for again in (1, 2):
+        capsys.readouterr()
+        found = train.train_and_evaluate(config, workdir, restore_step=18)
+        assert found["params_sha256"] == summary["params_sha256"]
+        printed = capsys.readouterr().out
+        assert "resumed after step 18" in printed
+        assert f"set aside  set-aside-20-{again} in" in printed
+        assert "leave --restore_step out of the next command" in printed
+        assert (workdir / "checkpoints" / f"set-aside-20-{again}").is_dir()
+    assert_same_run(unbroken, workdir, small_run.STEPS)
+    train.train_and_evaluate(config, workdir)
+    assert "already complete at step 20" in capsys.readouterr().out
 
 
 def test_seeds_differ_in_initial_values_and_in_data_order(datasets, finished, tmp_path):
