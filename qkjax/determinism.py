@@ -1,8 +1,9 @@
 """Is a run the same to the bit when it is repeated, and when it is resumed?
 
 Three runs, each a process of its own as users start them: `first`; `again`, the same command; and
-`resumed`, which goes on from a checkpoint of the first. What is compared is the sha256 of every
-leaf of the last checkpoint, which `qkjax.checkpoint` records.
+`resumed`, which goes on from a checkpoint of the first: in the middle of those that a finished run
+keeps between its start and its end (the latest alone, unless checkpoint.keep_all is set). What is
+compared is the sha256 of every leaf of the last checkpoint, which `qkjax.checkpoint` records.
 """
 
 import contextlib
@@ -12,10 +13,11 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qkjax import errors, run_directory
+from qkjax import errors, run_directory, signals
 from qkjax.config import Config
 
 FIRST, AGAIN, RESUMED = "first", "again", "resumed"
@@ -54,6 +56,7 @@ def check(
     Raises:
         UsageError: no checkpoint between the first and the last step; a run failed.
         StorageError: the disk failed.
+        Stopped: SIGTERM or SIGINT; the run under way has saved a checkpoint.
     """
     last = config.train.num_steps
     between = [step for step in config.checkpoint.steps if 0 < step < last]
@@ -62,9 +65,10 @@ def check(
             f"checkpoint.every_tokens: the run saves at {list(config.checkpoint.steps)} only, "
             "expected a step in between to resume from. Lower it."
         )
-    middle = between[len(between) // 2]
     for name in (FIRST, AGAIN):
         _train([*config_arguments, f"--workdir={workdir / name}"], report)
+    kept = sorted(step for step in _checkpoint_steps(workdir / FIRST) if 0 < step < last)
+    middle = kept[len(kept) // 2]
     _copy_up_to(workdir / FIRST, workdir / RESUMED, middle)
     _train([*config_arguments, f"--workdir={workdir / RESUMED}"], report)
     found = [_difference(workdir, name, last) for name in (AGAIN, RESUMED)]
@@ -87,17 +91,23 @@ def check(
 
 
 def _train(arguments: Sequence[str], report: Callable[[str], None]) -> None:
+    """Trains in a process of its own, which shows what it does and dies with this one."""
     report(f"python -m qkjax.main {' '.join(arguments)}")
-    done = subprocess.run(
-        [sys.executable, "-m", "qkjax.main", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode:
+    sys.stdout.flush()  # the child writes to the same place
+    command = [sys.executable, "-m", "qkjax.main", *arguments]
+    with signals.StopRequest() as stop, subprocess.Popen(command) as process:
+        while process.poll() is None:
+            if stop.signum is not None:
+                process.terminate()
+            time.sleep(0.1)
+    if stop.signum is not None:
+        raise signals.Stopped(
+            stop.signum, f"{arguments[-1]}: stopped. Run the same command again to go on."
+        )
+    if process.returncode:
         raise errors.UsageError(
-            f"{arguments[-1]}: the run ended with exit code {done.returncode}: "
-            f"{done.stdout.strip().splitlines()[-1]} Run the command above by itself."
+            f"{arguments[-1]}: the run ended with exit code {process.returncode}, its message "
+            "stands above. Mend that, then run the same command again."
         )
 
 
@@ -105,15 +115,15 @@ def _copy_up_to(source: pathlib.Path, target: pathlib.Path, step: int) -> None:
     """A copy of a finished run as a kill after the checkpoint of `step` would have left it."""
     if target.exists():
         return
-    later = [name for name in _checkpoint_names(source) if int(name) > step]
+    later = [str(other) for other in _checkpoint_steps(source) if other > step]
     part = target.with_name(f".{target.name}.part")  # what a killed check leaves is no run
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(source, part, ignore=shutil.ignore_patterns(*_LEFT_OUT, *later))
     part.rename(target)
 
 
-def _checkpoint_names(run: pathlib.Path) -> list[str]:
-    return [path.name for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+def _checkpoint_steps(run: pathlib.Path) -> list[int]:
+    return [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
 
 
 def _difference(workdir: pathlib.Path, name: str, last: int) -> Difference | None:

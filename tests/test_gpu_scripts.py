@@ -135,3 +135,15 @@ def test_the_check_of_determinism_comes_home_and_a_failed_part_stops_no_other(da
     assert "determinism, default\n" not in done.stderr
     outcome = json.loads((tmp_path / "out" / "determinism_default.json").read_text())
     assert outcome["equal"] and outcome["steps"] == 4
+
+
+def test_a_wrong_setting_is_named_before_the_first_benchmark(tmp_path):
+    done = script(
+        "gpu_benchmark.sh", "--platform=cpu", "--scale=tiny", f"--workdir={tmp_path / 'w'}",
+        f"--out={tmp_path / 'out'}", "--data=d", "--subjects=nonsense", "--determinism=defualt",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "ERROR: --determinism: defualt, expected default, deterministic or both.\n"
+    )
+    assert done.stdout == ""

@@ -2,14 +2,15 @@
 
   python tools/check_determinism.py --config=configs/muon_qk.py:tiny --workdir=runs/determinism
 
-Trains the config twice, and once more from a checkpoint in its middle; keep train.tokens small.
+Trains the config twice, and once more from a checkpoint on the way; keep train.tokens small. A run
+keeps its latest two checkpoints, so that is the last one before the end, unless
+--config.checkpoint.keep_all=true keeps one in the middle.
 Exit code 0 where all three end with the same parameters and optimiser state, 2 where they differ:
 the leaves are named, and determinism.json holds everything. On a GPU try it with and without
 XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 """
 
 import pathlib
-import sys
 
 from absl import flags
 
@@ -26,8 +27,7 @@ def main() -> None:
 
     from qkjax import determinism
 
-    given = [a for a in sys.argv[1:] if a.startswith(("--config", "--noconfig"))]
-    outcome = determinism.check(config, given, pathlib.Path(_WORKDIR.value))
+    outcome = determinism.check(config, config_flag.as_flags(), pathlib.Path(_WORKDIR.value))
     if not outcome["equal"]:
         raise errors.UsageError(
             f"{_WORKDIR.value}: the runs differ, see determinism.json there. On a GPU set "

@@ -25,6 +25,12 @@ case "$scale" in
   pilot) shape=full step=65536 ;;
   tiny) shape=tiny step=2048 ;;
 esac
+for setting in ${determinism//,/ }; do
+  case "$setting" in
+    default | deterministic) ;;
+    *) gpu_fail "--determinism: $setting, expected default, deterministic or both." ;;
+  esac
+done
 gpu_install
 mkdir -p "$out"
 
@@ -43,12 +49,10 @@ for subject in ${subjects//,/ }; do
 done
 
 for setting in ${determinism//,/ }; do
-  case "$setting" in
-    default) added="" ;;
-    deterministic) added=--xla_gpu_deterministic_ops=true ;;
-    *) gpu_fail "--determinism: $setting, expected default, deterministic or both." ;;
-  esac
-  if [ "$platform" = cpu ]; then added=""; fi # the flag is unknown to some CPU builds
+  added=""
+  if [ "$setting" = deterministic ] && [ "$platform" = gpu ]; then # unknown to some CPU builds
+    added=--xla_gpu_deterministic_ops=true
+  fi
   gpu_data true
   limited "determinism, $setting" env XLA_FLAGS="${XLA_FLAGS:-} $added" \
     "$PYTHON" tools/check_determinism.py --config=configs/muon_qk.py:"$scale" \
