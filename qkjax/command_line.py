@@ -42,7 +42,7 @@ def run(
     code = 1
     try:
         code = _run(main, parse, positionals, sys.argv)
-    except BaseException:  # an internal error, or --debug
+    except BaseException:  # an internal error
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -78,7 +78,7 @@ def _run(
         return _BROKEN_PIPE
     except (flags.Error, errors.QkjaxError, OSError, KeyboardInterrupt) as error:
         if _debug_wanted(argv):
-            raise
+            traceback.print_exc()
         code, text = _describe(error)
         print(f"ERROR: {text}", file=sys.stderr, flush=True)
         return code
