@@ -1,6 +1,7 @@
 """Text to dataset: the stream on disk, the hold-out, mixes, refusals, kills."""
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -561,6 +562,25 @@ def test_a_full_disk_is_exit_4_and_the_next_run_goes_on(tmp_path, corpus):
     )
     assert done.returncode == 4
     assert done.stderr.startswith(f"ERROR: {out}") and done.stderr.count("\n") == 1
+    assert {p.name for p in out.iterdir()} == {".prepare.lock", ".unfinished"}
+    _prepare(out, corpus)
+    check.check(out, progress=_quiet)
+
+
+def test_a_disk_that_is_full_at_the_very_end_does_not_block_the_directory(
+    tmp_path, corpus, monkeypatch
+):
+    out, dump = tmp_path / "out", json.dump
+
+    def full(content, file, **options):
+        dump(content, file, **options)
+        if "dataset.json" in file.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dump", full)
+        with pytest.raises(OSError, match="No space left"):
+            _prepare(out, corpus)
     assert {p.name for p in out.iterdir()} == {".prepare.lock", ".unfinished"}
     _prepare(out, corpus)
     check.check(out, progress=_quiet)

@@ -134,7 +134,7 @@ def test_what_another_command_left_is_not_used(mix, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "RECORDS_PER_SHARD", 128)
     out = tmp_path / "data"
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.Job, "_overlap", lambda *arguments: 1 / 0)  # all but finished
+        patch.setattr(prepare.Job, "_train", lambda *arguments: 1 / 0)  # no training shard yet
         for changes in ({"weights": (0.5, 0.5)}, {"sequence_length": 32}):
             with pytest.raises(ZeroDivisionError):
                 prepare.prepare(dataclasses.replace(wanted, **changes), out, progress=_quiet)
@@ -145,6 +145,26 @@ def test_what_another_command_left_is_not_used(mix, tmp_path, monkeypatch):
             prepare.prepare(wanted, out, progress=_quiet)
     assert [path.name for path in (out / ".unfinished").iterdir()] == ["tokenizer.json"]
     prepare.prepare(wanted, out, progress=_quiet)
+    assert _files(out) == _files(unbroken)
+
+
+def test_finished_shards_of_another_command_are_not_thrown_away(mix, tmp_path, monkeypatch):
+    wanted, unbroken = mix
+    monkeypatch.setattr(shards, "RECORDS_PER_SHARD", 128)
+    out = tmp_path / "data"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Job, "_overlap", lambda *arguments: 1 / 0)  # all but finished
+        with pytest.raises(ZeroDivisionError):
+            prepare.prepare(wanted, out, progress=_quiet)
+    kept = _files(out / ".unfinished")
+    assert len(kept) > 6
+    other = dataclasses.replace(wanted, weights=(0.5, 0.5))
+    with pytest.raises(errors.UsageError, match=r"unfinished: has \d+ finished training shards of"):
+        prepare.prepare(other, out, progress=_quiet)
+    assert _files(out / ".unfinished") == kept
+    lines = []
+    prepare.prepare(wanted, out, progress=lines.append)
+    assert any("going on behind" in line for line in lines)
     assert _files(out) == _files(unbroken)
 
 

@@ -2,7 +2,7 @@
 
 journal.json lies in the hidden work folder and is replaced whole after the tokenizer, after the
 validation split and after every training shard. A journal of another request, of other text or of
-another version counts as none.
+another version is of no use; it is refused where training shards would be lost with it.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qkjax import errors
 from qkjax.data import manifest as manifest_lib
 
 FILE_NAME = "journal.json"
@@ -24,12 +25,25 @@ def identity(description: dict[str, Any]) -> str:
 
 
 def load(work: Path, wanted: str) -> dict[str, Any] | None:
-    """The journal of the preparation with the identity `wanted`; None where there is none."""
+    """The journal of the preparation with the identity `wanted`; None where there is none.
+
+    Raises:
+        UsageError: it is of another preparation, which has finished training shards.
+    """
     try:
         content = json.loads((work / FILE_NAME).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    return content if isinstance(content, dict) and content.get("identity") == wanted else None
+    if not isinstance(content, dict) or content.get("identity") == wanted:
+        return content if isinstance(content, dict) else None
+    finished = len(content.get("train", {}).get("writer", {}).get("shards", []))
+    if finished:
+        raise errors.UsageError(
+            f"{work}: has {finished} finished training shards of another command, of other text "
+            "or of another version of tokenizers. Run that command again to have them used, "
+            f"remove {work} to drop them, or name another --out."
+        )
+    return None
 
 
 def save(work: Path, content: dict[str, Any]) -> None:

@@ -49,11 +49,12 @@ def prepare(
                 work = staging.begin(folder)
                 try:
                     job = Job(request, opened, tokenizer, work, progress)
-                    manifest = job.run(folder.resolve().name, workers)
-                    staging.publish(folder, manifest)
-                except errors.UsageError:
-                    staging.discard(folder)  # what is kept is of use to the same command only
-                    raise
+                    try:
+                        manifest = job.run(folder.resolve().name, workers)
+                        staging.publish(folder, manifest)
+                    except errors.UsageError:
+                        staging.discard(folder)  # what is kept is of use to the same command only
+                        raise
                 finally:
                     if not (work / journal.FILE_NAME).exists():
                         staging.discard(folder)

@@ -88,8 +88,11 @@ def publish(directory: Path, manifest: manifest_lib.Manifest) -> None:
     try:
         for name in names:
             os.replace(work / name, directory / name)
+        # What a failed write leaves must not lie among the user's files.
+        manifest_lib.write(manifest, work)
         manifest_lib.sync_directory(directory)
-        manifest_lib.write(manifest, directory)
+        os.replace(work / manifest_lib.FILE_NAME, directory / manifest_lib.FILE_NAME)
+        manifest_lib.sync_directory(directory)
     except BaseException:
         if not (directory / manifest_lib.FILE_NAME).exists():
             _take_back(directory, names)
