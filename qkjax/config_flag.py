@@ -1,6 +1,8 @@
 """`--config=FILE.py[:words]` and its `--config.FIELD=VALUE` overrides, with errors for people."""
 
 import importlib.util
+import itertools
+import math
 import pathlib
 import re
 import sys
@@ -13,8 +15,8 @@ from ml_collections import config_flags
 
 from qkjax import config, errors, presets
 
-_EXPONENT = re.compile(r"(--config\.[\w.]+=)(\d+(?:\.\d*)?[eE]\+?\d+)")
-_OVERRIDE = re.compile(r"--(?:no)?config\.([\w.]+)")
+_EXPONENT = re.compile(r"(--?config\.[\w.]+=)(\d+(?:\.\d*)?[eE]\+?\d+)")
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)")  # absl takes one dash as well
 
 
 def define(example: str = "configs/muon_noqk.py:tiny,seed") -> flags.FlagHolder:
@@ -64,7 +66,7 @@ def parse(argv: list[str]) -> list[str]:
     if path and not pathlib.Path(path).is_file():
         raise _no_file(path)
     try:
-        return flags.FLAGS([_EXPONENT.sub(_integral, argument) for argument in argv])
+        return flags.FLAGS([_integral(argument) for argument in argv])
     except (flags.Error, errors.QkjaxError):
         raise
     except Exception as error:  # whatever a config file may raise
@@ -79,9 +81,10 @@ def _no_file(path: str) -> errors.UsageError:
     )
 
 
-def _integral(match: re.Match[str]) -> str:
-    value = float(match[2])
-    return f"{match[1]}{int(value)}" if value.is_integer() else match[0]
+def _integral(argument: str) -> str:
+    match = _EXPONENT.fullmatch(argument)
+    value = float(match[2]) if match else math.nan
+    return f"{match[1]}{int(value)}" if match and value.is_integer() else argument
 
 
 def _config_path(argv: list[str]) -> str:
@@ -89,7 +92,12 @@ def _config_path(argv: list[str]) -> str:
 
 
 def _given(argv: list[str]) -> str:
-    return next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
+    """The value of --config, which absl also takes behind a space."""
+    for argument, following in itertools.pairwise([*argv, ""]):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            return value if equals else following
+    return ""
 
 
 def _explain(error: Exception, argv: list[str]) -> errors.UsageError:
