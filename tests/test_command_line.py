@@ -1,5 +1,6 @@
 """`python -m qkjax.main` with mistakes: one line that helps, the right exit code, no jax."""
 
+import json
 import os
 import pathlib
 import re
@@ -85,6 +86,18 @@ MISTAKES = {
         (CONFIG, "--config.recipe=seed"),
         "--config.recipe: an override would only relabel the run. Write the word after",
     ),
+    "recipe by override, one dash": (
+        (CONFIG, "-config.scale=full"),
+        "--config.scale: an override would only relabel the run. Write the word after",
+    ),
+    "missing file behind a space": (
+        ("--config", "configs/muon_qknorm.py:tiny"),
+        "--config: no file configs/muon_qknorm.py. Configs here: configs/adamw_noqk.py",
+    ),
+    "no get_config behind a space": (
+        ("-config", "{tmp}/empty.py"),
+        "{tmp}/empty.py: no function get_config. A config file defines",
+    ),
     "unknown flag": ((CONFIG, "--wrokdir=x"), "Unknown command line flag 'wrokdir'. Did you mean"),
     "no config": (("--workdir=x",), "--config: missing. Pass a config file"),
     "no workdir": ((CONFIG,), "--workdir: missing. Name the run directory"),
@@ -119,9 +132,10 @@ def test_help_names_every_flag(call):
 
 def test_debug_shows_the_traceback(call):
     done = call(CONFIG, "--config.muon.scale=big", "--workdir=x", "--debug")
-    assert done.returncode != 0
+    assert done.returncode == 2  # the code is a contract, --debug or not
     assert "Traceback (most recent call last)" in done.stderr
     assert "UsageError: config: muon.scale is 'big'" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("ERROR: config: muon.scale is 'big'")
 
 
 def test_integers_may_have_an_exponent(call):
@@ -134,6 +148,8 @@ def test_integers_may_have_an_exponent(call):
     assert "train.tokens_per_step is 1000000, it must be a multiple of" in done.stderr
     assert "optimizer.warmup_fraction is 0.9, it must be at most 1 - " in done.stderr
     assert "muon.granularity is 'merged'" in done.stderr
+    done = call(CONFIG, "--config.data.dir=8e12ab", "--print_config")  # not a number
+    assert json.loads(done.stdout)["data"]["dir"] == "8e12ab"
 
 
 def test_value_after_a_space_is_read_too(call):
