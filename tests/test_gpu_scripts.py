@@ -10,8 +10,10 @@ import zipfile
 
 import pytest
 import small_run
+from absl import flags
+from ml_collections import config_flags
 
-from qkjax.study import results
+from qkjax.study import plan, results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OVERRIDES = (
@@ -23,8 +25,10 @@ OVERRIDES = (
 )  # fmt: skip
 
 
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": sys.executable}
+def script(
+    name: str, *arguments: str, python: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": python}
     return subprocess.run(
         ["bash", f"tools/{name}", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True,
@@ -49,13 +53,51 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return small_run.make_dataset(tmp_path_factory.mktemp("gpu") / "data")
 
 
+def planned(
+    part: str, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[pathlib.Path, plan.Plan, list[plan.Step]]:
+    """Study directory, plan and selected steps of a part, with a stand-in for its interpreter."""
+    stand_in, calls = folder / "python", folder / f"calls_{part}"
+    record = f"printf '%s\\n' \"$@\" > {calls}"
+    stand_in.write_text(f"#!/bin/sh\n[ $1 != tools/run_study.py ] || {record}\n")
+    stand_in.chmod(0o755)
+    done = script(
+        "gpu_pilot.sh", f"--part={part}", "--data=d", f"--workdir={folder / 'pilot'}",
+        f"--out={folder / 'out'}", python=str(stand_in),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    flags.DEFINE_list("only", [], "", flag_values=values)
+    flags.DEFINE_string("workdir", "", "", flag_values=values)
+    monkeypatch.setattr(sys, "argv", calls.read_text().splitlines())
+    values(sys.argv)
+    study = plan.make_plan(values.config)
+    return pathlib.Path(values.workdir), study, study.select(values.only)
+
+
+def test_the_parts_of_a_study_train_every_run_of_its_plan(tmp_path, monkeypatch):
+    """A seed that lacks an arm of the plan enters no contrast: nothing would be decided."""
+    monkeypatch.chdir(ROOT)
+    plans: dict[pathlib.Path, set[str]] = {}
+    trained: dict[pathlib.Path, set[str]] = {}
+    for part in "abcdefg":
+        directory, study, steps = planned(part, tmp_path, monkeypatch)
+        runs = {step.name for step in study.steps if step.kind == plan.RUN}
+        assert plans.setdefault(directory, runs) == runs
+        trained.setdefault(directory, set()).update(step.name for step in steps)
+    assert trained == plans
+    assert {directory.name: len(runs) for directory, runs in plans.items()} == {
+        "seed_65536": 12, "seed_65536_controls": 20, "fixed": 16, "fixed_merged": 4, "seed_4096": 4
+    }  # fmt: skip
+
+
 def pilot(folder: pathlib.Path, tokens: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Part f, Muon on merged matrices, which is two small runs here."""
+    """Part f, Muon on separate and merged matrices, which is four small runs here."""
     return script(
         "gpu_pilot.sh", "--part=f", "--platform=cpu", "--scale=tiny",
         f"--workdir={folder / 'pilot'}", f"--out={folder / 'out'}", *arguments,
         "--", f"--config.tokens={tokens}", f"--config.overrides={OVERRIDES!r}",
-        "--config.controls=muon_noqk_merged",
     )  # fmt: skip
 
 
@@ -66,12 +108,13 @@ def test_a_part_of_the_pilot_runs_and_comes_home(data, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "pilot" / "site" / "carried_along.py").is_file()
     archives = sorted((tmp_path / "out").iterdir())
-    assert [path.name for path in archives] == ["fixed-0.tar.gz"]
+    assert [path.name for path in archives] == ["fixed_merged-0.tar.gz"]
     with tarfile.open(archives[0]) as archive:
         assert {"report/index.html", "report/results.csv"} <= set(archive.getnames())
         archive.extractall(tmp_path / "home", filter="data")
     study = results.load_study(tmp_path / "home")
-    assert sorted(study.runs) == [("muon_noqk_merged", 42), ("muon_noqk_merged", 137)]
+    arms = ("muon_noqk", "muon_noqk_merged")
+    assert sorted(study.runs) == [(arm, seed) for arm in arms for seed in (42, 137)]
     assert all(run.summary["step"] == 5 for run in study.runs.values())
     checkpoints = tmp_path / "home" / "runs" / "muon_noqk_merged" / "seed_42" / "checkpoints"
     assert {path.name for path in checkpoints.rglob("*") if path.is_file()} == {"metadata"}
@@ -81,11 +124,11 @@ def test_the_time_limit_is_kept_and_leaves_what_is_there(data, tmp_path):
     done = pilot(tmp_path, 10**9, f"--data={data}", "--minutes=1")
     assert done.returncode == 143, done.stdout + done.stderr
     assert "stopped by the limit of 1 minutes" in done.stdout
-    run = tmp_path / "pilot" / "fixed" / "runs" / "muon_noqk_merged" / "seed_42"
+    run = tmp_path / "pilot" / "fixed_merged" / "runs" / "muon_noqk" / "seed_42"
     saved = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
     assert saved[0] == 0 and saved[-1] > 0  # where it was stopped
-    with tarfile.open(tmp_path / "out" / "fixed-0.tar.gz") as archive:
-        assert "runs/muon_noqk_merged/seed_42/metrics.jsonl" in archive.getnames()
+    with tarfile.open(tmp_path / "out" / "fixed_merged-0.tar.gz") as archive:
+        assert "runs/muon_noqk/seed_42/metrics.jsonl" in archive.getnames()
 
 
 @pytest.mark.parametrize(

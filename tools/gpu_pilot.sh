@@ -8,11 +8,11 @@
 #
 # Text is prepared as --source, --weight and --tokenizer say (as of prepare_data.py), or
 # --data=DIR is a prepared dataset. --part: one of
-#   a, b  recipe seed at 65,536 tokens a step: the four arms, one seed (a: step 0 of these runs)
-#   c     their controls: gamma frozen, undecayed, decayed
+#   a, b  recipe seed at 65,536 tokens a step: the four arms, one seed (a is b, for its first steps)
+#   c     the same with the controls (gamma frozen, undecayed, decayed), two seeds, by itself
 #   d     a second and a third seed of b
 #   e     recipe fixed: the four arms, frozen, decayed, two seeds
-#   f     Muon on merged Q, K, V, O matrices, recipe fixed, two seeds
+#   f     recipe fixed: Muon on separate and on merged Q, K, V, O matrices, two seeds
 #   g     recipe seed at its own 4,096 tokens a step, one seed: AdamW+QK with gamma decayed and
 #         undecayed, both Muon arms
 # The same command again goes on where the time limit stopped it. Results, without checkpoints, are
@@ -27,30 +27,33 @@ wheels="" part="" minutes=9 workdir="" out="" data="" tokenizer="" platform=gpu 
 sources=() rest=()
 gpu_parse "$@"
 
-only=""
-runs() { # SEED ARM...: as names of the plan's steps, in this order
-  local seed="$1" arm
-  for arm in "${@:2}"; do only+="${only:+,}runs/$arm/seed_$seed"; done
-}
-four=(adamw_qk adamw_noqk muon_noqk muon_qk)
+# Every study is planned with exactly the arms and seeds that its parts train: a seed that lacks an
+# arm of the plan enters no contrast.
+recipe=seed end_of_text=false seeds='(42,137)' overrides='("train.tokens_per_step=65536",)' only=run
+arms=adamw_qk,adamw_noqk,muon_qk,muon_noqk controls='()'
 case "$part" in
-  a | b | c | d)
-    study=seed_65536 recipe=seed end_of_text=false seeds='(42,137,43)'
-    overrides='("train.tokens_per_step=65536",)'
+  a | b) study=seed_65536 seeds='(42,137,43)' only='runs/*/seed_42' ;;
+  c)
+    study=seed_65536_controls
+    controls=adamw_qk_frozen,adamw_qk_undecayed,adamw_qk_decayed
+    controls+=,muon_qk_frozen,muon_qk_undecayed,muon_qk_decayed
     ;;
-  e | f) study=fixed recipe=fixed end_of_text=true seeds='(42,137)' overrides='()' ;;
-  g) study=seed_4096 recipe=seed end_of_text=false seeds='(42,)' overrides='()' ;;
+  d) study=seed_65536 seeds='(42,137,43)' only='runs/*/seed_137,runs/*/seed_43' ;;
+  e)
+    study=fixed recipe=fixed end_of_text=true overrides='()'
+    controls=adamw_qk_frozen,adamw_qk_decayed,muon_qk_frozen,muon_qk_decayed
+    ;;
+  f)
+    study=fixed_merged recipe=fixed end_of_text=true overrides='()'
+    arms=muon_noqk controls=muon_noqk_merged
+    ;;
+  g)
+    study=seed_4096 seeds='(42,)' overrides='()'
+    arms=adamw_qk,muon_qk,muon_noqk controls=adamw_qk_undecayed
+    ;;
   *) gpu_fail "--part: ${part:-missing}, expected one of a to g." ;;
 esac
-case "$part" in
-  a | b) runs 42 "${four[@]}" ;;
-  c) runs 42 {adamw,muon}_qk_{frozen,undecayed,decayed} ;;
-  d) runs 137 "${four[@]}" && runs 43 "${four[@]}" ;;
-  e) for seed in 42 137; do runs $seed "${four[@]}" {adamw,muon}_qk_{frozen,decayed}; done ;;
-  f) for seed in 42 137; do runs $seed muon_noqk_merged; done ;;
-  g) runs 42 adamw_qk adamw_qk_undecayed muon_qk muon_noqk ;;
-esac
-study="$workdir/$study" # one study for every setting, so that its parts share a directory
+study="$workdir/$study"
 
 gpu_install
 gpu_data "$end_of_text"
@@ -59,7 +62,8 @@ left="$(gpu_seconds_left 40)" # without what packing may take
 status=0
 timeout --preserve-status --signal=TERM --kill-after=30 "$left" \
   "$PYTHON" tools/run_study.py --config=configs/study.py:"$scale,$recipe" \
-  --config.data_dir="$data" --config.seeds="$seeds" --config.overrides="$overrides" \
+  --config.data_dir="$data" --config.arms="$arms" --config.controls="$controls" \
+  --config.optional_controls='()' --config.seeds="$seeds" --config.overrides="$overrides" \
   --config.sweep.tokens=0 --config.export=false --only="$only" --workdir="$study" "${rest[@]}" ||
   status=$?
 "$PYTHON" tools/make_report.py --workdir="$study" || echo "no report: see above" >&2
