@@ -90,7 +90,8 @@ def write(
         "controls": [arm for arm in arms if arm not in ARMS],
         "parents": {arm: "_".join(arm.split("_")[:2]) for arm in arms if arm not in ARMS},
         "seeds": list(seeds), "tuning_seed": 7, "sweep": None, "steps": [],
-        "fingerprint": FINGERPRINT,
+        "tokens": make_config(ARMS[0], seeds[0], scale, recipe, **(fields or {})).train.tokens,
+        "overrides": [], "fingerprint": FINGERPRINT,
     }  # fmt: skip
     run_directory.write_json(directory / "study.json", plan)
     random = np.random.default_rng(random_seed)

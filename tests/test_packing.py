@@ -43,6 +43,21 @@ def test_unpacked_archives_are_the_study_that_the_report_reads(study, tmp_path):
         assert copy.runs[key].rows == run.rows
 
 
+def test_scores_notes_and_earlier_plans_come_home_too(study, tmp_path):
+    synthetic_study.write_downstream(study, {"muon_qk": 0.3, "adamw_qk": 0.3}, seeds=(42, 43))
+    note = {"status": "skipped", "detail": "no data"}
+    for name in ("logs/downstream/muon_noqk/seed_42.json", "dataset.json", "study.1.json"):
+        run_directory.write_json(study / name, note)
+    home = unpack(packing.pack(study, tmp_path / "packed"), tmp_path / "home")
+    for folder in ("downstream", "logs"):
+        files = [path for path in (study / folder).rglob("*.json*") if path.is_file()]
+        assert files
+        for path in files:
+            assert (home / path.relative_to(study)).read_bytes() == path.read_bytes()
+    assert (home / "dataset.json").exists() and (home / "study.1.json").exists()
+    assert len(results.load_study(home).items) == 4
+
+
 def test_spectra_are_float16_where_that_is_harmless(study, tmp_path):
     path = study / "runs" / "adamw_qk" / "seed_42" / "spectra" / "final.npz"
     with np.load(path) as loaded:

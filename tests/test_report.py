@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,11 @@ def write(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
 def sections(study: pathlib.Path) -> dict[str, str]:
     """Makes the report; by section what its page says."""
     return Page(report.make_report(study)).sections
+
+
+def change_plan(study: pathlib.Path, **fields: Any) -> None:
+    plan = json.loads((study / "study.json").read_text())
+    (study / "study.json").write_text(json.dumps({**plan, **fields}))
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
@@ -266,7 +272,7 @@ def test_a_deleted_seed(write: Callable[..., pathlib.Path]):
     study = write()
     shutil.rmtree(study / "runs" / "muon_noqk" / "seed_43")
     page = sections(study)
-    assert "The verdicts are about scale tiny alone" in page["verdicts"]
+    assert "The verdicts are about scale tiny at 0.4M tokens a run alone" in page["verdicts"]
     assert "7 of 8 runs are finished" in page["verdicts"]
     assert "enter the contrasts: 42." in page["verdicts"] and "no replication" in page["verdicts"]
     assert "one seed (42)" in page["warnings"]
@@ -287,6 +293,12 @@ def test_a_diverged_arm(write: Callable[..., pathlib.Path]):
     assert "AdamW, no QK (×: diverged)" in page["loss"]
     assert "diverged at step 61" in page["record"]
     assert "AdamW, no QK-Norm (diverged)" in page["keys"]
+    assert "halves" not in page["loss"]  # no sound run: there are none
+
+
+def test_a_mean_of_fewer_halves_says_so(write: Callable[..., pathlib.Path]):
+    page = sections(write(diverged={("adamw_noqk", 42): 60}))
+    assert page["loss"].count("mean of 2 (halves: of 1)") == 1
 
 
 def test_keys_that_are_all_zero(write: Callable[..., pathlib.Path]):
@@ -357,18 +369,104 @@ def test_what_the_executor_noted_is_said(write: Callable[..., pathlib.Path]):
     study = write(missing=[("muon_qk", 42)])
     for step, note in (
         ("runs/muon_qk/seed_42", {"status": "failed", "detail": "exit 4: disk full"}),
-        ("downstream/adamw_qk/seed_42", {"status": "skipped", "detail": "no data"}),
+        ("downstream/adamw_qk/seed_42", {"status": "skipped", "detail": "its run diverged"}),
+        ("downstream/muon_noqk/seed_43", {"status": "failed", "detail": "exit 1: no such item"}),
     ):
         path = study / "logs" / f"{step}.json"
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(note))
     plan = json.loads((study / "study.json").read_text())
     plan["left_out"] = {"adamw_qk_decayed": "adamw_qk"}
     (study / "study.json").write_text(json.dumps(plan))
     page = sections(study)
     assert "seed 42: not started (failed: exit 4: disk full)" in page["missing"]
-    assert "downstream scores: of every run (skipped: no data)" in page["missing"]
+    assert "AdamW + QK-Norm, seed 43" in page["missing"]  # has no scores; seed 42 will have none
+    assert "Skipped of AdamW + QK-Norm, seed 42: its run diverged." in page["downstream"]
+    assert (
+        "downstream scores of Muon, no QK-Norm, seed 43 (failed: exit 1: no such item)"
+        in page["missing"]
+    )
     assert "Left out of the plan: AdamW + QK-Norm, γ decayed (trains the same as" in page["record"]
+
+
+def test_scores_that_nobody_asked_for_are_not_missing(write: Callable[..., pathlib.Path]):
+    study = write()
+    change_plan(study, downstream="none")
+    page = sections(study)
+    assert "downstream" not in page["missing"]
+    assert "Not part of this study" in page["downstream"]
+    synthetic_study.write_downstream(study, {"muon_noqk": 0.3}, seeds=SEEDS, items=20)
+    page = sections(study)  # asked for later
+    assert "downstream scores of AdamW + QK-Norm, seeds 42 and 43" in page["missing"]
+
+
+def test_a_plan_that_was_changed_is_said(write: Callable[..., pathlib.Path]):
+    study = write()
+    plan = json.loads((study / "study.json").read_text())
+    earlier = {**plan, "seeds": [42], "sweep": {"tokens": 100_000}}
+    (study / "study.1.json").write_text(json.dumps(earlier))
+    (study / "study.2.json").write_text(json.dumps({**plan, "fingerprint": "f" * 64}))
+    page = sections(study)
+    assert "study.1.json has seeds 42; other sweep; error rates hold only" in page["warnings"]
+    assert "study.2.json" not in page["warnings"]  # the same arms, seeds and budgets
+
+
+def test_settings_that_runs_do_not_share_are_said(write: Callable[..., pathlib.Path]):
+    study = write()
+    assert "have different values" not in sections(study)["warnings"]
+    path = study / "runs" / "muon_qk" / "seed_43" / "config.json"
+    values = json.loads(path.read_text())
+    values["model"] |= {"dtype": "bfloat16", "unroll": 2}
+    values["muon"]["dtype"] = "bfloat16"
+    path.write_text(json.dumps(values))
+    page = sections(study)["warnings"]
+    for field in ("model.dtype", "muon.dtype"):
+        assert f"runs of one comparison have different values of {field} (float32: " in page
+    assert page.count("; bfloat16: muon_qk seed 43)") == 2
+    assert "qk_norm" not in page and "unroll" not in page
+
+
+def test_tables_and_curves_of_other_tokens_say_so(tmp_path: pathlib.Path):
+    arms = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
+    fields = {"train__tokens": 1_000_000}
+    synthetic_study.write(tmp_path, arms, seeds=(42,), scale="pilot", fields=fields)
+    page = sections(tmp_path)
+    for section in ("end", "loss", "keys"):
+        assert (
+            "Tables give the pass over all of the validation split after the last step, curves "
+            "the evaluations of the first 1,048,576 tokens: their ends differ."
+        ) in page[section]
+
+
+def test_what_decides_beside_the_intervals(write: Callable[..., pathlib.Path]):
+    """Holm's correction is shown where it has a say; one of a unit is not plural."""
+    study = write(synthetic_study.arms(32, adamw_qk={PR: 26.0}, muon_qk={PR: 26.0}))
+    report.make_report(study)
+    page = Page(study / "report" / "index.html").sections["verdicts"]
+    text = (study / "report" / "report.md").read_text().replace("\\", "")
+    judged = report_data.load(study).judgement
+    assert judged.verdict("H1").status == "refuted" and not judged.verdict("H1").holm_rejected
+    for said in (page, text):
+        assert "Holm over H1–H4 at 0.025: not asked, refuted takes the interval as it is" in said
+    assert "1 points" not in page and "SESOI1 point" in page
+    assert "divergences" not in page and "Every run finished." in page
+
+
+@pytest.mark.parametrize(
+    ("clauses", "status", "rejected", "words"),
+    [
+        (("supported", "supported"), "supported", True, "Holm over H1–H4 at 0.025: agrees"),
+        (("supported", "supported"), "inconclusive", False, "0.025: does not agree"),
+        (("supported", "refuted"), "refuted", True, "not asked, refuted takes the interval"),
+        (("supported", "inconclusive"), "inconclusive", True, "not asked, a clause is undecided"),
+        (("supported", "supported"), "supported", None, ""),  # H5
+    ],
+)
+def test_holm_is_shown_where_it_has_a_say(clauses, status, rejected, words):
+    kept = [types.SimpleNamespace(status=clause) for clause in clauses]
+    verdict = types.SimpleNamespace(clauses=kept, status=status, holm_rejected=rejected)
+    said = report_verdicts.holm(verdict)
+    assert words in said and bool(words) == bool(said)
 
 
 def test_a_study_without_sweep_spectra_and_scores_says_so(write: Callable[..., pathlib.Path]):
@@ -485,14 +583,15 @@ def test_deviations_are_those_of_the_readme():
     [
         ("tiny", "fixed", "Heads here have 32 dimensions", False),
         ("pilot", "fixed", "for orientation, not as a replication", True),
-        ("pilot", "seed", "runs the original's recipe at its batch size", True),
+        ("pilot", "seed", "the same setting but for the deviations below", True),
+        ("full", "seed", "for orientation, not as a replication", True),
     ],
 )
 def test_the_originals_numbers_are_marked_as_what_they_are(
     tmp_path: pathlib.Path, scale: str, recipe: str, words: str, numbers: bool
 ):
     arms = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
-    options = {"fields": {"train__tokens": 1_100_000}} if scale == "pilot" else {}
+    options = {"fields": {"train__tokens": 1_100_000}} if scale != "tiny" else {}
     synthetic_study.write(tmp_path, arms, seeds=(42,), scale=scale, recipe=recipe, **options)
     section = report_record.comparison(report_data.load(tmp_path))
     text, table, _ = section.blocks
@@ -508,15 +607,23 @@ def test_the_originals_numbers_are_marked_as_what_they_are(
 
 
 @pytest.mark.parametrize(
-    ("scale", "words"),
-    [("pilot", "about scale pilot alone: they do not answer"), ("full", "the study's own scale")],
+    ("scale", "plan", "words"),
+    [
+        ("pilot", {}, "about scale pilot at 25M tokens a run alone: they do not answer"),
+        ("full", {}, "the study's own scale"),
+        ("full", {"overrides": ["model.unroll=22"]}, "the study's own scale"),
+        ("full", {"quick": True, "tokens": 150_000_000}, "full at 150M tokens a run alone"),
+        ("full", {"tokens": 50_000_000}, "about scale full at 50M tokens a run alone: they do not"),
+        ("full", {"overrides": ["model.num_layers=4"]}, "with model.num_layers=4 alone: they do"),
+    ],
 )
 def test_the_page_says_first_what_its_verdicts_are_about(
-    tmp_path: pathlib.Path, scale: str, words: str
+    tmp_path: pathlib.Path, scale: str, plan: dict, words: str
 ):
     arms = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
     every = [("muon_noqk", 42)]  # a study that has not begun says so too
     synthetic_study.write(tmp_path, arms, seeds=(42,), scale=scale, missing=every)
+    change_plan(tmp_path, **plan)
     section = report_verdicts.verdicts(report_data.load(tmp_path))
     before = section.blocks[: [type(block) for block in section.blocks].index(Table)]
     assert any(words in getattr(block, "text", "") for block in before)

@@ -11,8 +11,16 @@ import pytest
 import synthetic_study
 from synthetic_study import AA, LOGIT, LOSS, PR, PR_BEFORE
 
-from qkjax import config
-from qkjax.study import clauses, judgement, results, verdicts
+from qkjax import config, probes
+from qkjax.study import (
+    clauses,
+    hypotheses,
+    judgement,
+    results,
+    stability,
+    statistics,
+    verdicts,
+)
 
 SUPPORTED, REFUTED, INCONCLUSIVE = "supported", "refuted", "inconclusive"
 # Long enough for H3: evaluations at steps 244 and 381, the end at 610.
@@ -78,13 +86,41 @@ def test_superiority(estimate: float, interval: tuple, status: str, words: str):
 
 
 @pytest.mark.parametrize(
-    ("interval", "status"),
-    [((-0.1, 0.0099), SUPPORTED), ((0.0101, 0.1), REFUTED), ((-0.1, 0.01), INCONCLUSIVE),
-     ((0.01, 0.1), INCONCLUSIVE), ((-0.1, 0.1), INCONCLUSIVE)],
-)  # fmt: skip
-def test_non_inferiority(interval: tuple, status: str):
+    ("interval", "status", "words"),
+    [
+        ((-0.9, -0.1), SUPPORTED, "better, and so not worse by the margin"),
+        ((-0.1, 0.0099), SUPPORTED, "not worse by the margin of 0.01"),
+        ((0.001, 0.0099), SUPPORTED, "worse, by less than the margin of 0.01"),
+        ((0.0101, 0.1), REFUTED, "worse by more than the margin of 0.01"),
+        ((-0.1, 0.01), INCONCLUSIVE, "the interval holds the margin of 0.01"),
+        ((0.01, 0.1), INCONCLUSIVE, "the interval holds the margin of 0.01"),
+        ((-0.1, 0.1), INCONCLUSIVE, "the interval holds the margin of 0.01"),
+    ],
+)
+def test_non_inferiority(interval: tuple, status: str, words: str):
     middle = sum(interval) / 2
-    assert clauses.decide(middle, interval, 0.01, judgement.NON_INFERIORITY)[0] == status
+    found = clauses.decide(middle, interval, 0.01, judgement.NON_INFERIORITY)
+    assert found == (status, words)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "sesoi", "kind", "distance", "outcome"),
+    [
+        (5.0, 3.2, judgement.SUPERIORITY, 5.0, SUPPORTED),
+        (3.0, 3.2, judgement.SUPERIORITY, 0.2, REFUTED),
+        (-1.0, 0.0, judgement.SUPERIORITY, 1.0, REFUTED),
+        (-0.02, 0.01, judgement.NON_INFERIORITY, 0.03, SUPPORTED),
+        (0.045, 0.01, judgement.NON_INFERIORITY, 0.035, REFUTED),
+    ],
+)
+def test_what_more_seeds_would_decide(
+    estimate: float, sesoi: float, kind: str, distance: float, outcome: str
+):
+    """The interval that is needed, and the verdict that it would give were the estimate true."""
+    found, words = clauses._were_it_true(estimate, sesoi, kind)
+    assert found == pytest.approx(distance) and words == outcome
+    half = 0.999 * distance
+    assert clauses.decide(estimate, (estimate - half, estimate + half), sesoi, kind)[0] == outcome
 
 
 # --------------------------------------------------------------------------------------------
@@ -158,7 +194,9 @@ def test_noisy_study_says_how_many_seeds_it_needs(judge: Judge):
     found = clause(judged, "H1 post-RoPE")
     assert judged.verdict("H1").status == found.status == INCONCLUSIVE
     assert found.pooled[0] < 0 < 3.2 < found.pooled[1]
-    assert found.seeds_needed > 3 and f"{found.seeds_needed} seeds needed" in found.reason
+    outcome = SUPPORTED if found.estimate >= 3.2 else REFUTED
+    assert found.seeds_needed > 3
+    assert f"{found.seeds_needed} seeds would decide it, as {outcome}, were" in found.reason
 
 
 def test_one_seed_is_no_replication(judge: Judge):
@@ -168,7 +206,9 @@ def test_one_seed_is_no_replication(judge: Judge):
         assert "no replication" in verdict.reason
     found = clause(judged, "H1 post-RoPE")
     assert found.estimate == found.per_seed[42] and found.pooled is None and found.p is None
-    assert clause(judged, "H4 finishes").status == SUPPORTED  # a rule needs no interval
+    finishes = clause(judged, "H4 finishes")  # a rule needs no interval
+    assert (finishes.status, finishes.reason) == (SUPPORTED, "every run finished")
+    assert finishes.sesoi is None
     assert any("no replication" in warning for warning in judged.warnings)
 
 
@@ -188,6 +228,18 @@ def test_a_pooled_verdict_that_the_pairs_do_not_share_is_said(judge: Judge):
                   "H1 post-RoPE")  # fmt: skip
     other = clauses.decide(wide.estimate, wide.paired, wide.sesoi, wide.kind)
     assert (other[0] != wide.status) == any("would say" in note for note in wide.notes)
+
+
+def test_pairs_of_another_wording_alone_are_not_said():
+    """Better by the pooled interval, not worse by the paired one: both support non-inferiority."""
+    losses = np.full((3, 4), 3.5)
+    losses[:, 3] += (-0.0045, -0.003, 0.0)
+    found = statistics.contrast(losses, (-1.0, 0.0, 0.0, 1.0))
+    assert found.pooled[1] < 0 < found.paired[1] < 0.01
+    kind = judgement.NON_INFERIORITY
+    status, words = clauses.decide(found.estimate, found.pooled, 0.01, kind)
+    assert status == SUPPORTED and words.startswith("better")
+    assert clauses._notes(found, status, words, 0.01, kind) == ()
 
 
 def test_seeds_that_disagree_in_sign_are_said(judge: Judge):
@@ -252,6 +304,12 @@ def test_muon_that_diverges_refutes_its_alternative(judge: Judge):
     assert judged.verdict("H4").status == REFUTED
     assert "H4 finishes: broken by seed 43" in judged.verdict("H4").reason
     assert clause(judged, "H4 finishes").p == 1.0
+
+
+def test_a_rule_that_one_seed_alone_breaks_says_so(judge: Judge):
+    judged = judge(CLAIMED, seeds=[42], diverged={("muon_noqk", 42): 300}, **LONG)
+    assert clause(judged, "H4 finishes").reason == "broken by seed 42 (by rule, one seed)"
+    assert judged.verdict("H4").status == REFUTED
 
 
 def test_muon_that_diverges_refutes_even_where_another_seed_is_missing(judge: Judge):
@@ -387,6 +445,22 @@ def test_h4_rise_is_a_least_squares_line(judge: Judge):
     assert clause(judged, "H4 rise").estimate == pytest.approx(slope * (steps[-1] - steps[0]))
 
 
+def test_h4_rise_leaves_out_evaluations_without_logits(tmp_path: pathlib.Path):
+    arms = {"muon_noqk": {**CLAIMED["muon_noqk"], LOGIT: {305: 20.0, 610: 26.0}}}
+    synthetic_study.write(tmp_path, arms, seeds=(42,), **LONG)
+    run = results.load_study(tmp_path).runs["muon_noqk", 42]
+    late = [probe for probe in run.probes if probe.step >= 305]
+    assert len(late) > 2
+    del late[1].metrics[LOGIT]
+    steps = [probe.step for probe in late if probe is not late[1]]
+    expected = 6 * (steps[-1] - steps[0]) / 305
+    assert stability.logit_rise(run) == pytest.approx(expected)
+
+
+def test_the_sequences_of_h4_are_those_of_the_evaluation():
+    assert hypotheses.LOGIT_SEQUENCES == probes.ATTENTION_SEQUENCES
+
+
 def test_h4_rise_of_one_evaluation_is_too_short(judge: Judge):
     judged = judge(synthetic_study.arms(32), scale="tiny")  # 195 steps, evaluated at 97 and 195
     assert "fewer than two evaluations" in clause(judged, "H4 rise").reason
@@ -451,6 +525,25 @@ def test_what_decay_explains(judge: Judge):
         assert [part.estimate for part in found.parts] == pytest.approx([3, 1, 26], abs=1.5)
         whole = sum(part.estimate for part in found.parts)
         assert whole == pytest.approx(found.total.estimate)
+
+
+def test_the_arms_that_serve_are_named(judge: Judge):
+    fixed = judge(with_controls(frozen=47.0, decayed=20.0)).attributions[1]
+    assert fixed.roles == {
+        "none": "muon_noqk", "frozen": "muon_qk_frozen", "undecayed": "muon_qk",
+        "decayed": "muon_qk_decayed",
+    }  # fmt: skip
+    arms = with_controls(47.0, 20.0, "seed", ("adamw",))
+    seed = judge(arms, recipe="seed", seeds=(42, 43)).attributions[0]
+    assert (seed.roles["undecayed"], seed.roles["decayed"]) == ("adamw_qk_undecayed", "adamw_qk")
+
+
+def test_pairs_that_disagree_in_the_attribution_are_said(judge: Judge):
+    judged = judge(with_controls(frozen=46.5, decayed=20.0), noise={**QUIET, PR: 3.0})
+    parts = [part for found in judged.attributions for part in found.parts]
+    said = [(part.name, note) for part in parts for note in part.notes]
+    assert any("the seeds disagree in sign" in note for _, note in said)
+    assert all(f"{name}: {note}" in judged.warnings for name, note in said)
 
 
 def test_parts_may_cancel(judge: Judge):
@@ -547,6 +640,31 @@ def test_h5_of_a_worse_arm(judge_items: Judge):
     judged = judge_items({"muon_noqk": 0.28, "adamw_qk": 0.36}, items=2_000)
     assert judged.verdict("H5").status == REFUTED
     assert "reversed" in judged.verdict("H5").reason
+
+
+def test_h5_needs_mcnemar_too(judge_items: Judge):
+    """Few items that Muon wins with every seed, more that it loses with one of three."""
+
+    def edit(folder: pathlib.Path) -> None:
+        for arm in ("muon_noqk", "adamw_qk"):
+            for number, seed in enumerate((42, 43, 44)):
+                path = folder / arm / f"seed_{seed}.items.jsonl"
+                items = [json.loads(line) for line in path.read_text().splitlines()]
+                for item in items:
+                    index = item["index"]
+                    won, lost = index < 60, 100 <= index < 190 and number == 0
+                    right = int(won if arm == "muon_noqk" else lost)
+                    item["acc"] = right
+                    if "acc_norm" in item:
+                        item["acc_norm"] = right
+                path.write_text("".join(json.dumps(item) + "\n" for item in items))
+
+    judged = judge_items({"muon_noqk": 0.3, "adamw_qk": 0.3}, edit=edit)
+    found = judged.verdict("H5").clauses[0]
+    assert found.estimate == pytest.approx(100 * (3 * 60 - 90) / 3000) and found.pooled[0] > 0
+    assert found.p > 0.9  # 60 items for Muon, 90 against it
+    assert found.status == INCONCLUSIVE
+    assert found.reason.startswith("above 0, but McNemar's test does not agree (p 0.99")
 
 
 def test_h5_of_one_seed(judge_items: Judge):

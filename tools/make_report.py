@@ -1,8 +1,9 @@
 """The report of a study: python tools/make_report.py --workdir=STUDY
 
 Writes into STUDY/report: index.html, one page that needs nothing else; report.md, the same as text;
-results.csv, every number; figures/*.svg. A study that is not finished has a report too: it says
-what is missing. What cannot be compared is refused. Prints the path of the page last.
+results.csv, the numbers of runs, sweep, scores and verdicts; figures/*.svg. A study that is not
+finished has a report too: it says what is missing. What cannot be compared is refused. Prints the
+path of the page last.
 """
 
 from absl import flags

@@ -117,9 +117,10 @@ def by_contrast(
     notes = _notes(found, status, words, sesoi, kind)
     needed = None
     if status == INCONCLUSIVE:
-        needed = found.needed_seeds(_distance(found.estimate, sesoi, kind))
-        seeds = "seeds needed: more than 1,000" if needed is None else f"{needed} seeds needed"
-        words = f"{words}; {seeds} at this estimate and spread"
+        distance, outcome = _were_it_true(found.estimate, sesoi, kind)
+        needed = found.needed_seeds(distance)
+        seeds = f"more than {statistics.MOST_SEEDS:,}" if needed is None else needed
+        words += f"; {seeds} seeds would decide it, as {outcome}, were this estimate the truth"
     return dataclasses.replace(
         clause,
         status=status,
@@ -137,12 +138,15 @@ def decide(estimate: float, interval: Interval, sesoi: float, kind: str) -> tupl
 
     Superiority: supported where the interval lies above 0 and the estimate reaches the SESOI;
     refuted where it lies below 0, inside (0, SESOI), or below the SESOI. Non-inferiority, of a
-    margin: supported below it, refuted above it.
+    margin: supported below it, refuted above it; the words also tell on which side of 0.
     """
     low, high = interval
     if kind == NON_INFERIORITY:
+        if high < 0:
+            return SUPPORTED, "better, and so not worse by the margin"
         if high < sesoi:
-            return SUPPORTED, f"worse by less than the margin of {sesoi:g}"
+            words = "worse, by less than the margin" if low > 0 else "not worse by the margin"
+            return SUPPORTED, f"{words} of {sesoi:g}"
         if low > sesoi:
             return REFUTED, f"worse by more than the margin of {sesoi:g}"
         return INCONCLUSIVE, f"the interval holds the margin of {sesoi:g}"
@@ -159,11 +163,11 @@ def decide(estimate: float, interval: Interval, sesoi: float, kind: str) -> tupl
     return INCONCLUSIVE, "the interval holds 0 and effects of interest"
 
 
-def _distance(estimate: float, sesoi: float, kind: str) -> float:
-    """From the estimate to the end of interval that would decide, were the estimate the truth."""
-    if kind == NON_INFERIORITY or estimate < sesoi:
-        return abs(sesoi - estimate)
-    return estimate
+def _were_it_true(estimate: float, sesoi: float, kind: str) -> tuple[float, str]:
+    """Half-width of the interval that would decide, were the estimate the truth, and how."""
+    if kind == NON_INFERIORITY:
+        return abs(sesoi - estimate), SUPPORTED if estimate < sesoi else REFUTED
+    return (sesoi - estimate, REFUTED) if estimate < sesoi else (estimate, SUPPORTED)
 
 
 def figures(estimate: float, interval: Interval, unit: str) -> str:
@@ -177,7 +181,8 @@ def _notes(
     notes = []
     assert found.paired is not None
     other, other_words = decide(found.estimate, found.paired, sesoi, kind)
-    if (other, other_words) != (status, words):
+    alike = other_words == words or kind == NON_INFERIORITY  # whose words only describe
+    if other != status or not alike:
         notes.append(
             f"the paired interval [{found.paired[0]:+.4g}, {found.paired[1]:+.4g}] alone would "
             f"say {other} ({other_words})"
@@ -245,7 +250,9 @@ def by_rule(
     )  # fmt: skip
     if broken:
         seeds = " and ".join(f"seed {seed}" for seed in broken)
-        return dataclasses.replace(clause, status=REFUTED, reason=f"broken by {seeds}", p=1.0)
+        alone = " (by rule, one seed)" if len(per_seed) == 1 else ""
+        reason = f"broken by {seeds}{alone}"
+        return dataclasses.replace(clause, status=REFUTED, reason=reason, p=1.0)
     lacking = [f"{run.arm} seed {run.seed} ({run.why})" for run in study.missing if run.arm == arm]
     if lacking or not per_seed:
         words = f"missing: {listed(lacking)}" if lacking else f"no run of {arm}"

@@ -17,7 +17,7 @@ from qkjax.study.judgement import (
     Clause,
     Verdict,
 )
-from qkjax.study.results import LOSS, PR, RunResult
+from qkjax.study.results import LOSS, PR, RunResult, Study
 
 PR_BEFORE, AXES = "pr/key/pre_rope/centred", "aa/key"
 SESOI_PR_SHARE, SESOI_LOSS = 0.05, 0.01  # of head_dim; nat
@@ -25,6 +25,7 @@ SESOI_LOG_RATIO, SESOI_AXES = math.log(1.1), 0.05
 SHORT_RUN_STEP = 244  # 1M tokens at 4,096 a step, 16M at 65,536
 PILOT_TOKENS = 25_000_000
 MAX_LOGIT, MAX_RISE, MAX_SPIKE = 100.0, 10.0, 0.5
+LOGIT_SEQUENCES = 4  # probes.ATTENTION_SEQUENCES
 LABELS = {"adamw": "AdamW", "muon": "Muon"}
 
 
@@ -105,7 +106,8 @@ def attribute(panel: Panel, optimizer: str) -> Attribution:
     something only where A is supported. The last part at A/2 or more: "explained by decay".
     """
     label = LABELS[optimizer]
-    none, frozen, undecayed, decayed = _roles(panel, optimizer)
+    roles = _roles(panel, optimizer)
+    none, frozen, undecayed, decayed = roles.values()
 
     def clause(name: str, text: str, more: str, less: str) -> Clause:
         return by_contrast(
@@ -124,11 +126,11 @@ def attribute(panel: Panel, optimizer: str) -> Attribution:
     )
     if total.status != SUPPORTED:
         reason = f"not attributed, the total is {total.status}: {total.reason}"
-        return Attribution(optimizer, total.status, reason, total, parts, None)
+        return Attribution(optimizer, total.status, reason, total, parts, None, roles)
     lost, decay = total.estimate, parts[2].estimate
     if lost is None or decay is None:
         reason = f"not attributed: {parts[2].reason}"
-        return Attribution(optimizer, INCONCLUSIVE, reason, total, parts, None)
+        return Attribution(optimizer, INCONCLUSIVE, reason, total, parts, None, roles)
     beyond_half = by_contrast(
         panel, "", "", _value(PR), {undecayed: 1.0, none: -0.5, decayed: -0.5}, sesoi=0.0, unit=""
     )
@@ -138,11 +140,11 @@ def attribute(panel: Panel, optimizer: str) -> Attribution:
     if beyond_half.pooled is not None:
         low, high = beyond_half.pooled
         reason += f"; decay - A/2 has the interval [{low:+.3g}, {high:+.3g}]"
-    return Attribution(optimizer, SUPPORTED, reason, total, parts, explained)
+    return Attribution(optimizer, SUPPORTED, reason, total, parts, explained, roles)
 
 
-def _roles(panel: Panel, optimizer: str) -> tuple[str, str, str, str]:
-    """The arms that serve as none, frozen, undecayed and decayed.
+def _roles(panel: Panel, optimizer: str) -> dict[str, str]:
+    """The arms that serve as none, frozen, undecayed and decayed, in this order.
 
     In recipe seed the parent decays its gammas; where its tau is the original pilot's it is the
     decayed arm.
@@ -153,7 +155,9 @@ def _roles(panel: Panel, optimizer: str) -> tuple[str, str, str, str]:
         undecayed = parent
     elif decayed not in panel.arms and _has_pilot_tau(panel.study.of_arm(parent)):
         decayed = parent
-    return none, f"{parent}_frozen", undecayed, decayed
+    return {
+        "none": none, "frozen": f"{parent}_frozen", "undecayed": undecayed, "decayed": decayed,
+    }  # fmt: skip
 
 
 def _has_pilot_tau(runs: Sequence[RunResult]) -> bool:
@@ -265,10 +269,7 @@ def muon_alternative(panel: Panel) -> Verdict:
     """H4: Muon without QK-Norm is stable, keeps its PR, and loses nothing."""
     study, muon = panel.study, "muon_noqk"
     rules = [
-        by_rule(
-            study, muon, "H4 finishes", "Every run of Muon without QK-Norm finishes.",
-            stability.divergences, limit=1.0, unit="divergences",
-        ),
+        _finishes(study, muon),
         by_rule(
             study, muon, "H4 spikes",
             f"After 2% of training no loss is {MAX_SPIKE} nat above the median of the 100 steps "
@@ -277,13 +278,16 @@ def muon_alternative(panel: Panel) -> Verdict:
             too_short="budget too short: no step after 2% of training",
         ),
         by_rule(
-            study, muon, "H4 logits", f"No attention logit reaches {MAX_LOGIT:g}.",
+            study, muon, "H4 logits",
+            f"No attention logit of the {LOGIT_SEQUENCES} sequences that every evaluation looks at "
+            f"reaches {MAX_LOGIT:g}.",
             stability.highest_logit, limit=MAX_LOGIT, unit="",
             too_short="no evaluation measured attention/max_logit",
         ),
         by_rule(
             study, muon, "H4 rise",
-            f"The largest logit rises by less than {MAX_RISE:g} over the last half.",
+            f"The largest logit of these sequences rises by less than {MAX_RISE:g} over the last "
+            "half.",
             stability.logit_rise, limit=MAX_RISE, unit="",
             too_short="budget too short: fewer than two evaluations in the last half",
         ),
@@ -319,6 +323,15 @@ def muon_alternative(panel: Panel) -> Verdict:
         [*rules, *ranks, *losses],
         shown=second_halves,
     )
+
+
+def _finishes(study: Study, arm: str) -> Clause:
+    found = by_rule(
+        study, arm, "H4 finishes", "Every run of Muon without QK-Norm finishes.",
+        stability.divergences, limit=1.0, unit="",
+    )  # fmt: skip
+    reason = "every run finished" if found.status == SUPPORTED else found.reason
+    return dataclasses.replace(found, reason=reason, sesoi=None)  # a limit would say nothing
 
 
 def _second_half(run: RunResult) -> float:

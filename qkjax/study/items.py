@@ -1,7 +1,8 @@
 """H5: whether the arm of higher rank answers more items right, item by item.
 
 Two arms of one seed answer the same items, so scores are compared in pairs. The interval over
-items takes the trained models as given; the one over seeds stands beside it.
+items takes the trained models as given; the one over seeds stands beside it. An accuracy is better
+only where the interval and McNemar's exact test both say so.
 """
 
 import dataclasses
@@ -13,11 +14,12 @@ import numpy as np
 
 from qkjax.study import statistics
 from qkjax.study.clauses import Panel, decide, figures, listed
-from qkjax.study.judgement import INCONCLUSIVE, SUPERIORITY, Clause
+from qkjax.study.judgement import INCONCLUSIVE, SUPERIORITY, SUPPORTED, Clause
 from qkjax.study.results import PR, Study
 
 FIRST, SECOND = "muon_noqk", "adamw_qk"
 SESOI_POINTS, SESOI_NAT = 1.0, 0.01
+ALPHA = 0.025  # one-sided, of McNemar's test
 Score = Callable[[Mapping[str, Any]], float]
 
 
@@ -99,11 +101,14 @@ def _compare(study: Study, question: _Question) -> Clause:
     said = figures(estimate, over_items, question.unit)
     if len(pairs) == 1:
         return dataclasses.replace(clause, reason=f"no replication: {said} over items, one seed")
-    status, words = decide(estimate, over_items, question.sesoi, SUPERIORITY)
+    status, words = found = decide(estimate, over_items, question.sesoi, SUPERIORITY)
+    if binary and status == SUPPORTED and test.p_first_better > ALPHA:
+        status = INCONCLUSIVE
+        words = f"above 0, but McNemar's test does not agree (p {test.p_first_better:.3g})"
     over_seeds = _over_seeds(per_seed)
     notes = clause.notes
     other = decide(estimate, over_seeds, question.sesoi, SUPERIORITY)
-    if other != (status, words):
+    if other != found:
         notes += (
             f"over seeds, [{over_seeds[0]:+.4g}, {over_seeds[1]:+.4g}], it would say {other[0]} "
             f"({other[1]})",

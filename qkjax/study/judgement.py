@@ -62,6 +62,7 @@ class Attribution:
     total: Clause  # A = none - decayed
     parts: tuple[Clause, ...]  # normalisation, learned gamma, decay: they add up to A
     explained_by_decay: bool | None  # decay >= A / 2; None where A is not supported
+    roles: dict[str, str]  # "none", "frozen", "undecayed", "decayed": the arm that serves as it
 
 
 @dataclasses.dataclass(frozen=True)

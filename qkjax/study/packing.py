@@ -1,7 +1,7 @@
 """Run directories as a few small archives, for machines from which only small files come back.
 
 An archive holds whole runs without checkpoints: everything that verdicts and the report read.
-Unpacked over each other with `tar -xzf`, the archives of a study are its directory again.
+Unpacked over each other with `tar -xzf`, the archives of a study are that part of its directory.
 """
 
 import dataclasses
@@ -17,7 +17,11 @@ from qkjax import errors, run_directory
 
 MEBIBYTE = 2**20
 # Of a study, and of every run; sizes are those of an 88M run: 3 MB, of which half is spectra.
-_STUDY_FILES = ("study.json", "sweep/learning_rates.json", "report/*", "report/figures/*")
+_STUDY_FILES = (
+    "study.json", "study.*.json", "dataset.json", "sweep/learning_rates.json", "logs/**/*.json",
+    "report/*", "report/figures/*",
+)  # fmt: skip
+_SCORE_FILES = ("*.json", "*.items.jsonl")  # of every arm in downstream/
 _RUN_FILES = (
     "config.json", "environment.json", "parameters.txt", "summary.json", "metrics.jsonl",
     "checkpoints/*/meta/metadata", "spectra/*.npz", "validation/*.npz",
@@ -61,7 +65,10 @@ def pack(
         raise errors.UsageError(
             f"--workdir: {workdir} holds no run, expected a run directory or a study. Give another."
         )
-    units = [list(_matching(workdir, _STUDY_FILES))] if workdir not in runs else []
+    units = []
+    if workdir not in runs:
+        units = [list(_matching(workdir, _STUDY_FILES))]
+        units += [list(_matching(arm, _SCORE_FILES)) for arm in workdir.glob("downstream/*/")]
     for run in runs:
         files = list(_matching(run, _RUN_FILES))
         units.append([*files, *_latest_checkpoint(run)] if checkpoints else files)

@@ -123,6 +123,11 @@ def interval(ends: tuple[float, float] | None) -> str:
     return f"[{short(ends[0], signed=True)}, {short(ends[1], signed=True)}]" if ends else ABSENT
 
 
+def amount(value: str, unit: str) -> str:
+    """ "3.2 PR", "1 point"."""
+    return f"{value} {unit.removesuffix('s') if value == '1' else unit}".rstrip()
+
+
 def p_value(p: float | None) -> str:
     """Three digits, and no zero where there is none."""
     if p is None:

@@ -1,4 +1,4 @@
-"""results.csv: every number of a study, one to a row; equal results give equal bytes.
+"""results.csv: the numbers of a study, one to a row; equal results give equal bytes.
 
 No paths, times, rates or host names, so the file of a study that was killed and resumed equals
 that of an unbroken one.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from qkjax import config as configs
 from qkjax import presets
 from qkjax.study import arms, results, run_spectra, verdicts
 from qkjax.study.judgement import Judgement
@@ -14,6 +15,8 @@ from qkjax.study.report_blocks import mean, number
 from qkjax.study.report_charts import Curve
 from qkjax.study.results import RunResult, Study
 from qkjax.study.run_spectra import RunSpectra
+
+SKIPPED = "skipped"  # status of a step that tools/run_study.py had no data or no use for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +58,25 @@ class Material:
         ends = ((arms.label(arm), number(self.end(metric, arm), digits)) for arm in names)
         return "; ".join(f"{arm} {value}" for arm, value in ends)
 
-    def noted(self, step: str) -> str:
-        """What tools/run_study.py noted of a step without a result, such as a failure."""
+    @property
+    def passes(self) -> str:
+        """Which validation tokens tables and curves are of, where that is not the same; else ""."""
+        for run in self.study.runs.values():
+            ends, during = run.config.eval.final_tokens, run.config.eval.tokens
+            if run.has_final_pass and ends != during:
+                return (
+                    f"Tables give the pass over {_tokens(ends)} of the validation split after the "
+                    f"last step, curves the evaluations of {_tokens(during)}: their ends differ."
+                )
+        return ""
+
+    def noted(self, step: str) -> tuple[str, str]:
+        """(status, why) that tools/run_study.py noted of a step without a result; else ("", "")."""
         try:
             note = json.loads((self.study.workdir / "logs" / f"{step}.json").read_bytes())
-            return f" ({note['status']}: {note['detail']})"
+            return str(note["status"]), str(note["detail"])
         except (OSError, ValueError, KeyError, TypeError):
-            return ""
+            return "", ""
 
     def groups(self, curves: Mapping[str, object]) -> Iterator[tuple[list[str], str, str]]:
         """(arms, stem of file names, words) of each chart: the arms, then controls by optimiser.
@@ -78,6 +93,10 @@ class Material:
             own = [arm for arm in controls if arms.optimizer(arm) == optimizer]
             above = [arm for arm in main if arm in {parents.get(name) for name in own}]
             yield [*above, *own], f"controls_{optimizer}", f"{arms.family(optimizer)}'s controls"
+
+
+def _tokens(number: int) -> str:
+    return f"the first {number:,} tokens" if number else "all"
 
 
 def _curve(run: RunResult, metric: str) -> Curve:
@@ -111,7 +130,7 @@ def gather(study: Study) -> Material:
 
 
 def _more_warnings(study: Study) -> Iterator[str]:
-    """What the verdicts do not look at: the choice of rates, and how tasks were scored."""
+    """What the verdicts do not look at: rates, the model's settings, how tasks were scored."""
     for arm, entry in (study.learning_rates or {}).items():
         if entry.get("edge"):
             yield (
@@ -136,7 +155,16 @@ def _more_warnings(study: Study) -> Iterator[str]:
             f"downstream scores are of the first {', '.join(f'{n:,}' for n in sorted(limits))} "
             "items of a task only"
         )
-    yield from _mixed(study, "backend", "scored downstream tasks by different backends")
+    backends = {place: found.get("backend") for place, found in study.downstream.items()}
+    yield from _mixed(backends, "scored downstream tasks by different backends")
+    for field in dataclasses.fields(configs.ModelConfig):
+        if field.name not in ("qk_norm", "unroll"):
+            values = {
+                place: getattr(run.config.model, field.name) for place, run in study.runs.items()
+            }
+            yield from _mixed(values, f"have different values of model.{field.name}")
+    muon = {place: run.config.muon.dtype for place, run in study.runs.items()}
+    yield from _mixed(muon, "have different values of muon.dtype")
 
 
 def _extended(entry: Mapping[str, object]) -> str:
@@ -154,11 +182,12 @@ def next_values(entry: Mapping[str, object]) -> str:
     return ", ".join(f"{edge * ratio**power:.3g}" for power in (1, 2))
 
 
-def _mixed(study: Study, field: str, words: str) -> Iterator[str]:
+def _mixed(values: Mapping[tuple[str, int], object], words: str) -> Iterator[str]:
+    """What runs do not share; by arm and seed its value."""
     by_value: dict[str, list[str]] = {}
-    for (arm, seed), found in study.downstream.items():
-        if found.get(field) is not None:
-            by_value.setdefault(str(found[field]), []).append(f"{arm} seed {seed}")
+    for (arm, seed), value in values.items():
+        if value is not None:
+            by_value.setdefault(str(value), []).append(f"{arm} seed {seed}")
     if len(by_value) > 1:
         sides = "; ".join(f"{value}: {', '.join(runs)}" for value, runs in by_value.items())
         yield f"runs of one comparison {words} ({sides})"

@@ -1,13 +1,22 @@
 """4D of a report: HellaSwag and LAMBADA of the final checkpoints, with errors and differences."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from qkjax.study import arms, items, statistics
-from qkjax.study.report_blocks import ABSENT, Block, Section, Table, Text, number, with_error
-from qkjax.study.report_data import Material
+from qkjax.study.report_blocks import (
+    ABSENT,
+    Block,
+    Notes,
+    Section,
+    Table,
+    Text,
+    number,
+    with_error,
+)
+from qkjax.study.report_data import SKIPPED, Material
 from qkjax.study.results import Study
 
 _SCORES = (  # task, metric, heading, factor, digits
@@ -24,11 +33,14 @@ def downstream(material: Material) -> Section:
     study = material.study
     title = "4D. Downstream evaluation"
     if not study.downstream:
-        return Section("downstream", title, (Text(
-            "No result yet: no run has been scored on HellaSwag or LAMBADA "
+        text = (
+            "Not part of this study: no run is scored on HellaSwag or LAMBADA."
+            if study.plan.get("downstream") == "none"
+            else "No result yet: no run has been scored on HellaSwag or LAMBADA "
             "(downstream/<arm>/seed_<n>.json)."
-        ),))  # fmt: skip
-    blocks: list[Block] = [Text(
+        )
+        return Section("downstream", title, (Text(text), *_skipped(material)))
+    blocks: list[Block] = [*_skipped(material), Text(
         "Final checkpoints. Chance is 25% on HellaSwag and about 0% on LAMBADA. ± is one standard "
         "error over items; differences are between the two arms of one seed, item by item."
     )]  # fmt: skip
@@ -43,6 +55,21 @@ def downstream(material: Material) -> Section:
                 notes=() if byte_exact else (_conditions(study),),
             ))  # fmt: skip
     return Section("downstream", title, tuple(blocks))
+
+
+def _skipped(material: Material) -> Iterator[Notes]:
+    """Runs that have no scores and will have none."""
+    runs: dict[str, list[str]] = {}
+    for arm, seed in material.study.runs:
+        status, why = material.noted(f"downstream/{arm}/seed_{seed}")
+        if status == SKIPPED and (arm, seed) not in material.study.downstream:
+            runs.setdefault(why, []).append(f"{arms.label(arm)}, seed {seed}")
+    if runs:
+        every = len(material.study.runs)
+        yield Notes(tuple(
+            f"Skipped of {'every run' if len(names) == every else '; '.join(names)}: {why}."
+            for why, names in runs.items()
+        ))  # fmt: skip
 
 
 def _score_rows(study: Study, byte_exact: bool) -> list[tuple[str, ...]]:

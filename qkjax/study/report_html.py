@@ -27,12 +27,13 @@ from qkjax.study.report_blocks import (
     Section,
     Table,
     Text,
+    amount,
     interval,
     p_value,
     short,
 )
 from qkjax.study.report_style import CSS
-from qkjax.study.report_verdicts import per_seed
+from qkjax.study.report_verdicts import holm, per_seed
 
 _STATUSES = (SUPPORTED, REFUTED, INCONCLUSIVE)
 _SIGNS = {SUPPORTED: "✓", REFUTED: "✗", INCONCLUSIVE: "?"}
@@ -178,10 +179,9 @@ def _status(words: str) -> ET.Element:
 @_blocks.register
 def _(block: Box) -> list[ET.Element]:
     verdict = block.verdict
-    facts = [f"p (largest of its clauses): {p_value(verdict.p)}" if verdict.p is not None else ""]
-    if verdict.p is not None and verdict.holm_rejected is not None:
-        agrees = "agrees" if verdict.holm_rejected else "does not agree"
-        facts.append(f"Holm over H1–H4 at 0.025: {agrees}")
+    facts = []
+    if verdict.p is not None:
+        facts = [f"p (largest of its clauses): {p_value(verdict.p)}", holm(verdict)]
     clauses = [_clause(clause) for clause in verdict.clauses]
     if verdict.shown:
         clauses.append(_element("p", "Shown beside it, without deciding", cls="aside"))
@@ -228,13 +228,13 @@ def clause_facts(clause: Clause) -> list[tuple[str, str]]:
     """The numbers of a clause that there are."""
     names = {RULE: "limit", NON_INFERIORITY: "margin", SHOWN: "SESOI, margin"}
     limit = names.get(clause.kind, "SESOI")
-    unit = f" {clause.unit}"
+    estimate = short(clause.estimate, signed=clause.kind != RULE)
     found = (
-        ("estimate", clause.estimate, short(clause.estimate, signed=clause.kind != RULE) + unit),
+        ("estimate", clause.estimate, amount(estimate, clause.unit)),
         ("pooled 95%", clause.pooled, interval(clause.pooled)),
         ("paired 95%", clause.paired, interval(clause.paired)),
         ("p, one-sided", None if clause.kind == RULE else clause.p, p_value(clause.p)),
-        (limit, clause.sesoi or None, f"{clause.sesoi or 0:.3g}{unit}"),
+        (limit, clause.sesoi or None, amount(f"{clause.sesoi or 0:.3g}", clause.unit)),
         ("seeds needed", clause.seeds_needed, str(clause.seeds_needed)),
         ("by seed", clause.per_seed or None, per_seed(clause)),
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from qkjax.study import arms, report_charts, report_spectra
-from qkjax.study.hypotheses import AXES, MAX_LOGIT, PR_BEFORE
+from qkjax.study.hypotheses import AXES, LOGIT_SEQUENCES, MAX_LOGIT, PR_BEFORE
 from qkjax.study.quantities import quantity
 from qkjax.study.report_blocks import Block, Charts, Section, Table, Text, mean, number
 from qkjax.study.report_data import Material
@@ -43,7 +43,7 @@ def keys(material: Material) -> Section:
             "position and so hides a generic collapse and exaggerates one along the axes; "
             "therefore the PR before RoPE with the mean key removed stands beside it, and the "
             "axis-alignment index: 0 for a random orientation, 1 where the axes are the "
-            "directions in use."
+            f"directions in use. {material.passes}".rstrip()
         ),
         _key_table(material),
         *_trajectories(material),
@@ -177,7 +177,7 @@ def _attention(material: Material) -> Iterator[Block]:
     if charts:
         yield Charts(
             "Largest attention logit of all heads and layers, after 1/√head_dim, causal pairs "
-            "only.",
+            f"only, of the first {LOGIT_SEQUENCES} validation sequences: larger ones exist.",
             tuple(charts),
             columns=3,
         )

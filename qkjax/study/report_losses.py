@@ -37,7 +37,8 @@ def losses(material: Material) -> Section:
             Text(
                 "Validation tokens and their order are the same at every evaluation and for every "
                 f"run. {report_charts.BANDS} Differences are taken within a seed, whose runs share "
-                "their data order and the start of what they have in common."
+                "their data order and the start of what they have in common. "
+                f"{material.passes}".rstrip()
             ),
             Charts(
                 "Validation loss against training tokens: whole, from a quarter of the tokens on, "
@@ -121,8 +122,9 @@ def _loss_table(study: Study) -> Table:
             sound = [run.half_losses() for run in runs if not run.diverged]
             means = [mean([pair[i] for pair in sound]) for i in (0, 1)]
             strong.append(len(rows))
+            fewer = f" (halves: of {len(sound)})" if 0 < len(sound) < len(runs) else ""
             rows.append((
-                arms.label(arm), f"mean of {len(runs)}", number(mean(values), 4),
+                arms.label(arm), f"mean of {len(runs)}{fewer}", number(mean(values), 4),
                 *(number(value, 4) for value in means), ABSENT, ABSENT,
             ))  # fmt: skip
     return without_empty(Table(

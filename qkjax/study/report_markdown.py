@@ -16,7 +16,7 @@ from qkjax.study.report_blocks import (
     p_value,
     short,
 )
-from qkjax.study.report_verdicts import per_seed
+from qkjax.study.report_verdicts import holm, per_seed
 
 
 def markdown(report: Report) -> str:
@@ -78,8 +78,8 @@ def _(block: Table) -> str:
 @_block.register
 def _(block: Box) -> str:
     verdict = block.verdict
-    holm = {None: "", True: "; Holm agrees", False: "; Holm does not agree"}[verdict.holm_rejected]
-    tested = f" p {p_value(verdict.p)}{holm}." if verdict.p is not None else ""
+    facts = "; ".join(filter(None, (f"p {p_value(verdict.p)}", holm(verdict))))
+    tested = f" {facts}." if verdict.p is not None else ""
     head = [
         f"### {_escape(verdict.name)}. {_escape(verdict.title)}: "
         f"{_escape(verdict.qualifier or verdict.status)}",

@@ -65,15 +65,17 @@ def _setting(material: Material) -> str:
             "number of this study stands in the table."
         )
     step = run.config.train.tokens_per_step if run else None
-    if plan["recipe"] == "seed" and step == original.TOKENS_PER_STEP:
+    own_rates = plan["scale"] == "pilot" and not plan.get("sweep")
+    if plan["recipe"] == "seed" and step == original.TOKENS_PER_STEP and own_rates:
         return (
-            "This study runs the original's recipe at its batch size: the same setting but for "
-            "the deviations below. The original has one seed, so a difference says no more than "
-            "that both were measured."
+            "This study runs the recipe of the original's pilot at its batch size (4,096 tokens a "
+            "step: certain for its AdamW arms only): the same setting but for the deviations "
+            "below. The original has one seed, so a difference says no more than that both were "
+            "measured."
         )
     return (
-        "Another recipe or batch size than the original's pilot: set beside it for orientation, "
-        "not as a replication."
+        "Another recipe, batch size or learning rate than the original's pilot: set beside it for "
+        "orientation, not as a replication."
     )
 
 
@@ -109,8 +111,9 @@ def record(material: Material) -> Section:
              f"`{study.plan.get('fingerprint', ABSENT)}`."),
         *_left_out(study),
         *_runs(study), *_environment(study), *_commands(study),
-        Text("results.csv holds every number of this report, one to a row, sorted, without "
-             "paths, times and rates; equal results give equal bytes. Its columns:"),
+        Text("results.csv holds the numbers of runs, evaluations, sweep, scores and verdicts, one "
+             "to a row, sorted, without paths, times and rates; equal results give equal bytes. "
+             "Its columns:"),
         Notes(CSV_COLUMNS),
     ))  # fmt: skip
 

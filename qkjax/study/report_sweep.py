@@ -76,8 +76,9 @@ def _best(study: Study, rates: Mapping[str, Any]) -> Table:
         notes=(
             "LR sensitivity (after Wortsman et al. 2023): mean over the original grid of "
             "min(loss, loss at initialisation) - best loss; a diverged run counts as the loss at "
-            "initialisation. Their grid spans a factor of 1,000, ours one of 16 or less: not "
-            "comparable with their figures.",
+            "initialisation, which is that of an ordinary evaluation (of fewer tokens where runs "
+            "end with a longer pass). Their grid spans a factor of 1,000, ours one of 16 or less: "
+            "not comparable with their figures.",
         ),
     )  # fmt: skip
 
@@ -138,7 +139,7 @@ def _used_rates(study: Study) -> Iterator[Table]:
         if not (runs := study.of_arm(arm)):
             continue
         optimizer = runs[0].config.optimizer
-        auxiliary = optimizer.adam_learning_rate if optimizer.name == "muon" else None
+        auxiliary = optimizer.adam_learning_rate  # of every optimiser but AdamW
         parent = (study.plan.get("parents") or {}).get(arm)
         chosen = chosen_rate(study, arm)
         origin = "recipe" if chosen is None else "sweep of its parent" if parent else "sweep"

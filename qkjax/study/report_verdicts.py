@@ -1,9 +1,9 @@
 """The head of a report: the question, H1 to H5, warnings, what is missing; and attribution."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from qkjax.study import arms
-from qkjax.study.judgement import RULE, Attribution, Clause
+from qkjax.study.judgement import REFUTED, RULE, SUPPORTED, Attribution, Clause, Verdict
 from qkjax.study.report_blocks import (
     ABSENT,
     Block,
@@ -18,16 +18,17 @@ from qkjax.study.report_blocks import (
     short,
     without_empty,
 )
-from qkjax.study.report_data import Material
-from qkjax.study.results import LOSS, PR
+from qkjax.study.report_data import SKIPPED, Material
+from qkjax.study.results import LOSS, PR, Study
 from qkjax.study.verdicts import scope
 
-QUESTION = (
+_QUESTION = (
     "Does QK-Norm (RMSNorm on queries and keys) collapse the dimensionality of attention keys in "
     "long runs, does Muon without it keep them high, and does any of that make a better model? "
-    "Four arms, {AdamW, Muon} × {QK-Norm, none}, and their controls answer. The rules below were "
-    "fixed before the data."
+    "Four arms, {AdamW, Muon} × {QK-Norm, none}, "
 )
+_ANSWER = {True: "and their controls answer. ", False: "answer. "}
+_FIXED = "The rules below were fixed before the data."
 _KEY = (
     "In the small figures the thick bar is the pooled 95% interval, the thin line the paired one, "
     "dots are seeds, the solid line is 0 and the dashed one the smallest effect of interest "
@@ -58,8 +59,22 @@ def verdicts(material: Material) -> Section:
         words=2,
     )
     boxes = (Box(verdict) for verdict in judgement.verdicts)
-    blocks: list[Block] = [Text(QUESTION), Text(state), board, Text(_KEY), *boxes]
+    question = _QUESTION + _ANSWER[bool(study.plan["controls"])] + _FIXED
+    blocks: list[Block] = [Text(question), Text(state), board, Text(_KEY), *boxes]
     return Section("verdicts", "Question and verdicts", tuple(blocks))
+
+
+def holm(verdict: Verdict) -> str:
+    """What Holm's correction says of a hypothesis, or why it is not asked; "" outside H1 to H4."""
+    if verdict.holm_rejected is None:
+        return ""
+    if all(clause.status == SUPPORTED for clause in verdict.clauses):
+        said = "agrees" if verdict.holm_rejected else "does not agree"
+    elif verdict.status == REFUTED:
+        said = "not asked, refuted takes the interval as it is"
+    else:
+        said = "not asked, a clause is undecided"
+    return f"Holm over H1–H4 at 0.025: {said}"
 
 
 def warnings(material: Material) -> Section:
@@ -82,24 +97,38 @@ def missing(material: Material) -> Section:
 def _missing(material: Material) -> Iterator[str]:
     study = material.study
     for run in study.missing:
-        noted = material.noted(f"runs/{run.arm}/seed_{run.seed}")
+        noted = _in_brackets(*material.noted(f"runs/{run.arm}/seed_{run.seed}"))
         yield f"{arms.label(run.arm)}, seed {run.seed}: {run.why}{noted}"
     if study.plan.get("sweep"):
         for arm in study.plan["arms"]:
             if arm not in (study.learning_rates or {}):
                 yield f"sweep of {arms.label(arm)}: no learning rate chosen yet"
-    for what, having in (("spectra", material.spectra), ("downstream scores", study.downstream)):
-        lacking = {
-            arm: [run.seed for run in study.of_arm(arm) if (arm, run.seed) not in having]
-            for arm in study.arms
-        }
-        if study.runs and not having:
-            noted = material.noted(f"downstream/{study.arms[0]}/seed_{study.seeds[0]}")
-            yield f"{what}: of every run{noted if what != 'spectra' else ''}"
-            continue
-        for arm, seeds in lacking.items():
-            if seeds:
-                yield f"{what} of {arms.label(arm)}, {seeds_listed(seeds)}"
+    lacking = [key for key in study.runs if key not in material.spectra]
+    yield from _of_runs(study, "spectra", dict.fromkeys(lacking, ""))
+    planned = study.downstream or study.plan.get("downstream") != "none"
+    scores = {}
+    for arm, seed in study.runs:
+        status, why = material.noted(f"downstream/{arm}/seed_{seed}")
+        if (arm, seed) not in study.downstream and status != SKIPPED and (planned or status):
+            scores[arm, seed] = _in_brackets(status, why)
+    yield from _of_runs(study, "downstream scores", scores)
+
+
+def _of_runs(study: Study, what: str, lacking: Mapping[tuple[str, int], str]) -> Iterator[str]:
+    """What finished runs lack; by arm and seed the reason, for people."""
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for (arm, seed), why in lacking.items():
+        seeds.setdefault((arm, why), []).append(seed)
+    reasons = {why for _, why in seeds}
+    if len(reasons) == 1 and len(lacking) == len(study.runs):
+        yield f"{what}: of every run{reasons.pop()}"
+        return
+    for (arm, why), some in seeds.items():
+        yield f"{what} of {arms.label(arm)}, {seeds_listed(some)}{why}"
+
+
+def _in_brackets(status: str, why: str) -> str:
+    return f" ({status}: {why})" if status else ""
 
 
 def seeds_listed(seeds: list[int]) -> str:
@@ -134,6 +163,7 @@ def _attribution_table(found: Attribution) -> Table:
             for clause in clauses
         ),
         words=2, strong=(len(clauses) - 1,),
+        notes=("; ".join(f"{role}: {arms.label(arm)}" for role, arm in found.roles.items()) + ".",),
     )  # fmt: skip
 
 
@@ -167,7 +197,7 @@ def at_the_end(material: Material) -> Section:
                 f"Means over seeds; PR of {material.head_dim} directions, loss in nat per token.",
                 ("Configuration", "Runs", "Val loss", "PR post-RoPE raw", "PR pre-RoPE centred",
                  "Axis alignment", "Max logit", "Remark"),
-                tuple(rows),
+                tuple(rows), notes=(material.passes,) if material.passes else (),
             )),
         ),
     )  # fmt: skip

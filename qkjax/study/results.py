@@ -179,6 +179,12 @@ def load_study(workdir: str | pathlib.Path) -> Study:
     rates = study_files.read_object(path / "sweep" / "learning_rates.json")
     for arm, entry in (rates or {}).items():
         study_files.need(path / "sweep" / "learning_rates.json", arm, entry, _RATE_FIELDS)
+    notes = [
+        f"the plan was changed after the study began: {old.name} has {other}; error rates hold "
+        "only for a plan that was fixed in advance"
+        for old in sorted(path.glob("study.*.json"))
+        if (other := _other_plan(old, plan))
+    ]
     trained = {place: str(run.summary["params_sha256"]) for place, run in runs.items()}
     scored = scores.read(path / "downstream", trained)
     return Study(
@@ -189,8 +195,20 @@ def load_study(workdir: str | pathlib.Path) -> Study:
         learning_rates=rates,
         downstream=scored.results,
         items=scored.items,
-        notes=scored.notes,
+        notes=(*notes, *scored.notes),
     )
+
+
+def _other_plan(path: pathlib.Path, plan: Mapping[str, Any]) -> str:
+    """In what an earlier plan differs that matters for verdicts, in words; "" if in nothing."""
+    earlier = study_files.read_object(path) or {}
+    said = []
+    for field in ("arms", "controls", "seeds", "tokens", "sweep", "overrides"):
+        value = earlier.get(field)
+        if value != plan.get(field):
+            listed = ", ".join(map(str, value)) if isinstance(value, list) else ""
+            said.append(f"{field} {listed}" if listed else f"other {field}")
+    return "; ".join(said)
 
 
 def load_run(workdir: pathlib.Path) -> RunResult | str:

@@ -63,7 +63,11 @@ def logit_rise(run: RunResult) -> float | None:
     them the last minus the first.
     """
     half = run.config.train.num_steps / 2
-    late = [(p.step, p.metrics[MAX_LOGIT]) for p in run.probes if p.step >= half]
+    late = [
+        (p.step, p.metrics[MAX_LOGIT])
+        for p in run.probes
+        if p.step >= half and MAX_LOGIT in p.metrics
+    ]
     if len(late) < 2:
         return None
     if any(value is None for _, value in late):

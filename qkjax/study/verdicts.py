@@ -6,6 +6,7 @@
 import dataclasses
 from collections.abc import Iterable
 
+from qkjax import presets
 from qkjax.study import hypotheses, items, statistics
 from qkjax.study.clauses import Panel
 from qkjax.study.judgement import (
@@ -21,6 +22,7 @@ from qkjax.study.results import Study
 __all__ = ["ALPHA", "Attribution", "Clause", "Judgement", "Verdict", "judge", "scope"]
 
 ALPHA = 0.025  # one-sided, over the family H1 to H4
+STUDY_TOKENS = 300_000_000  # a run of the study's question
 
 
 def judge(study: Study) -> Judgement:
@@ -47,10 +49,13 @@ def judge(study: Study) -> Judgement:
         shown=shown,
     )
     verdicts = (*(_corrected(verdict, rejected[verdict.name]) for verdict in family), last)
+    attributions = tuple(hypotheses.attribute(panel, name) for name in hypotheses.LABELS)
+    clauses = [c for verdict in verdicts for c in (*verdict.clauses, *verdict.shown)]
+    clauses += [c for found in attributions for c in (found.total, *found.parts)]
     return Judgement(
         verdicts=verdicts,
-        attributions=tuple(hypotheses.attribute(panel, name) for name in hypotheses.LABELS),
-        warnings=tuple(_warnings(panel, verdicts)),
+        attributions=attributions,
+        warnings=tuple(_warnings(panel, clauses)),
         seeds_used=panel.seeds,
     )
 
@@ -71,16 +76,24 @@ def _corrected(verdict: Verdict, rejected: bool) -> Verdict:
 
 def scope(study: Study) -> str:
     """What the verdicts are about, in one sentence; a small study does not answer a large one."""
-    scale = study.plan["scale"]
-    if scale == "full":
+    plan = study.plan
+    scale, tokens = plan["scale"], plan.get("tokens") or 0
+    reshaped = [
+        text
+        for text in plan.get("overrides") or ()
+        if text.partition("=")[0].removeprefix("model.") in (*presets.SHAPES["full"], "mlp", "d_ff")
+    ]
+    if scale == "full" and tokens >= STUDY_TOKENS and not reshaped:
         return "The verdicts are about the study's own scale: 88M parameters, 300M tokens a run."
+    budget = f" at {tokens / 1e6:,.4g}M tokens a run" if tokens else ""
+    shape = f" with {', '.join(reshaped)}" if reshaped else ""
     return (
-        f"The verdicts are about scale {scale} alone: they do not answer the study's question, "
-        "which is about 88M parameters and 300M tokens a run."
+        f"The verdicts are about scale {scale}{budget}{shape} alone: they do not answer the "
+        "study's question, which is about 88M parameters and 300M tokens a run."
     )
 
 
-def _warnings(panel: Panel, verdicts: Iterable[Verdict]) -> Iterable[str]:
+def _warnings(panel: Panel, clauses: Iterable[Clause]) -> Iterable[str]:
     study = panel.study
     if len(panel.seeds) == 1:
         yield f"one seed ({panel.seeds[0]}): no replication, so no contrast is decided"
@@ -98,9 +111,8 @@ def _warnings(panel: Panel, verdicts: Iterable[Verdict]) -> Iterable[str]:
             yield f"{arm} seed {seed}: measured on a sample of the items, which decides nothing"
     if study.plan.get("quick"):
         yield "a quick study: its budgets are too small for its question"
-    for verdict in verdicts:
-        for clause in (*verdict.clauses, *verdict.shown):
-            for note in clause.notes:
-                if "would say" in note or "disagree" in note:
-                    yield f"{clause.name}: {note}"
+    for clause in clauses:
+        for note in clause.notes:
+            if "would say" in note or "disagree" in note:
+                yield f"{clause.name}: {note}"
     yield from study.notes
