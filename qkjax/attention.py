@@ -9,8 +9,11 @@ RESULT = "attention"
 IMPLEMENTATIONS = ("xla", "blocked", "cudnn")
 # Queries are taken in blocks, each against the keys up to its own end: a causal row never pays for
 # the keys that it may not see, and no [T, T] matrix outlives its block.
-_QUERY_BLOCK = {"xla": 256, "blocked": 128}
+_QUERY_BLOCK = 256  # "xla"
+_TILE = 128  # "blocked": queries of a head, and keys
 
+_Pair = tuple[jax.Array, jax.Array]
+_Triple = tuple[jax.Array, jax.Array, jax.Array]
 _Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
@@ -54,8 +57,8 @@ def causal_attention(
 
     Args:
         implementation: "xla": einsums over all heads, for any device; "blocked": one head after
-            another, each in its cache, with gradients of its own, for CPUs; "cudnn": the fused
-            kernel of NVIDIA GPUs, for bfloat16.
+            another in tiles that fit the cache, with gradients of its own, for CPUs; "cudnn": the
+            fused kernel of NVIDIA GPUs, for bfloat16.
     Returns:
         [B, T, H, K] in the dtype of the inputs.
     Raises:
@@ -64,7 +67,7 @@ def causal_attention(
     if implementation == "xla":
         return _over_all_heads(q_BTHK, k_BTGK, v_BTGK)
     if implementation == "blocked":
-        return _over_single_heads(q_BTHK, k_BTGK, v_BTGK)
+        return _over_tiles(q_BTHK, k_BTGK, v_BTGK)
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(
             q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="cudnn"
@@ -72,12 +75,6 @@ def causal_attention(
     raise ValueError(
         f"implementation: {implementation!r} is unknown. Choose one of {IMPLEMENTATIONS}."
     )
-
-
-def _blocks(length: int, implementation: str) -> list[tuple[int, int]]:
-    """Where each block of queries starts and ends."""
-    block = _QUERY_BLOCK[implementation]
-    return [(start, min(start + block, length)) for start in range(0, length, block)]
 
 
 # --------------------------------------------------------------------------------------------
@@ -89,10 +86,10 @@ def _over_all_heads(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array) -> 
     G = k_BTGK.shape[2]
     q = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)  # [B, G, H/G, T, K]
     k, v = k_BTGK.transpose(0, 2, 1, 3), v_BTGK.transpose(0, 2, 1, 3)  # [B, G, T, K]
-    blocks = [
-        _attend_block(q[..., start:stop, :], k[:, :, :stop], v[:, :, :stop])
-        for start, stop in _blocks(T, "xla")
-    ]
+    blocks = []
+    for start in range(0, T, _QUERY_BLOCK):
+        stop = min(start + _QUERY_BLOCK, T)
+        blocks.append(_attend_block(q[..., start:stop, :], k[:, :, :stop], v[:, :, :stop]))
     out = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
     return checkpoint_name(out, RESULT)
 
@@ -111,69 +108,87 @@ def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 # --------------------------------------------------------------------------------------------
 # "blocked": what XLA's CPU compiler does well (docs/performance.md has the measurements).
+# - One key/value head at a time, in square tiles of scores that stay in a core's cache from the
+#   product that makes them to the products that use them.
 # - Plain two-dimensional products whose operands lie as they are read: those that contract the
 #   long axis of scores from the left run at a third of the speed. So scores are held transposed,
-#   [S keys, R C queries], in both passes, and no product transposes them.
+#   [C keys, R C queries], in both passes, and no product transposes them.
 # - Maxima and sums over the keys are then sums of rows, which are vectorised.
-# - A block of one key/value head and its R query heads fits into the cache.
+# The algorithm is that of Dao et al. 2022 (FlashAttention) and 2023.
 
 
 @jax.custom_vjp
-def _over_single_heads(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array) -> jax.Array:
-    return _single_heads_forward(q_BTHK, k_BTGK, v_BTGK)[0]
+def _over_tiles(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array) -> jax.Array:
+    return _tiles_forward(q_BTHK, k_BTGK, v_BTGK)[0]
 
 
-def _single_heads_forward(
+def _tiles_forward(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array
 ) -> tuple[jax.Array, _Residuals]:
-    heads = (_group_queries(q_BTHK, k_BTGK.shape[2]), _group_keys(k_BTGK), _group_keys(v_BTGK))
+    G = k_BTGK.shape[2]
+    heads = (_query_tiles(q_BTHK, G), _key_tiles(k_BTGK), _key_tiles(v_BTGK))
     out, log_sum = jax.lax.map(lambda head: _attend_head(*head), heads)
-    out = _ungroup_queries(out.transpose(0, 2, 3, 1), q_BTHK.shape).astype(q_BTHK.dtype)
+    out = _untile_queries(out, q_BTHK.shape).astype(q_BTHK.dtype)
     out, log_sum = checkpoint_name((out, log_sum), RESULT)
     return out, (q_BTHK, k_BTGK, v_BTGK, out, log_sum)
 
 
 def _attend_head(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Output [K, R, T] and log of the softmax's denominator [R, T], float32, of one kv head.
+    """One kv head: output [n, K, R C] and log of the softmax's denominator [n, R C], float32.
 
     Args:
-        q: [R, T, K]; k, v: [T, K].
+        q: [n, R C, K] in n tiles; k, v: [n, C, K].
     """
-    R, T, K = q.shape
-    v_KT = v.T
-    outs, log_sums = [], []
-    for start, stop in _blocks(T, "blocked"):
-        scores = _masked_scores(q[:, start:stop], k[:stop])
-        highest = scores.max(axis=0)
-        weights = jnp.exp(scores - highest)
-        total = weights.sum(axis=0)
-        out = _product(v_KT[:, :stop], weights.astype(v.dtype)) / total
-        outs.append(out.reshape(K, R, stop - start))
-        log_sums.append((highest + jnp.log(total)).reshape(R, stop - start))
-    return jnp.concatenate(outs, axis=-1), jnp.concatenate(log_sums, axis=-1)
+    rows, K = q.shape[1:]
+    v_nKC = jax.lax.optimization_barrier(v.mT)  # else it is transposed for every tile
+
+    def attend_tile(_: None, tile: tuple[jax.Array, jax.Array]) -> tuple[None, _Pair]:
+        i, q_i = tile
+        q_i = jax.lax.optimization_barrier(q_i.T)
+
+        def see(j: jax.Array, seen: _Triple, *, mask: bool = False) -> _Triple:
+            highest, total, out = seen
+            scores = _scores(q_i, k[j], mask)
+            new_highest = jnp.maximum(highest, scores.max(axis=0))
+            weights = jnp.exp(scores - new_highest)
+            faded = jnp.exp(highest - new_highest)
+            return (
+                new_highest,
+                total * faded + weights.sum(axis=0),
+                out * faded + _product(v_nKC[j], weights.astype(v.dtype)),
+            )
+
+        nothing = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((K, rows)))
+        seen = jax.lax.fori_loop(0, i, see, nothing)
+        highest, total, out = see(i, seen, mask=True)
+        return None, (out / total, highest + jnp.log(total))
+
+    return jax.lax.scan(attend_tile, None, (jnp.arange(len(q)), q))[1]
 
 
-def _single_heads_backward(
+def _tiles_backward(
     residuals: _Residuals, out_gradient_BTHK: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     q_BTHK, k_BTGK, v_BTGK, out_BTHK, log_sum = residuals
-    B, T, G, K = k_BTGK.shape
-    # Sum over the keys of weight x gradient of the weight (Dao et al. 2022, FlashAttention).
+    G = k_BTGK.shape[2]
+    # Sum over the keys of weight x gradient of the weight.
     mean_gradient = jnp.sum(
         out_gradient_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1, keepdims=True
     )
     heads = (
-        _group_queries(q_BTHK, G),
-        _group_keys(k_BTGK),
-        _group_keys(v_BTGK),
-        _group_queries(out_gradient_BTHK, G),
+        _query_tiles(q_BTHK, G),
+        _key_tiles(k_BTGK),
+        _key_tiles(v_BTGK),
+        _query_tiles(out_gradient_BTHK, G),
         log_sum,
-        _group_queries(mean_gradient, G)[..., 0],
+        _query_tiles(mean_gradient, G)[..., 0],
     )
     q, k, v = jax.lax.map(lambda head: _head_gradients(*head), heads)
-    k, v = (x.reshape(B, G, T, K).transpose(0, 2, 1, 3) for x in (k, v))
-    q = _ungroup_queries(q.transpose(0, 2, 3, 1), q_BTHK.shape)
-    return q.astype(q_BTHK.dtype), k.astype(k_BTGK.dtype), v.astype(v_BTGK.dtype)
+    return (
+        _untile_queries(q, q_BTHK.shape).astype(q_BTHK.dtype),
+        _untile_keys(k, k_BTGK.shape).astype(k_BTGK.dtype),
+        _untile_keys(v, v_BTGK.shape).astype(v_BTGK.dtype),
+    )
 
 
 def _head_gradients(
@@ -183,58 +198,88 @@ def _head_gradients(
     out_gradient: jax.Array,
     log_sum: jax.Array,
     mean_gradient: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of one kv head, float32: by its queries [K, R, T], keys and values [T, K]."""
-    R, T, K = q.shape
-    scale = K**-0.5
-    k_KT = jax.lax.optimization_barrier(k.T)  # else it is transposed again for every block
-    by_q = []
-    by_k = by_v = jnp.zeros((T, K), jnp.float32)
-    for start, stop in _blocks(T, "blocked"):
-        rows = R * (stop - start)
-        block_q = q[:, start:stop].reshape(rows, K)
-        block_gradient = out_gradient[:, start:stop].reshape(rows, K)
-        scores = _masked_scores(q[:, start:stop], k[:stop])
-        weights = jnp.exp(scores - log_sum[:, start:stop].reshape(rows))
-        by_weights = _product(v[:stop], block_gradient.T)
-        by_scores = weights * (by_weights - mean_gradient[:, start:stop].reshape(rows)) * scale
-        by_scores = by_scores.astype(q.dtype)
-        by_v = by_v.at[:stop].add(_product(weights.astype(q.dtype), block_gradient))
-        by_k = by_k.at[:stop].add(_product(by_scores, block_q))
-        by_q.append(_product(k_KT[:, :stop], by_scores).reshape(K, R, stop - start))
-    return jnp.concatenate(by_q, axis=-1), by_k, by_v
+) -> _Triple:
+    """Of one kv head, float32: by its queries [n, K, R C], keys and values [n, C, K].
+
+    Args: as in `_attend_head`; log_sum and mean_gradient: [n, R C].
+    """
+    rows, K = q.shape[1:]
+    k_nKC = jax.lax.optimization_barrier(k.mT)
+
+    def differentiate_tile(carry: _Pair, tile: tuple[jax.Array, ...]) -> tuple[_Pair, jax.Array]:
+        i, q_i, gradient_i, log_sum_i, mean_gradient_i = tile
+        turned_q, turned_gradient = jax.lax.optimization_barrier((q_i.T, gradient_i.T))
+
+        def see(j: jax.Array, carry: _Triple, *, mask: bool = False) -> _Triple:
+            by_q, by_k, by_v = carry
+            weights = jnp.exp(_scores(turned_q, k[j], mask) - log_sum_i)
+            by_scores = weights * (_product(v[j], turned_gradient) - mean_gradient_i)
+            by_scores = by_scores.astype(q.dtype)
+            return (
+                by_q + _product(k_nKC[j], by_scores),
+                by_k.at[j].add(_product(by_scores, q_i)),
+                by_v.at[j].add(_product(weights.astype(q.dtype), gradient_i)),
+            )
+
+        start = (jnp.zeros((K, rows)), *carry)
+        by_q, by_k, by_v = see(i, jax.lax.fori_loop(0, i, see, start), mask=True)
+        return (by_k, by_v), by_q
+
+    start = (jnp.zeros(k.shape), jnp.zeros(v.shape))
+    tiles = (jnp.arange(len(q)), q, out_gradient, log_sum, mean_gradient)
+    (by_k, by_v), by_q = jax.lax.scan(differentiate_tile, start, tiles)
+    return by_q * K**-0.5, by_k * K**-0.5, by_v
 
 
-_over_single_heads.defvjp(_single_heads_forward, _single_heads_backward)
+_over_tiles.defvjp(_tiles_forward, _tiles_backward)
 
 
-def _masked_scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """[S, R C] float32, -inf where a key is behind its query: q [R, C, K] are the last C of S."""
-    R, block, K = q.shape
-    seen = len(k)
-    scores = _product(k, q.reshape(R * block, K).T) * K**-0.5
-    query = jnp.tile(jnp.arange(seen - block, seen), R)
-    return jnp.where(jnp.arange(seen)[:, None] <= query[None, :], scores, -jnp.inf)
+def _scores(q_KQ: jax.Array, k_CK: jax.Array, mask: bool) -> jax.Array:
+    """[C, R C] float32; with `mask` of the tile on the diagonal, -inf behind each query."""
+    C, K = k_CK.shape
+    scores = _product(k_CK, q_KQ) * K**-0.5
+    if not mask:
+        return scores
+    query = jnp.arange(q_KQ.shape[1]) % C
+    return jnp.where(jnp.arange(C)[:, None] <= query[None, :], scores, -jnp.inf)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def _group_queries(x_BTHK: jax.Array, num_groups: int) -> jax.Array:
-    """[B, T, H, K] to [B G, R, T, K]."""
+def _tiles(length: int) -> tuple[int, int]:
+    """Number and length C of the tiles; the last one is padded, which no query before it sees."""
+    size = min(length, _TILE)
+    return -(-length // size), size
+
+
+def _query_tiles(x_BTHK: jax.Array, num_groups: int) -> jax.Array:
+    """[B, T, H, K] to [B G, n, R C, K]."""
     B, T, H, K = x_BTHK.shape
-    x = x_BTHK.reshape(B, T, num_groups, H // num_groups, K).transpose(0, 2, 3, 1, 4)
-    return x.reshape(B * num_groups, H // num_groups, T, K)
+    n, C = _tiles(T)
+    x = jnp.pad(x_BTHK, ((0, 0), (0, n * C - T), (0, 0), (0, 0)))
+    x = x.reshape(B, n, C, num_groups, H // num_groups, K).transpose(0, 3, 1, 4, 2, 5)
+    return x.reshape(B * num_groups, n, -1, K)
 
 
-def _ungroup_queries(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """[B G, R, T, K] to [B, T, H, K], which is `shape`."""
+def _untile_queries(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[B G, n, K, R C] to [B, T, H, K], which is `shape`."""
     B, T, H, K = shape
-    return x.reshape(B, H, T, K).transpose(0, 2, 1, 3)
+    n, C = _tiles(T)
+    x = x.reshape(B, -1, n, K, x.shape[-1] // C, C).transpose(0, 2, 5, 1, 4, 3)
+    return x.reshape(B, n * C, H, K)[:, :T]
 
 
-def _group_keys(x_BTGK: jax.Array) -> jax.Array:
-    """[B, T, G, K] to [B G, T, K]."""
+def _key_tiles(x_BTGK: jax.Array) -> jax.Array:
+    """[B, T, G, K] to [B G, n, C, K]."""
     B, T, G, K = x_BTGK.shape
-    return x_BTGK.transpose(0, 2, 1, 3).reshape(B * G, T, K)
+    n, C = _tiles(T)
+    x = jnp.pad(x_BTGK, ((0, 0), (0, n * C - T), (0, 0), (0, 0)))
+    return x.transpose(0, 2, 1, 3).reshape(B * G, n, C, K)
+
+
+def _untile_keys(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[B G, n, C, K] to [B, T, G, K], which is `shape`."""
+    B, T, G, K = shape
+    return x.reshape(B, G, -1, K).transpose(0, 2, 1, 3)[:, :T]
