@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import small_run
 
 from qkjax import config as configs
 from qkjax import errors
@@ -122,6 +123,57 @@ def test_the_variants_of_a_subject_do_the_same_work(subject, muon_spec):
         work.repeat(1)
     assert len(found) >= 2
     interleave.check_agreement(found, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def run_spec(tmp_path_factory):
+    """What a worker of `run` gets, with a real dataset."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = small_run.make_config(
+        small_run.make_dataset(folder / "dataset"),
+        optimizer__warmup_fraction=0.0,
+        optimizer__decay_fraction=0.0,
+    ).for_platform("cpu")
+    return make_spec(settings, folder)
+
+
+def test_a_run_and_its_bare_steps_begin_alike(run_spec):
+    found = {}
+    for variant in subjects.choose_variants("run", "cpu", []):
+        module, cls = subjects.work_class("run", variant)
+        found[variant] = getattr(importlib.import_module(module), cls)(run_spec).first()
+    assert set(found) == {"steps", "start", "run"}
+    interleave.check_agreement(found, 1e-6)
+
+
+def test_a_measured_run_evaluates_and_saves_at_every_interval(run_spec, monkeypatch):
+    from qkjax.benchmark import run_work
+
+    monkeypatch.setattr(run_work, "STEPS", 4)
+    rows = run_work.Run(run_spec).train(intervals=2)
+    assert [row["step"] for row in rows] == list(range(10))
+    assert [row["step"] for row in rows if "val/loss" in row] == [0, 4, 8]
+    settings = run_work.lengthen(configs.from_dict(run_spec["config"]), 2)
+    assert settings.checkpoint.steps == (0, 4, 8, 9)
+    # A tenth of 4 steps of 4 sequences of 32 tokens, in whole sequences.
+    assert settings.eval.tokens == 2 * 32 and settings.eval.final_tokens == -1
+    assert [row["step"] for row in run_work.Start(run_spec).train(intervals=0)] == [0, 1]
+
+
+def test_a_run_is_compared_without_its_start(run_spec):
+    request = interleave.Request(
+        "run", ("steps", "start", "run"), configs.from_dict(run_spec["config"]), "cpu", 2, 0.0
+    )
+    rounds = {"steps": (4.0, 4.0), "start": (1.0, 3.0), "run": (5.2, 7.6)}
+    outcomes = {
+        name: interleave.Outcome(values[0], 1.0, 1, 1.0, values) for name, values in rounds.items()
+    }
+    measured = interleave.Measurement(request, 1, None, 1, {}, 0.0, outcomes)
+    assert measured.net_ratio == pytest.approx((1.05 + 1.15) / 2)
+    assert "\nrun less start: 1.100 of steps\n" in table.format_table(measured)
+    assert measured.to_dict()["net_ratio"] == measured.net_ratio
+    alone = dataclasses.replace(measured, outcomes={"run": outcomes["run"]})
+    assert alone.net_ratio is None
 
 
 @pytest.mark.parametrize("number", ["loss", "grad_norm"])

@@ -2,6 +2,7 @@
 
   python tools/benchmark.py step --shape=small                 # one core, CPU time, against torch
   python tools/benchmark.py step --platform=gpu --shape=full   # wall time
+  python tools/benchmark.py run [--shape=full --data_dir=DATASET]
   python tools/benchmark.py data [--source=docstrings] [--tokenizer=train:4096]
 
 Each variant has a process of its own, the same weights and the same tokens; what they compute first
@@ -27,6 +28,7 @@ _VARIANTS = flags.DEFINE_list("variants", [], "Only these; the usual ones unless
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each is measured.", 1)
 _BLOCK_SECONDS = flags.DEFINE_float("block_seconds", 1.0, "Of the reference, at least.", 0.0)
 _OUT = flags.DEFINE_string("out", None, "JSON file for the figures.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "run: dataset; the embedded one at tiny.")
 _SOURCE = flags.DEFINE_string("source", "docstrings", "data: text; see prepare_data.py.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "train:4096", "data: as prepare_data.py takes it.")
 _CHARACTERS = flags.DEFINE_integer("characters", 40_000_000, "data: how much of the source.", 1)
@@ -57,7 +59,7 @@ def main(subject: str) -> None:
                 subject=subject,
                 variants=tuple(subjects.choose_variants(subject, _PLATFORM.value, _VARIANTS.value)),
                 config=subjects.make_config(
-                    _SHAPE.value, _ARM.value, _PLATFORM.value, _SEQUENCES.value
+                    _SHAPE.value, _ARM.value, _PLATFORM.value, _SEQUENCES.value, _DATA_DIR.value
                 ),
                 platform=_PLATFORM.value,
                 rounds=_ROUNDS.value,

@@ -62,9 +62,26 @@ class Measurement:
     noise: float
     outcomes: dict[str, Outcome]
 
+    @property
+    def net_ratio(self) -> float | None:
+        """Of the subject's net variant less its start, to the reference; None where it has none."""
+        net = subjects.subject(self.request.subject).net
+        if net is None or not {*net} <= self.outcomes.keys():
+            return None
+        whole, start, reference = (self.outcomes[name].rounds for name in (*net, self.reference))
+        return statistics.median(
+            (a - b) / c for a, b, c in zip(whole, start, reference, strict=True)
+        )
+
+    @property
+    def reference(self) -> str:
+        """The variant that ratios refer to: the subject's, or the first where it was left out."""
+        wanted = subjects.subject(self.request.subject).reference
+        return wanted if wanted in self.outcomes else next(iter(self.outcomes))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for a JSON file."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"net_ratio": self.net_ratio}
         values["request"]["config"] = subjects.describe(self.request.config)
         return values
 

@@ -24,7 +24,9 @@ import numpy as np  # isort: skip
 import optax  # isort: skip
 
 
-class _Work:
+class JaxWork:
+    """What all have in common."""
+
     def device(self) -> str | None:
         device = jax.devices()[0]
         return None if device.platform == "cpu" else device.device_kind
@@ -34,25 +36,29 @@ class _Work:
         return None if statistics is None else statistics["peak_bytes_in_use"]
 
 
-class Step(_Work):
+class Step(JaxWork):
     """`train_step` as a run compiles it: forward, backward, clipping, optimiser, checks."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         settings = self.settle(config.from_dict(spec["config"]))
-        inputs = np.load(spec["inputs"])
         mesh = sharding.make_mesh()
-        params = _params(settings, inputs)
+        params, tokens = self.load(settings, spec)
         transformation = self.transformation(settings, params)
         state = train_step.TrainState(
             jnp.int32(0), params, transformation.init(params), jnp.ones((), bool)
         )
         self._state = jax.device_put(state, sharding.replicated(mesh))
-        self._tokens = sharding.put_batch(mesh, inputs["tokens"])
+        self._tokens = sharding.put_batch(mesh, tokens)
         self._step = train_step.make_train_step(settings, transformation, mesh)
 
     def settle(self, settings: Config) -> Config:
         """The config that is really measured."""
         return settings
+
+    def load(self, settings: Config, spec: dict[str, Any]) -> tuple[model.Params, np.ndarray]:
+        """Parameters, and one batch of tokens [B, T+1]."""
+        inputs = np.load(spec["inputs"])
+        return _params(settings, inputs), inputs["tokens"]
 
     def transformation(self, settings: Config, params: Any) -> optax.GradientTransformation:
         return optimizer.make_optimizer(settings, params)
@@ -99,7 +105,7 @@ class OptaxMuonStep(Step):
         return optax.chain(optax.clip_by_global_norm(o.clip_norm), muon) if o.clip_norm else muon
 
 
-class _Gradient(_Work):
+class _Gradient(JaxWork):
     """A function of arrays and its gradients; subclasses set `_inputs` and `_gradient`."""
 
     _inputs: tuple[Any, ...]
@@ -174,7 +180,7 @@ class PlainLoss(ChunkedLoss):
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-class LossEvaluation(_Work):
+class LossEvaluation(JaxWork):
     """The validation loss of one batch, without any other measure."""
 
     def __init__(self, spec: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ class Subject:
     variants: dict[str, str]  # name -> class
     defaults: dict[str, tuple[str, ...]]  # platform -> variants measured unless others are named
     reference: str  # the denominator of the ratios
+    net: tuple[str, str] | None = None  # a variant, and the one that is its start alone
 
 
 PLATFORMS = ("cpu", "gpu")
@@ -77,6 +78,14 @@ SUBJECTS = {
         dict.fromkeys(PLATFORMS, ("loss", "all")),
         "loss",
     ),
+    # What a run adds to its steps: reading, evaluations with all measures, checkpoints, writing.
+    "run": Subject(
+        "evaluation interval",
+        {"steps": "run_work:Steps", "start": "run_work:Start", "run": "run_work:Run"},
+        dict.fromkeys(PLATFORMS, ("steps", "start", "run")),
+        "steps",
+        net=("run", "start"),
+    ),
 }
 SHAPES = ("tiny", "small", "full")
 ARMS = tuple(f"{optimizer}_{qk}" for optimizer in ("adamw", "muon") for qk in ("qk", "noqk"))
@@ -114,8 +123,14 @@ def choose_variants(name: str, platform: str, named: list[str]) -> list[str]:
     return list(dict.fromkeys(named)) or list(known.defaults[platform])
 
 
-def make_config(shape: str, arm: str, platform: str, sequences: int | None) -> Config:
-    """The arm's config at a shape, at a constant learning rate, so that peers need no schedule."""
+def make_config(
+    shape: str, arm: str, platform: str, sequences: int | None, data_dir: str = ""
+) -> Config:
+    """The arm's config at a shape, at a constant learning rate, so that peers need no schedule.
+
+    Args:
+        data_dir: a prepared dataset, of which `run` alone reads; "" is the embedded one at tiny.
+    """
     optimizer, _, qk = arm.partition("_")
     words = "full" if shape == "full" else "tiny"
     values = configs.base(optimizer, "learned" if qk == "qk" else "none", words)
@@ -124,6 +139,7 @@ def make_config(shape: str, arm: str, platform: str, sequences: int | None) -> C
     default = (_GPU_SEQUENCES if platform == "gpu" else _SEQUENCES)[shape]
     values.train.tokens_per_step = (sequences or default) * values.model.sequence_length
     values.train.microbatch_sequences = 0
+    values.data.dir = data_dir
     values.optimizer.warmup_fraction = values.optimizer.decay_fraction = 0.0
     return configs.resolve(values).for_platform(platform)
 

@@ -8,12 +8,17 @@ def format_table(measured: interleave.Measurement) -> str:
     """What was measured, one row a variant, and what the noise allows to say."""
     request = measured.request
     subject = subjects.subject(request.subject)
-    reference = subject.reference if subject.reference in measured.outcomes else None
-    reference = reference or next(iter(measured.outcomes))
     clock = "CPU time, one core" if request.platform == "cpu" else "wall time"
     shape = ", ".join(f"{k} {v}" for k, v in subjects.describe(request.config).items())
     agreed = ", ".join(f"{name} {value:.6g}" for name, value in measured.agreed.items())
-    header = ["variant", f"s/{subject.unit}", f"/ {reference}", "verdict", "peak GB", "first s"]
+    header = [
+        "variant",
+        f"s/{subject.unit}",
+        f"/ {measured.reference}",
+        "verdict",
+        "peak GB",
+        "first s",
+    ]
     header += list(rates(measured, 1.0))
     rows = [header]
     for name, outcome in measured.outcomes.items():
@@ -33,6 +38,10 @@ def format_table(measured: interleave.Measurement) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+    if measured.net_ratio is not None:
+        assert subject.net is not None
+        whole, start = subject.net
+        lines.append(f"{whole} less {start}: {measured.net_ratio:.3f} of {measured.reference}")
     return "\n".join(
         [
             f"{request.subject}: {clock}; {request.rounds} rounds of 2 blocks of "

@@ -1,0 +1,89 @@
+"""A whole run against the bare steps in it, on the study's schedule of evaluations.
+
+One repetition is what lies between two evaluations of the full study: 153 steps (10M tokens at
+65,536 a step), one evaluation with all measures on a tenth of these tokens, one checkpoint.
+Smaller shapes keep these proportions.
+"""
+
+import dataclasses
+import gc
+import json
+import pathlib
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from qkjax import config, model, train
+from qkjax.benchmark import jax_work
+from qkjax.config import Config
+from qkjax.data import dataset, pipeline
+
+STEPS = 153
+_EVALUATED = 0.1  # tokens, of those trained in between
+
+
+class Steps(jax_work.Step):
+    """The run's program on its first batch, again and again."""
+
+    def load(self, settings: Config, spec: dict[str, Any]) -> tuple[model.Params, np.ndarray]:
+        data = dataset.open_dataset(settings)
+        loader = pipeline.TrainLoader(
+            data.directory,
+            data.manifest,
+            seed=settings.seed,
+            sequences_per_step=settings.train.sequences_per_step,
+        )
+        params = model.init(train.initialisation_key(settings.seed), settings.model)
+        return params, next(iter(loader)).tokens
+
+    def repeat(self, times: int) -> None:
+        super().repeat(times * STEPS)
+
+
+class Run(jax_work.JaxWork):
+    """`train_and_evaluate` in a fresh run directory, from its first line to its summary."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self._settings = config.from_dict(spec["config"])
+        self._folder = pathlib.Path(spec["inputs"]).parent
+
+    def first(self) -> dict[str, float]:
+        row = self.train(intervals=0)[-1]
+        return {"loss": row["train/loss"], "grad_norm": row["train/grad_norm"]}
+
+    def repeat(self, times: int) -> None:
+        self.train(times)
+
+    def train(self, intervals: int) -> list[dict[str, float]]:
+        """Rows of a run of one step more than the intervals have, so that 0 is the start alone."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as workdir:
+            train.train_and_evaluate(lengthen(self._settings, intervals), workdir)
+            gc.collect()  # the device's memory, before the next run wants it
+            lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+class Start(Run):
+    """What a run does once: data, compiled programs, evaluation and checkpoint of step 0."""
+
+    def repeat(self, times: int) -> None:
+        del times  # a run has one start, however long it is
+        self.train(intervals=0)
+
+
+def lengthen(settings: Config, intervals: int) -> Config:
+    """A run of so many intervals, each with one evaluation and one checkpoint, and a step."""
+    t, length = settings.train, settings.model.sequence_length
+    steps = intervals * STEPS + 1
+    ends = tuple(range(STEPS, steps, STEPS))
+    evaluated = max(1, round(_EVALUATED * STEPS * t.tokens_per_step / length)) * length
+    return dataclasses.replace(
+        settings,
+        train=dataclasses.replace(t, num_steps=steps, tokens=steps * t.tokens_per_step),
+        schedule=dataclasses.replace(settings.schedule, num_steps=steps),
+        eval=dataclasses.replace(
+            settings.eval, steps=(0, *ends), tokens=evaluated, final_tokens=-1
+        ),
+        checkpoint=dataclasses.replace(settings.checkpoint, steps=(0, *ends, steps)),
+    )
