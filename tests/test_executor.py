@@ -558,6 +558,16 @@ def test_an_error_of_its_own_waits_until_the_runs_have_saved(world, monkeypatch)
     assert machine.alive == 0
 
 
+def test_an_unfinished_run_names_the_other_host_that_held_it(world):
+    study, workdir, _ = world()
+    run.execute(study, workdir)
+    files, step = states.StudyFiles(study, workdir), study.step("runs/muon_qk/seed_1")
+    (files.directory(step) / "summary.json").unlink()
+    assert files.state(step) == states.State("unfinished")
+    run_directory.write_json(files.directory(step) / "run.lock", {"host": "node7", "pid": 1})
+    assert files.state(step) == states.State("unfinished", "last held by node7")
+
+
 def test_status_shows_every_step_with_what_it_has_reached(world, capsys):
     study, workdir, machine = world()
     machine.exit_codes = {"runs/muon_qk/seed_1": 2, "runs/adamw_noqk/seed_1": 3}

@@ -129,6 +129,9 @@ def command(*arguments: object) -> subprocess.CompletedProcess:
 def test_the_page_has_every_section_and_needs_nothing_else(whole: pathlib.Path):
     page = Page(whole / "report" / "index.html")
     assert tuple(page.sections) == SECTIONS
+    assert "and their controls answer." in page.sections["verdicts"]
+    served = "none: Muon, no QK-Norm; frozen: Muon + QK-Norm, γ frozen; undecayed: Muon + QK-Norm;"
+    assert served in page.sections["attribution"]
     assert len(set(page.ids)) == len(page.ids) > 100
     assert not page.tags & {"script", "link", "iframe", "object", "img"}
     for reference in page.references:
@@ -272,7 +275,7 @@ def test_a_deleted_seed(write: Callable[..., pathlib.Path]):
     study = write()
     shutil.rmtree(study / "runs" / "muon_noqk" / "seed_43")
     page = sections(study)
-    assert "The verdicts are about scale tiny at 0.4M tokens a run alone" in page["verdicts"]
+    assert "The verdicts are about scale tiny at 400,000 tokens a run alone" in page["verdicts"]
     assert "7 of 8 runs are finished" in page["verdicts"]
     assert "enter the contrasts: 42." in page["verdicts"] and "no replication" in page["verdicts"]
     assert "one seed (42)" in page["warnings"]
@@ -380,7 +383,8 @@ def test_what_the_executor_noted_is_said(write: Callable[..., pathlib.Path]):
     (study / "study.json").write_text(json.dumps(plan))
     page = sections(study)
     assert "seed 42: not started (failed: exit 4: disk full)" in page["missing"]
-    assert "AdamW + QK-Norm, seed 43" in page["missing"]  # has no scores; seed 42 will have none
+    assert "downstream scores of AdamW + QK-Norm, seed 43" in page["missing"]
+    assert "its run diverged" not in page["missing"]  # seed 42 will have none
     assert "Skipped of AdamW + QK-Norm, seed 42: its run diverged." in page["downstream"]
     assert (
         "downstream scores of Muon, no QK-Norm, seed 43 (failed: exit 1: no such item)"
@@ -470,7 +474,12 @@ def test_holm_is_shown_where_it_has_a_say(clauses, status, rejected, words):
 
 
 def test_a_study_without_sweep_spectra_and_scores_says_so(write: Callable[..., pathlib.Path]):
-    page = sections(write())
+    study = write()
+    for path in study.glob("runs/muon_noqk/*/config.json"):  # somebody's own optimiser
+        path.write_text(path.read_text().replace('"name": "muon"', '"name": "lion"'))
+    page = sections(study)
+    assert "none}, answer." in page["verdicts"]
+    assert "Muon, no QK-Norm0.0120.003195" in page["sweep"]  # with an auxiliary AdamW
     assert "This study has no sweep" in page["sweep"] and "0.0012" in page["sweep"]
     assert "No run has saved spectra" in page["keys"]
     assert "spectra: of every run" in page["missing"]
@@ -609,11 +618,11 @@ def test_the_originals_numbers_are_marked_as_what_they_are(
 @pytest.mark.parametrize(
     ("scale", "plan", "words"),
     [
-        ("pilot", {}, "about scale pilot at 25M tokens a run alone: they do not answer"),
+        ("pilot", {}, "scale pilot at 25,000,000 tokens a run alone: they do not answer"),
         ("full", {}, "the study's own scale"),
         ("full", {"overrides": ["model.unroll=22"]}, "the study's own scale"),
-        ("full", {"quick": True, "tokens": 150_000_000}, "full at 150M tokens a run alone"),
-        ("full", {"tokens": 50_000_000}, "about scale full at 50M tokens a run alone: they do not"),
+        ("full", {"quick": True, "tokens": 150_000_000}, "full at 150,000,000 tokens a run alone"),
+        ("full", {"tokens": 50_000_000}, "full at 50,000,000 tokens a run alone: they do not"),
         ("full", {"overrides": ["model.num_layers=4"]}, "with model.num_layers=4 alone: they do"),
     ],
 )

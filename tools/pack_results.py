@@ -1,7 +1,8 @@
 """Packs runs into small archives: python tools/pack_results.py --workdir=STUDY --out=DIR
 
 Everything that the report reads, spectra as float16 where that is harmless, no checkpoints unless
-asked: at most 8 archives of 16 MiB. At home: for a in DIR/*.tar.gz; do tar -xzf $a -C STUDY; done
+asked: at most 8 archives of 16 MiB. At home, with the archives of one study alone in DIR:
+for a in DIR/*.tar.gz; do tar -xzf $a -C STUDY; done
 """
 
 import pathlib

@@ -85,7 +85,7 @@ def scope(study: Study) -> str:
     ]
     if scale == "full" and tokens >= STUDY_TOKENS and not reshaped:
         return "The verdicts are about the study's own scale: 88M parameters, 300M tokens a run."
-    budget = f" at {tokens / 1e6:,.4g}M tokens a run" if tokens else ""
+    budget = f" at {tokens:,} tokens a run" if tokens else ""
     shape = f" with {', '.join(reshaped)}" if reshaped else ""
     return (
         f"The verdicts are about scale {scale}{budget}{shape} alone: they do not answer the "
