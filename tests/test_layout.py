@@ -47,8 +47,8 @@ STREET = [
     """,
     """
     benchmark.__init__ benchmark.subjects benchmark.inputs benchmark.arrays benchmark.jax_work
-    benchmark.torch_model benchmark.torch_muon benchmark.torch_work benchmark.worker
-    benchmark.interleave benchmark.table benchmark.data
+    benchmark.run_work benchmark.torch_model benchmark.torch_muon benchmark.torch_work
+    benchmark.worker benchmark.interleave benchmark.table benchmark.data
     """,
 ]
 PLACES = {
