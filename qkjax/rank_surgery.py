@@ -5,10 +5,8 @@ to the top ones (right singular vectors of the uncentred keys) or to random ones
 this costs, against the number of directions kept, is the measure. Nothing is trained.
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -19,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkjax import (
-    checkpoint,
+    attention_check,
     errors,
     losses,
     model,
@@ -31,6 +29,7 @@ from qkjax import (
 from qkjax.config import Config
 from qkjax.data import dataset as datasets
 from qkjax.data import pipeline
+from qkjax.export import trained_run
 from qkjax.rank_curves import ALL, KINDS, Row
 
 STAGES = {"pre_rope": "pre-RoPE", "post_rope": "post-RoPE"}
@@ -54,22 +53,30 @@ def measure(
 ) -> list[Row]:
     """Measures a checkpoint of a run: CSV and figure `rank_surgery/step_*` in its directory.
 
-    The CSV is replaced after every row, so a call that is stopped leaves what it has.
+    The CSV is replaced after every row, so a call that is stopped leaves what it has. One that is
+    there already is never replaced: it may have taken hours, with other settings.
 
     Args:
         workdir: the run directory; nothing else in it is written.
         report: gets one line for every row, with the time left, and the answer.
     Raises:
         UsageError: no run, no such checkpoint or a damaged one, no dataset or another one, a
-            wrong request; or no matplotlib, once the CSV is complete.
+            wrong request, a CSV that is there; or no matplotlib, once the CSV is complete.
         StorageError: the disk failed.
     """
-    config = _read_config(workdir)
+    run = trained_run.open_run(
+        workdir, step=request.step, data_dir=request.data_dir, finished=False
+    )
+    config, step = _here(run.config), run.step
     ranks, layers, tokens = _check(request, config)
-    dataset = _open_dataset(workdir, config, request.data_dir)
-    step, params = _restore(workdir, config, request.step)
+    name = f"step_{step:08d}" + ("" if request.stage == "pre_rope" else f"_{request.stage}")
+    path = workdir / "rank_surgery" / f"{name}.csv"
+    if path.exists():
+        raise errors.UsageError(
+            f"{path}: is there already, and no measurement is overwritten. Move it away."
+        )
     settings = [(layer, kind, rank) for layer in layers for kind in KINDS for rank in ranks]
-    passes = _Passes(config, dataset, params, tokens, request.stage)
+    passes = _Passes(config, run.dataset, run.params, tokens, request.stage)
     progress = _Progress(report, config.log.every_seconds, 1 + len(settings), passes.num_batches)
     full_loss, factor = passes.look(progress.batch_done)
     if not np.isfinite(factor.r).all():
@@ -81,8 +88,6 @@ def measure(
     about = f"step {step}, {passes.num_tokens:,} validation tokens, val/loss {full_loss:.4f}"
     report(about)
 
-    name = f"step_{step:08d}" + ("" if request.stage == "pre_rope" else f"_{request.stage}")
-    path = workdir / "rank_surgery" / f"{name}.csv"
     rows: list[Row] = []
     for layer, kind, rank in settings:
         loss = passes.loss(projection(directions[kind], rank, layer), progress.batch_done)
@@ -210,16 +215,18 @@ class _Passes:
             return spectral.factor(seen.swapaxes(1, 2))  # [B, G]
 
         inputs_BT = batch.tokens[:, :-1]
-        hidden, seen = model.apply_with_probe(params, inputs_BT, self._config.model, keys)
+        with sharding.ambient(self._mesh):
+            hidden, seen = model.apply_with_probe(params, inputs_BT, self._config.model, keys)
         seen = seen._replace(count=jnp.where(batch.valid[None, :, None], seen.count, 0))
         by_sequence = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), seen)
         merged = spectral.merge(factor, spectral.merge_leading_axis(by_sequence))
         return merged, self._loss_sums(params, hidden, batch)
 
     def _project_step(self, params: model.Params, matrices: jax.Array, batch: _Batch) -> jax.Array:
-        hidden = model.apply_with_key_projection(
-            params, batch.tokens[:, :-1], self._config.model, matrices, self._stage
-        )
+        with sharding.ambient(self._mesh):
+            hidden = model.apply_with_key_projection(
+                params, batch.tokens[:, :-1], self._config.model, matrices, self._stage
+            )
         return self._loss_sums(params, hidden, batch)
 
     def _loss_sums(self, params: model.Params, hidden: jax.Array, batch: _Batch) -> jax.Array:
@@ -234,17 +241,15 @@ class _Passes:
 
 
 # --------------------------------------------------------------------------------------------
-# What is asked for, and what is there.
+# What is asked for.
 
 
-def _read_config(workdir: pathlib.Path) -> Config:
-    config = run_directory.read_config(workdir)
-    if config is None:
-        raise errors.UsageError(
-            f"{workdir}: not a run directory, expected config.json in it. "
-            "Give the --workdir of a run of qkjax.main."
-        )
-    return config
+def _here(config: Config) -> Config:
+    """The run's config with attention for this machine, which need not have the run's cuDNN."""
+    if config.model.attention == "cudnn":
+        model_config = dataclasses.replace(config.model, attention="auto")
+        config = dataclasses.replace(config, model=model_config)
+    return attention_check.settle(config, jax.default_backend())
 
 
 def _check(request: Request, config: Config) -> tuple[list[int], list[str], int]:
@@ -278,46 +283,6 @@ def _check(request: Request, config: Config) -> tuple[list[int], list[str], int]
     if tokens < 0:
         raise errors.UsageError(f"--tokens: {tokens}, expected 0 (all) or more. Give another.")
     return sorted(set(ranks)), list(dict.fromkeys(layers)), tokens
-
-
-def _open_dataset(workdir: pathlib.Path, config: Config, data_dir: str | None) -> datasets.Dataset:
-    """The dataset that the run was trained on, wherever it lies now."""
-    directory = config.data.dir if data_dir is None else data_dir
-    if directory and not pathlib.Path(directory, "dataset.json").is_file():
-        raise errors.UsageError(
-            f"{directory}: no dataset.json there, expected the dataset of {workdir}. "
-            "Where it has moved, give --data_dir=DIR."
-        )
-    data = dataclasses.replace(config.data, dir=directory)
-    dataset = datasets.open_dataset(dataclasses.replace(config, data=data))
-    path = workdir / "environment.json"
-    try:
-        trained_on = json.loads(path.read_bytes())["dataset_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise errors.UsageError(
-            f"{path}: does not name the dataset of the run ({error!r}). Restore it from a copy."
-        ) from error
-    if dataset.manifest.fingerprint != trained_on:
-        raise errors.UsageError(
-            f"{dataset.directory}: another dataset than the run's, fingerprint "
-            f"{dataset.manifest.fingerprint[:12]}, expected {trained_on[:12]}. "
-            "Give the directory of the run's dataset as --data_dir=DIR."
-        )
-    return dataset
-
-
-def _restore(workdir: pathlib.Path, config: Config, step: int | None) -> tuple[int, model.Params]:
-    directory = workdir / "checkpoints"
-    with contextlib.closing(checkpoint.Checkpoints(directory, read_only=True)) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps:
-            raise errors.UsageError(f"{directory}: no checkpoint there. Let the run save one.")
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise errors.UsageError(
-                f"--step: {directory} has no checkpoint of step {step}. It has {steps}."
-            )
-        return step, checkpoints.restore_params(step, model.parameter_shapes(config.model))
 
 
 class _Progress:

@@ -380,6 +380,15 @@ def test_verified_directory_computes_the_same(torch, place, kind):
     assert float(measured.found.split()[0]) < 2e-5  # the limit is no excuse
 
 
+def test_a_run_with_cudnn_is_verified_without_it(torch, place, tmp_path):
+    """In float32, which cuDNN does not take, and on machines that do not have it."""
+    workdir = shutil.copytree(place / "runs" / "qwen3", tmp_path / "run")
+    values = json.loads((workdir / "config.json").read_text())
+    values["model"]["attention"] = "cudnn"
+    (workdir / "config.json").write_text(json.dumps(values))
+    assert not failures(place / "exports" / "qwen3", trained_run.open_run(workdir))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_stock_loading_needs_no_custom_code(torch, place, kind):
     import transformers

@@ -25,8 +25,8 @@ STREET = [
     train_step probes eval_step environment run_directory tensorboard writers checkpoint
     """,
     """
-    progress evaluation resources rank_curves rank_surgery train export.__init__
-    determinism export.trained_run export.hf export.card export.verify export.directory
+    progress evaluation resources rank_curves export.__init__ export.trained_run rank_surgery train
+    determinism export.hf export.card export.verify export.directory
     export.benchmarks export.scores export.stock_model export.scorer export.downstream generation
     """,
     """

@@ -359,13 +359,62 @@ def test_command_answers_from_a_moved_dataset(case, tmp_path):
         ({"layers": ()}, "--layers: empty"),
         ({"tokens": -1}, "--tokens: -1"),
         ({"stage": "sideways"}, "--stage: .*pre_rope, post_rope, found 'sideways'"),
-        ({"step": 7}, r"--step: .*no checkpoint of step 7. It has \[0, 300\]"),
+        ({"step": 7}, r"--step: .*no checkpoint of step 7. Give one of \[0, 300\]"),
         ({"data_dir": "nowhere"}, "nowhere: no dataset.json there"),
     ],
 )
 def test_wrong_requests_are_refused(case, request_, text):
     with pytest.raises(errors.UsageError, match=text):
         measure(case[0], rank_surgery.Request(**request_))
+
+
+def test_a_measurement_that_is_there_is_not_overwritten(case, measured):
+    path = case[0] / "rank_surgery" / "step_00000300.csv"
+    before = path.read_bytes()
+    with pytest.raises(errors.UsageError, match=r"step_00000300\.csv: is there already, and no"):
+        measure(case[0], rank_surgery.Request(ranks=(8,), layers=("1",), tokens=32))
+    assert path.read_bytes() == before
+
+
+def test_a_run_of_another_machine_needs_no_cudnn_here(case, measured, tmp_path):
+    workdir = copied(case, tmp_path / "run")
+    values = json.loads((workdir / "config.json").read_text())
+    values["model"]["attention"] = "cudnn"
+    (workdir / "config.json").write_text(json.dumps(values))
+    rows = measure(workdir, rank_surgery.Request(ranks=(4,), layers=("all",), tokens=0))
+    expected = only(measured["pre_rope"], "all", "top", 4)
+    assert only(rows, "all", "top", 4).val_loss == pytest.approx(expected.val_loss, rel=1e-6)
+
+
+ON_TWO_DEVICES = """
+import pathlib, sys
+sys.path.insert(0, "tests")
+import jax
+from qkjax import rank_surgery, sharding
+from qkjax.export import trained_run
+open_run, original, sizes = trained_run.open_run, sharding.per_device, set()
+def opened(*arguments, **options):
+    run = open_run(*arguments, **options)
+    sizes.clear()  # of tracing the model for its shapes
+    return run
+trained_run.open_run = opened
+def per_device(function):
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes.add(1 if mesh.empty else mesh.size)
+    return original(function)
+sharding.per_device = per_device
+request = rank_surgery.Request(ranks=(4,), layers=("all",))
+rows = rank_surgery.measure(pathlib.Path({!r}), request, report=lambda line: None)
+print(sizes, rows[0].val_loss)
+"""
+
+
+def test_two_devices_share_the_rows_of_a_batch(case, measured, tmp_path, on_devices):
+    workdir = copied(case, tmp_path / "run")
+    sizes, _, loss = on_devices(ON_TWO_DEVICES.format(str(workdir)), 2).rpartition(" ")
+    assert sizes == "{2}"  # every attention of every program
+    expected = only(measured["pre_rope"], "all", "top", 4).val_loss
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
 
 
 def test_another_dataset_is_refused(case, tmp_path):
@@ -390,10 +439,15 @@ def test_what_is_no_run_is_refused(case, tmp_path):
 
 def test_keys_that_are_not_finite_are_refused(case, tmp_path):
     params = restore(case)
-    params["blocks"]["attention"]["key"]["kernel"][0, 0, 0] = np.nan
-    copy = copied(case, tmp_path / "run", params)
-    with pytest.raises(errors.UsageError, match="keys of step 3 are not finite"):
-        measure(copy, rank_surgery.Request(ranks=(1,)))
+    kernel = params["blocks"]["attention"]["key"]["kernel"]
+    for value, message in (
+        (np.nan, "params/blocks/attention/key/kernel has values that are not finite"),
+        (3e38, "keys of step 3 are not finite"),  # sums of a finite kernel
+    ):
+        kernel[:] = value
+        copy = copied(case, tmp_path / f"run {value}", params)
+        with pytest.raises(errors.UsageError, match=message):
+            measure(copy, rank_surgery.Request(ranks=(1,)))
 
 
 def test_flags_are_refused_in_one_line(case):

@@ -4,7 +4,8 @@
   python tools/rank_surgery.py --workdir=runs/88m --layers=all --tokens=65536 --ranks=8,16,32
 
 Writes rank_surgery/step_*.csv, .svg and .png in the run directory (step_*_post_rope.* with
---stage=post_rope) and prints the smallest rank that loses at most 0.01 nat.
+--stage=post_rope) and prints the smallest rank that loses at most 0.01 nat. Files that are there
+already are not overwritten.
 """
 
 import functools

@@ -137,7 +137,9 @@ def _restore(
             raise errors.UsageError(
                 f"--step: {directory} has no checkpoint of step {step}. Give one of {steps}."
             )
-        params = checkpoints.restore_params(step, model.parameter_shapes(config.model))
+        # Shapes come from tracing the model, and cuDNN's attention is traced on its GPUs only.
+        shapes = model.parameter_shapes(dataclasses.replace(config.model, attention="xla"))
+        params = checkpoints.restore_params(step, shapes)
         digest = checkpoints.meta(step)["params_sha256"]
     names = checkpoint.leaf_names(params)
     for name, leaf in zip(names, jax.tree.leaves(params), strict=True):

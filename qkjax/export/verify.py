@@ -339,10 +339,10 @@ def _tiny_scale(run: TrainedRun, tokens_T: np.ndarray) -> float:
 
 
 class _Ours:
-    """The run's model in float32."""
+    """The run's model in float32, which cuDNN does not take."""
 
     def __init__(self, run: TrainedRun) -> None:
-        config = dataclasses.replace(run.config.model, dtype="float32")
+        config = dataclasses.replace(run.config.model, dtype="float32", attention="auto")
         self._params = jax.device_put(run.params)
 
         def logits(params: model.Params, tokens_T: jax.Array, scale: jax.Array) -> jax.Array:
