@@ -81,6 +81,7 @@ class Checkpoints:
             keep_all: keep every step instead of step 0 and the latest two.
         """
         self._directory = pathlib.Path(directory).absolute()
+        self._num_bytes = 0  # of the checkpoint that was saved last
         policy = checkpoint_managers.AnyPreservationPolicy(
             [checkpoint_managers.CustomSteps([0]), checkpoint_managers.LatestN(2)]
         )
@@ -141,6 +142,7 @@ class Checkpoints:
                 f"{where}: is there already, and no checkpoint is overwritten. Move it away."
             )
         params, opt_state = to_host(params), to_host(opt_state)
+        self._num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))
         params_leaves, params_sha256 = digests(params)
         opt_state_leaves, opt_state_sha256 = digests(opt_state)
         record = {
@@ -271,7 +273,8 @@ class Checkpoints:
             usage = os.statvfs(self._directory)
             raise errors.StorageError(
                 f"{self._directory}: a checkpoint could not be written ({_first_line(error)}; "
-                f"{usage.f_bavail * usage.f_frsize / 1e9:.2f} GB free). "
+                f"it needs {self._num_bytes / 1e9:.3g} GB, "
+                f"{usage.f_bavail * usage.f_frsize / 1e9:.3g} GB are free). "
                 f"Sound checkpoints: {self.steps()}. Make room and run the same command again."
             ) from error
 

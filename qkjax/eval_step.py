@@ -95,7 +95,8 @@ def decompose(statistics: probes.Statistics, params: model.Params) -> Spectra:
     """Every array and metric of an evaluation but the loss, after its last batch.
 
     A metric is the mean over heads, then over layers; of `aa` and `overlap` over the heads that
-    have one; `attention/max_logit` is the largest of all. Call it under jit, on one device.
+    have one; `attention/max_logit` is the largest of all, `pr/undefined_heads` a count. Call it
+    under jit, on one device.
     """
     # jaxlib's batched LAPACK calls wait on XLA's thread pool for parts of themselves: as many of
     # them at a time as the pool has threads, and none goes on. So all stages go into one call, and
@@ -114,6 +115,8 @@ def decompose(statistics: probes.Statistics, params: model.Params) -> Spectra:
                 metrics[f"{name}/{where}/{centring}"] = _over_heads(measure(sigma))
         arrays[f"{stage}_mean"] = factors.mean[:, heads]
 
+    pr = spectral.participation_ratio(arrays["key_post_rope_raw"])
+    metrics["pr/undefined_heads"] = jnp.isnan(pr).sum(dtype=jnp.float32)
     keys = jax.tree.map(lambda leaf: leaf[:, slices["key_pre_rope"]], factors)
     ratio, arrays["aa"] = spectral.axis_alignment(_after(keys, raw))
     arrays["aa_ratio"] = ratio

@@ -51,12 +51,16 @@ def main() -> None:
 def _show_costs(config: Config) -> None:
     import jax
 
-    from qkjax import model, optimizer, resources, sharding
+    from qkjax import attention_check, model, optimizer, resources, sharding
 
-    config = config.for_platform(jax.default_backend())
+    platform = jax.default_backend()
+    config = attention_check.settle(config.for_platform(platform), platform)
     shapes = model.parameter_shapes(config.model)
     transformation = optimizer.make_optimizer(config, shapes)
-    costs = resources.describe(config, transformation, sharding.make_mesh())
+    try:
+        costs = resources.describe(config, transformation, sharding.make_mesh())
+    except jax.errors.JaxRuntimeError as error:
+        raise resources.explain(error, config, transformation) from error
     print(json.dumps(config.to_dict(), indent=2))
     print(optimizer.format_routing_table(optimizer.routing_table(shapes, config)))
     memory = costs["memory_bytes"]

@@ -2,18 +2,24 @@
 
 import collections
 import math
+import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from qkjax import flops
 from qkjax.config import Config
 
 PR = "pr/key/post_rope/raw"  # the number that the original study published
+UNDEFINED = "pr/undefined_heads"  # how many heads have none
 _WINDOW = 20  # steps that a rate is averaged over
 _WAIT_WARNING = 0.2  # share of the time that the device may wait for data
+_LOSSES = 100  # training losses that the next one is held against
+_FEWEST_LOSSES = 20  # below so many, none is called a spike
+_SPIKE = 6.0  # standard deviations above their mean
 
 
 class Progress:
@@ -30,6 +36,7 @@ class Progress:
         self._waits: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self._warned = False
         self._reads: collections.deque[tuple[int, float]] = collections.deque(maxlen=_WINDOW)
+        self._losses: collections.deque[float] = collections.deque(maxlen=_LOSSES)
         self._shown = -math.inf
         self._pr: float | None = None
 
@@ -61,6 +68,26 @@ class Progress:
             "perf/data_wait": min(1.0, data_wait / pace),
         }
 
+    def remember_loss(self, loss: float | None) -> None:
+        """Takes a training loss of before the resume, so that spikes are told as if unbroken."""
+        if loss is not None:
+            self._losses.append(float(np.float32(loss)))  # the row has fewer digits
+
+    def watch_loss(self, step: int, loss: float) -> None:
+        """Warns of a training loss far above the last 100. Nothing is skipped: it is a result.
+
+        While the loss falls fast its spread is wide, and only large spikes are seen.
+        """
+        if len(self._losses) >= _FEWEST_LOSSES:
+            mean, spread = statistics.fmean(self._losses), statistics.pstdev(self._losses)
+            if loss > mean + _SPIKE * spread:
+                logging.warning(
+                    "step %d: the training loss %.4f is a spike, z-score %.1f against the last %d "
+                    "(mean %.4f); training goes on",
+                    step, loss, (loss - mean) / max(spread, 1e-12), len(self._losses), mean,
+                )  # fmt: skip
+        self._losses.append(loss)
+
     def show_step(self, step: int, row: Mapping[str, Any]) -> None:
         """One line every `log.every_seconds`, and after the last step."""
         now = time.monotonic()
@@ -82,6 +109,13 @@ class Progress:
     def show_evaluation(self, step: int, row: Mapping[str, Any]) -> None:
         """One line an evaluation."""
         self._pr = row[PR]
+        if row[UNDEFINED]:
+            logging.warning(
+                "step %d: the keys of %d heads are all 0 or not finite: they have no PR, and "
+                "means over heads are null",
+                step,
+                row[UNDEFINED],
+            )
         print(
             f"eval {step}/{self._config.train.num_steps}  "
             f"val/loss {_number(row['val/loss'], 4)}  "

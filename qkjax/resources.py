@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from jax.sharding import Mesh
 
 from qkjax import errors, flops, model, sharding, train_step
@@ -36,7 +37,10 @@ def check_disk(
         StorageError: with the bytes needed, there, and free.
     """
     needed = disk_bytes(config, transformation)
-    present = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    # What was set aside or left incomplete there frees nothing when the run goes on.
+    checkpoints = [path for path in directory.glob("checkpoints/*") if path.name.isdigit()]
+    files = [file for path in checkpoints for file in path.rglob("*") if file.is_file()]
+    present = sum(file.stat().st_size for file in files)
     free = shutil.disk_usage(directory).free
     if free < needed - present:
         raise errors.StorageError(
@@ -46,14 +50,31 @@ def check_disk(
         )
 
 
-def explain(error: jax.errors.JaxRuntimeError) -> Exception:
+def warn_of_cpu(config: Config, platform: str) -> None:
+    """Says so where a run that is meant for accelerators finds none."""
+    if platform == "cpu" and config.scale != "tiny":
+        logging.warning(
+            "NO ACCELERATOR: jax found no GPU or TPU, so this %s run trains on the CPU. Where "
+            "there is one, stop this and install jax for it: pip install -e '.[cuda]' or '.[tpu]'.",
+            config.scale,
+        )
+
+
+def explain(
+    error: jax.errors.JaxRuntimeError,
+    config: Config,
+    transformation: optax.GradientTransformation,
+) -> Exception:
     """The advice for a step that does not fit into the device's memory; others stay as they are."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return error
+    gigabytes = state_bytes(config, transformation) / 1e9
     return errors.OutOfMemoryError(
         "train.microbatch_sequences: the device's memory does not hold a pass "
-        f"({str(error).splitlines()[0]}). Lower train.microbatch_sequences, eval.batch_sequences "
-        "or train.loss_chunk_tokens, or set model.dtype=bfloat16."
+        f"({str(error).splitlines()[0]}). Parameters and optimiser state alone take "
+        f"{gigabytes:.2g} GB. Lower train.microbatch_sequences, eval.batch_sequences or "
+        "train.loss_chunk_tokens, or set model.dtype=bfloat16; the same --workdir takes them with "
+        "--allow_config_change."
     )
 
 

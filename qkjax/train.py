@@ -5,7 +5,6 @@ import os
 import pathlib
 import time
 import zlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -68,10 +67,11 @@ def train_and_evaluate(
         if summary is not None and restore_step is None and _is_finished(summary, config):
             return _already_finished(directory, summary, changes)
         resources.check_disk(directory, config, run.transformation)
+        resources.warn_of_cpu(config, platform)
         try:
             return run.execute(restore_step, changes)
         except jax.errors.JaxRuntimeError as error:
-            raise resources.explain(error) from error
+            raise resources.explain(error, config, run.transformation) from error
 
 
 def initialisation_key(seed: int) -> jax.Array:
@@ -250,40 +250,52 @@ class _Run:
         self.writer = writers.create_run_writer(self.directory, resume_step=step)
         for row in run_directory.read_metrics(self.directory / "metrics.jsonl"):
             self.latest.update(row)
+            self.progress.remember_loss(row.get("train/loss"))
+        self._drop_arrays_after(step)
         state = train_step.TrainState(
             jnp.int32(step), restored.params, restored.opt_state, jnp.ones((), bool)
         )
         return jax.device_put(state, sharding.replicated(self.mesh))
 
+    def _drop_arrays_after(self, step: int) -> None:
+        """Takes away the arrays of evaluations whose rows the writer has just cut."""
+        for folder in ("spectra", "validation"):
+            for path in (self.directory / folder).glob("*.npz"):
+                if path.name > f"step_{step:08d}.npz" or path.name == "final.npz":
+                    path.unlink()
+
     def _train(self, state: train_step.TrainState) -> train_step.TrainState:
         """Runs the steps that are left."""
         start = int(state.step)
-        row = self.writer.last_row() or {"step": 0, "tokens": 0}
+        row = self.writer.last_row()
+        if row is None or row["step"] != start:  # a new run, or metrics.jsonl has lost rows
+            row = {"step": start, "tokens": start * self.config.train.tokens_per_step}
         self._settle(state, start, row)
-        batches = self._batches(start)
-        steps = range(start + 1, self.config.train.num_steps + 1)
-        if steps:
-            train_step_program = self._compile_step(state)
+        if start >= self.config.train.num_steps:
+            return state
         boundaries = {*self.config.eval.steps, *self.config.checkpoint.steps}
         pending: _Pending | None = None
-        try:
-            for step in steps:
-                self._profile(step)
-                waiting = time.monotonic()
-                batch = next(batches)
-                data_wait = time.monotonic() - waiting
-                tokens = sharding.put_batch(self.mesh, batch.tokens)
-                state, metrics = train_step_program(state, tokens)
-                if pending is not None:  # one step late, so that the device never waits
-                    self._write(self._read(pending))
-                pending = _Pending(step, metrics, batch, data_wait)
-                if step in boundaries or self.stop.signum is not None:
-                    row, pending = self._read(pending), None
-                    self._settle(state, step, row)
-        except _NonFiniteStep as bad:
-            self._record_divergence(state, bad)
-        finally:
-            self._end_profile()
+        with contextlib.closing(self._open_loader(start)) as batches:
+            program = self._compile_step(state)
+            self.progress.restart_clock(start)
+            try:
+                for step in range(start + 1, self.config.train.num_steps + 1):
+                    self._profile(step)
+                    waiting = time.monotonic()
+                    batch = next(batches)
+                    data_wait = time.monotonic() - waiting
+                    tokens = sharding.put_batch(self.mesh, batch.tokens)
+                    state, metrics = program(state, tokens)
+                    if pending is not None:  # one step late, so that the device never waits
+                        self._write(self._read(pending))
+                    pending = _Pending(step, metrics, batch, data_wait)
+                    if step in boundaries or self.stop.signum is not None:
+                        row, pending = self._read(pending), None
+                        self._settle(state, step, row)
+            except _NonFiniteStep as bad:
+                self._record_divergence(state, bad)
+            finally:
+                self._end_profile()
         return state
 
     def _compile_step(self, state: train_step.TrainState) -> jax.stages.Compiled:
@@ -311,17 +323,15 @@ class _Run:
             jax.profiler.stop_trace()
             print(f"profile    {self.directory / 'profile'}", flush=True)
 
-    def _batches(self, start: int) -> Iterator[pipeline.Batch]:
-        return iter(
-            pipeline.TrainLoader(
-                self.dataset.directory,
-                self.dataset.manifest,
-                seed=self.config.seed,
-                sequences_per_step=self.config.train.sequences_per_step,
-                start_step=start,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
+    def _open_loader(self, start: int) -> pipeline.TrainLoader:
+        return pipeline.TrainLoader(
+            self.dataset.directory,
+            self.dataset.manifest,
+            seed=self.config.seed,
+            sequences_per_step=self.config.train.sequences_per_step,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
 
     def _settle(self, state: train_step.TrainState, step: int, row: dict[str, Any]) -> None:
@@ -389,7 +399,9 @@ class _Run:
             self._write(row)
             names = checkpoint.leaf_names(model.parameter_shapes(self.config.model))
             bad = [name for name, ok in zip(names, metrics.leaf_finite, strict=True) if not ok]
-            raise _NonFiniteStep(pending, f"the gradient of {bad[0]}" if bad else "the loss")
+            where = "the gradient's norm" if np.isfinite(metrics.loss) else "the loss"
+            raise _NonFiniteStep(pending, f"the gradient of {bad[0]}" if bad else where)
+        self.progress.watch_loss(pending.step, float(metrics.loss))
         self.progress.show_step(pending.step, row)
         return row
 

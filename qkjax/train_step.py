@@ -26,7 +26,7 @@ class StepMetrics(NamedTuple):
 
     loss: jax.Array  # [] float32, nats per predicted token of this batch
     grad_norm: jax.Array  # [] float32, before clipping
-    finite: jax.Array  # [] bool: loss and gradient of this step, and all steps before it
+    finite: jax.Array  # [] bool: loss, gradient and norm of this step, and all steps before it
     leaf_finite: jax.Array  # [leaves] bool, gradients in the order of jax.tree.leaves
 
 
@@ -68,13 +68,15 @@ def make_train_step(
     def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, StepMetrics]:
         loss, gradients = _loss_and_gradients(state.params, tokens, config, passes, mesh)
         leaf_finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradients)])
-        finite = state.finite & jnp.isfinite(loss) & leaf_finite.all()
+        # Squares overflow before gradients do: clipping would then make the update 0 unnoticed, and
+        # Adam's second moment would stay infinite.
+        grad_norm = optax.global_norm(gradients)
+        finite = state.finite & jnp.isfinite(loss) & leaf_finite.all() & jnp.isfinite(grad_norm)
         updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
         updated = TrainState(
             state.step + 1, optax.apply_updates(state.params, updates), opt_state, finite
         )
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-        grad_norm = optax.global_norm(gradients)
         return kept._replace(finite=finite), StepMetrics(loss, grad_norm, finite, leaf_finite)
 
     replicated = sharding.replicated(mesh)

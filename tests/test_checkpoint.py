@@ -412,7 +412,9 @@ def test_full_disk_is_a_storage_error_and_spares_earlier_steps(saved, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     message, steps = done.stdout.splitlines()
     assert message.startswith(f"{directory}: a checkpoint could not be written (")
-    assert "GB free). Sound checkpoints: [0, 7]. Make room and run the same command" in message
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state(9).params, state(9).opt_state)))
+    assert f"it needs {needed / 1e9:.3g} GB, " in message
+    assert "GB are free). Sound checkpoints: [0, 7]. Make room and run the same" in message
     assert steps == "[0, 7]"
     save(directory, 9).close()  # with room again, the same step is written
     for step in (0, 7, 9):

@@ -1,5 +1,7 @@
 """The dataset of a config: what is said where there is none, and how often it is passed over."""
 
+import shutil
+
 import pytest
 import small_run
 
@@ -48,6 +50,18 @@ def test_more_than_one_pass_is_warned_of_with_its_number(made, caplog, sequences
         assert not said
     else:
         assert any(f"this run passes {passes} times over its training split" in s for s in said)
+
+
+def test_a_shard_that_is_not_in_the_manifest_is_named(made, tmp_path, caplog):
+    folder = shutil.copytree(made, tmp_path / "data")
+    shard = next(folder.glob("train-*.array_record"))
+    shutil.copy(shard, folder / "foreign.array_record")
+    with caplog.at_level("WARNING"):
+        dataset.open_dataset(small_run.make_config(folder))
+    (record,) = caplog.records
+    assert (
+        record.getMessage() == f"{folder}: not in dataset.json, so not read: foreign.array_record"
+    )
 
 
 def test_more_than_four_passes_need_max_epochs(made):

@@ -261,5 +261,7 @@ def test_zero_keys_have_no_participation_ratio_and_a_loss():
     found = measure(params, skewed_sequences(4))
     assert np.isfinite(found.metrics["val/loss"])
     assert all(np.isnan(found.metrics[name]) for name in METRICS)
+    heads = len(found.spectra["key_pre_rope_raw"][1])
+    assert found.metrics["pr/undefined_heads"] == heads and heads > 0
     assert (found.spectra["key_pre_rope_raw"][1] == 0).all()
     assert (found.spectra["key_pre_rope_raw"][0] > 0).all()

@@ -141,3 +141,25 @@ def test_profile_writes_a_trace(dataset, tmp_path):
     traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1 and traces[0].stat().st_size > 1000
     assert os.path.exists(next(traces[0].parent.glob("*.trace.json.gz")))
+
+
+NO_MEMORY = """
+import runpy, sys
+import jax
+from qkjax import resources
+def full(*arguments):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+resources.compile_step = full
+sys.argv = ["qkjax.main", *sys.argv[1:]]
+runpy.run_module("qkjax.main", run_name="__main__")
+"""
+
+
+def test_a_dry_run_that_does_not_fit_gives_the_advice_of_a_run(dataset, tmp_path):
+    flags = command(dataset, tmp_path / "run", "--dry_run")[3:]
+    done = subprocess.run(
+        [sys.executable, "-c", NO_MEMORY, *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("ERROR: train.microbatch_sequences: the device's memory does not")
+    assert done.stderr.count("\n") == 1

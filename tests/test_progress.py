@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 
 from qkjax import config, progress
@@ -62,10 +63,43 @@ def test_slow_data_is_said_once(clock, caplog, wait, warns):
     assert caplog.text.count("waits for data") == warns
 
 
+def test_a_spike_is_warned_of_against_the_last_hundred_losses(clock, caplog):
+    shown = make()
+    for step in range(1, 200):  # a loss that falls, with noise of 0.1 either way
+        loss = 8 - step / 100 + (0.1 if step % 2 else -0.1)
+        (shown.remember_loss if step < 60 else lambda x, step=step: shown.watch_loss(step, x))(loss)
+    assert not caplog.records
+    shown.watch_loss(200, 12.0)
+    shown.watch_loss(201, 6.0)
+    (record,) = caplog.records
+    assert "step 200: the training loss 12.0000 is a spike, z-score 18." in record.getMessage()
+    assert "against the last 100 (mean 6.5" in record.getMessage()
+
+
+def test_too_few_losses_make_no_spike(clock, caplog):
+    shown = make()
+    shown.remember_loss(None)  # rows of step 0 and of non-finite steps have none
+    for step in range(1, 20):
+        shown.watch_loss(step, 8.0)
+    shown.watch_loss(20, 80.0)
+    assert not caplog.records
+
+
+def test_heads_without_a_pr_are_said(clock, caplog, capsys):
+    shown = make()
+    shown.show_evaluation(
+        7,
+        {progress.PR: None, progress.UNDEFINED: np.float32(3), "pr/key/pre_rope/centred": None,
+         "val/loss": 8.0, "perf/eval_seconds": 2.0},
+    )  # fmt: skip
+    (record,) = caplog.records
+    assert "step 7: the keys of 3 heads are all 0 or not finite" in record.getMessage()
+
+
 def test_lines_show_step_loss_pr_speed_and_time_left(clock, capsys):
     shown = make()
     shown.restart_clock(0)
-    metrics = {progress.PR: 21.46, "pr/key/pre_rope/centred": 19.0}
+    metrics = {progress.PR: 21.46, progress.UNDEFINED: 0, "pr/key/pre_rope/centred": 19.0}
     shown.show_evaluation(0, {**metrics, "val/loss": 8.1234, "perf/eval_seconds": 2.0})
     for step in range(1, 96):
         clock[0] += 1

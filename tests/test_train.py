@@ -10,6 +10,7 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -91,6 +92,7 @@ def test_a_run_leaves_every_file_of_the_contract(finished):
     assert summary["val/loss"] == rows[-1]["val/loss"]
     assert summary["val_final/loss"] == pytest.approx(summary["val/loss"], rel=1e-6)
     assert summary["pr_final/key/post_rope/raw"] == summary["pr/key/post_rope/raw"]
+    assert summary["pr/undefined_heads"] == rows[0]["pr/undefined_heads"] == 0
     assert "pr_final/key/post_rope/raw" not in rows[-1]
     assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.3
     assert json.loads((workdir / "config.json").read_text())["arm"] == config.arm
@@ -231,6 +233,28 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(datasets, tmp_path, 
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_what_was_set_aside_frees_no_room(datasets, tmp_path, monkeypatch):
+    config = arm_config(datasets, "muon_noqk_accumulated")
+    state = 8 * model.count_parameters(config.for_platform("cpu").model)
+    aside = tmp_path / "run" / "checkpoints" / "set-aside-6-1" / "params"
+    aside.mkdir(parents=True)
+    (aside / "data").write_bytes(bytes(10 * state))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * state))
+    with pytest.raises(errors.StorageError, match=r"of which 0\.00 GB are there"):
+        train.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_scale_for_accelerators_says_that_it_is_on_a_cpu(datasets, tmp_path, caplog):
+    for words, told in (("tiny", 0), ("pilot", 1)):
+        config = small_run.make_config(
+            datasets["fixed"], words=words, train__tokens=small_run.TOKENS_PER_STEP,
+            eval__at_tokens=(), eval__final_tokens=-1,
+        )  # fmt: skip
+        train.train_and_evaluate(config, tmp_path / words)
+        assert caplog.text.count(f"so this {words} run trains on the CPU") == told
+
+
 def test_memory_that_does_not_hold_the_step_gets_advice(datasets, tmp_path, monkeypatch):
     def full(self, params, batches, interrupted):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
@@ -239,6 +263,77 @@ def test_memory_that_does_not_hold_the_step_gets_advice(datasets, tmp_path, monk
     with pytest.raises(errors.OutOfMemoryError, match="microbatch_sequences") as error:
         train.train_and_evaluate(arm_config(datasets, "adamw_qk"), tmp_path / "run")
     assert error.value.exit_code == 1
+    assert "Parameters and optimiser state alone take 0.000" in str(error.value)  # GB
+
+
+def test_rates_leave_the_compilation_out_and_the_loader_is_closed(datasets, tmp_path, monkeypatch):
+    calls = []
+
+    def log(owner, method):
+        original = getattr(owner, method)
+
+        def logged(*arguments, **options):
+            calls.append(method)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, method, logged)
+
+    log(train.resources, "compile_step")
+    log(train.progress.Progress, "restart_clock")
+    log(train.progress.Progress, "rates")
+    log(pipeline.TrainLoader, "close")
+    train.train_and_evaluate(arm_config(datasets, "muon_noqk_accumulated"), tmp_path / "run")
+    assert calls[:4] == ["restart_clock", "compile_step", "restart_clock", "rates"]
+    assert calls.count("close") == 1
+
+
+def test_a_spike_is_said_and_training_goes_on(datasets, tmp_path, monkeypatch, caplog):
+    """One update at 5,000 times its rate; said again, and no row differs, after a resume."""
+    config = arm_config(datasets, "adamw_qk")
+    original = train.optimizer.learning_rate
+
+    def too_high_once(schedule, peak):
+        rate = original(schedule, peak)
+        return lambda step: jnp.where(step == 40, 5000, 1) * rate(step)
+
+    monkeypatch.setattr(train.optimizer, "learning_rate", too_high_once)
+    said = []
+    for name, stops in (("run", ()), ("stopped", (40,))):
+        caplog.clear()
+        small_run.run_with_signals(config, tmp_path / name, monkeypatch, stops)
+        texts = [record.getMessage() for record in caplog.records]
+        said.append([text for text in texts if "is a spike" in text])
+    assert said[0] == said[1]
+    assert said[0][0].startswith("step 42: the training loss ")
+    assert_same_run(tmp_path / "run", tmp_path / "stopped", 60)
+
+
+def test_lost_rows_do_not_put_an_evaluation_into_another_step(finished, tmp_path):
+    config, unbroken, _ = finished
+    workdir = shutil.copytree(unbroken, tmp_path / "run")
+    (workdir / "summary.json").unlink()
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join(lines[:8]))  # steps 0 to 7
+    found = train.train_and_evaluate(config, workdir)
+    rows, whole = small_run.rows(workdir), small_run.rows(unbroken)
+    assert rows[:8] == whole[:8]
+    (last,) = rows[8:]
+    assert last["step"] == 20 and last["tokens"] == whole[20]["tokens"]
+    assert last["val/loss"] == whole[20]["val/loss"] == found["val/loss"]
+
+
+def test_arrays_of_the_steps_that_are_done_again_are_gone(datasets, finished, tmp_path):
+    _, unbroken, _ = finished
+    workdir = shutil.copytree(unbroken, tmp_path / "run")
+    fewer = arm_config(
+        datasets, "muon_noqk_accumulated", eval__at_tokens=(5 * small_run.TOKENS_PER_STEP,)
+    )
+    train.train_and_evaluate(
+        fewer, workdir, restore_step=0, allow_config_change=("eval.steps", "eval.final_tokens")
+    )
+    for folder in ("spectra", "validation"):
+        steps = sorted(path.name for path in (workdir / folder).iterdir())
+        assert steps == [f"step_{step:08d}.npz" for step in (0, 5, 20)]
 
 
 def test_tensorboard_reads_every_scalar_of_a_stopped_run(datasets, tmp_path, monkeypatch):

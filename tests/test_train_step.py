@@ -305,6 +305,19 @@ def test_non_finite_gradient_changes_nothing_and_is_named(make, arm):
     jax.tree.map(np.testing.assert_array_equal, after, healthy)
 
 
+def test_a_norm_that_overflows_is_a_non_finite_step():
+    """Every gradient is finite, the sum of their squares is not: clipping would make them 0."""
+    t = trainer("adamw", "learned")
+    params = overflowing_params(t.config)
+    value = params["blocks"]["attention"]["value"]["kernel"]
+    params["blocks"]["attention"]["value"]["kernel"] = np.full_like(value, 1e19)
+    before = jax.device_get(t.state(params))
+    after, metrics = jax.device_get(t.step(t.state(params), batch(t.config)))
+    assert np.isfinite(metrics.loss) and metrics.leaf_finite.all()
+    assert np.isinf(metrics.grad_norm) and not metrics.finite
+    jax.tree.map(np.testing.assert_array_equal, after, before._replace(finite=np.bool_(False)))
+
+
 def test_non_finite_loss_changes_nothing():
     t = trainer("adamw", "learned")
     params = initial_params(t.config)

@@ -56,7 +56,9 @@ def open_dataset(config: Config) -> Dataset:
             _REPOSITORY / "data" / name, end_of_text=config.data.end_of_text
         )
     manifest = manifests.load(directory)
-    manifests.verify_files(manifest, directory)
+    foreign = manifests.verify_files(manifest, directory)
+    if foreign:
+        logging.warning("%s: not in dataset.json, so not read: %s", directory, ", ".join(foreign))
     where = directory / "dataset.json"
     for field, wanted, found in (
         ("model.sequence_length", config.model.sequence_length, manifest.sequence_length),
