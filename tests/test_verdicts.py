@@ -543,7 +543,7 @@ def test_pairs_that_disagree_in_the_attribution_are_said(judge: Judge):
     parts = [part for found in judged.attributions for part in found.parts]
     said = [(part.name, note) for part in parts for note in part.notes]
     assert any("the seeds disagree in sign" in note for _, note in said)
-    assert all(f"{name}: {note}" in judged.warnings for name, note in said)
+    assert all(f"attribution, {name}: {note}" in judged.warnings for name, note in said)
 
 
 def test_parts_may_cancel(judge: Judge):

@@ -220,8 +220,8 @@ def check_plan(plan: Plan, workdir: pathlib.Path) -> None:
         table = "\n".join(differences)
         raise errors.UsageError(
             f"{path}: this directory has another plan:\n{table}\nUse another --workdir. Or, to "
-            "change the plan of this one, rename study.json to study.1.json, which the report will "
-            "tell: finished runs whose config is still planned count as done, others are refused."
+            "change the plan of this one, rename study.json to study.1.json, and the report will "
+            "say so: finished runs whose config is still planned count as done, others are refused."
         )
 
 

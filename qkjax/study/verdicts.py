@@ -50,12 +50,14 @@ def judge(study: Study) -> Judgement:
     )
     verdicts = (*(_corrected(verdict, rejected[verdict.name]) for verdict in family), last)
     attributions = tuple(hypotheses.attribute(panel, name) for name in hypotheses.LABELS)
-    clauses = [c for verdict in verdicts for c in (*verdict.clauses, *verdict.shown)]
-    clauses += [c for found in attributions for c in (found.total, *found.parts)]
+    noted = [(c.name, c.notes) for v in verdicts for c in (*v.clauses, *v.shown)]
+    noted += [
+        (f"attribution, {c.name}", c.notes) for a in attributions for c in (a.total, *a.parts)
+    ]
     return Judgement(
         verdicts=verdicts,
         attributions=attributions,
-        warnings=tuple(_warnings(panel, clauses)),
+        warnings=tuple(_warnings(panel, noted)),
         seeds_used=panel.seeds,
     )
 
@@ -93,7 +95,7 @@ def scope(study: Study) -> str:
     )
 
 
-def _warnings(panel: Panel, clauses: Iterable[Clause]) -> Iterable[str]:
+def _warnings(panel: Panel, noted: Iterable[tuple[str, Iterable[str]]]) -> Iterable[str]:
     study = panel.study
     if len(panel.seeds) == 1:
         yield f"one seed ({panel.seeds[0]}): no replication, so no contrast is decided"
@@ -111,8 +113,8 @@ def _warnings(panel: Panel, clauses: Iterable[Clause]) -> Iterable[str]:
             yield f"{arm} seed {seed}: measured on a sample of the items, which decides nothing"
     if study.plan.get("quick"):
         yield "a quick study: its budgets are too small for its question"
-    for clause in clauses:
-        for note in clause.notes:
+    for name, notes in noted:
+        for note in notes:
             if "would say" in note or "disagree" in note:
-                yield f"{clause.name}: {note}"
+                yield f"{name}: {note}"
     yield from study.notes
