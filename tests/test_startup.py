@@ -51,3 +51,27 @@ def test_compiled_programs_are_kept_for_the_next_start(tmp_path):
     own = env | {settings[0]: str(tmp_path / "own")}
     subprocess.run([sys.executable, "-c", code], check=True, env=own)
     assert list((tmp_path / "own").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_stays_with_the_process_on_cpus():
+    """64 MB are taken and given back six times by a thread: pages are mapped at the first alone."""
+    code = (
+        "import qkjax, resource, threading\n"
+        "def take():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(6): bytearray(2**26)\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+        "thread = threading.Thread(target=take); thread.start(); thread.join()"
+    )
+
+    def faults(**variables: str) -> float:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**kept, **variables}
+        )
+        return int(done.stdout) / (2**26 / os.sysconf("SC_PAGE_SIZE"))
+
+    assert faults(JAX_PLATFORMS="cpu") < 1.5
+    assert faults(JAX_PLATFORMS="cuda") > 5  # as glibc has it
+    assert faults(JAX_PLATFORMS="cpu", MALLOC_TRIM_THRESHOLD_="131072") > 5  # as the user has it
