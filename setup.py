@@ -13,7 +13,6 @@ setup(
         "absl-py>=2.1",
         "array-record>=0.8.1",
         "clu>=0.0.12",
-        "etils[epath]>=1.9",
         "flax>=0.12",
         "grain>=0.2.12",
         "jax>=0.10.2,<0.12",

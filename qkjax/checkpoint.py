@@ -259,7 +259,7 @@ class Checkpoints:
             if others
             else "No other step is there: begin again in another --workdir"
         )
-        why = "" if error is None else f" ({_first_line(error)})"
+        why = "" if error is None else f" ({errors.one_line(error)})"
         return errors.UsageError(
             f"{self._directory / str(step)}: damaged checkpoint, {what}{why}. {mend}."
         )
@@ -272,7 +272,7 @@ class Checkpoints:
         except Exception as error:
             usage = os.statvfs(self._directory)
             raise errors.StorageError(
-                f"{self._directory}: a checkpoint could not be written ({_first_line(error)}; "
+                f"{self._directory}: a checkpoint could not be written ({errors.one_line(error)}; "
                 f"it needs {self._num_bytes / 1e9:.3g} GB, "
                 f"{usage.f_bavail * usage.f_frsize / 1e9:.3g} GB are free). "
                 f"Sound checkpoints: {self.steps()}. Make room and run the same command again."
@@ -305,10 +305,6 @@ def _set_aside(path: pathlib.Path, why: str) -> pathlib.Path:
 def _named(tree: Any) -> dict[str, Any]:
     """{name: leaf}: optimiser states are NamedTuples, which Orbax would restore by position."""
     return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _shape_text(leaf: tuple[str, list[int]] | None) -> str:

@@ -30,3 +30,8 @@ class StorageError(QkjaxError):
 
 class OutOfMemoryError(QkjaxError):
     """The device's memory does not hold the step."""
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an error that is not ours, in one line of at most 200 characters."""
+    return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))[:200]

@@ -145,16 +145,6 @@ def singular_values(f: Factor, centred: bool) -> jax.Array:
     return _svd(f.r if centred else _raw_triangular(f))
 
 
-def singular_values_raw_and_centred(f: Factor) -> tuple[jax.Array, jax.Array]:
-    """Both spectra, as `singular_values`, in one decomposition.
-
-    On CPU a batched LAPACK call waits for the thread pool that it runs on: independent calls in
-    one program can leave the pool waiting for itself.
-    """
-    raw, centred = _svd(jnp.stack([_raw_triangular(f), f.r]))
-    return raw, centred
-
-
 def _raw_triangular(f: Factor) -> jax.Array:
     root = jnp.sqrt(f.count.astype(jnp.float32))
     row = (root[..., None] * f.mean)[..., None, :]

@@ -98,7 +98,10 @@ def offline(monkeypatch, tmp_path):
 
 def test_without_network_the_way_to_bring_the_files_is_named(offline):
     message = _refusal("hf:HuggingFaceTB/smollm-corpus:fineweb-edu-dedup")
-    assert "the hub cannot be reached ([Errno -2] Name or service not known)" in message
+    assert (
+        "the hub cannot be reached (ConnectionError: [Errno -2] Name or service not known)"
+        in message
+    )
     assert (
         "hf download HuggingFaceTB/smollm-corpus --repo-type=dataset --include "
         '"fineweb-edu-dedup/*.parquet" --local-dir DIR'
@@ -139,7 +142,8 @@ def test_a_network_that_goes_away_on_the_way_is_no_fault_of_the_user(dataset, mo
                      "streaming": True, "revision": "0123abcd"}  # fmt: skip
     assert source.describe() == {"dataset": "owner/name", "revision": "0123abcd"}
     with pytest.raises(
-        errors.StorageError, match=r"stopped after row 2 \(reset by peer\).*goes on"
+        errors.StorageError,
+        match=r"stopped after row 2 \(ConnectionError: reset by peer\).*goes on",
     ):
         list(source.documents())
 

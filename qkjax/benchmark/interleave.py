@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from qkjax import config as configs
 from qkjax import errors
 from qkjax.benchmark import subjects
 from qkjax.config import Config
@@ -277,8 +276,3 @@ def _environment(folder: pathlib.Path, on_cpu: bool) -> dict[str, str]:
 def _last_line(log: pathlib.Path) -> str:
     lines = log.read_text().strip().splitlines()
     return lines[-1] if lines else "it ended without a word"
-
-
-def config_of(spec: dict[str, Any]) -> Config:
-    """The config that a worker's spec carries."""
-    return configs.from_dict(spec["config"])

@@ -50,7 +50,7 @@ class HubDataset(documents.Source):
             )
         except Exception as error:  # the library raises whatever its parts raise
             raise errors.UsageError(
-                f"--source={name}: cannot be opened ({_one_line(error)}). Check the names of "
+                f"--source={name}: cannot be opened ({errors.one_line(error)}). Check the names of "
                 "dataset, configuration and split."
             ) from None
         self._check_column(list(self._rows.features or []))
@@ -88,7 +88,7 @@ class HubDataset(documents.Source):
             )
 
     def _broken(self, error: Exception, row: int) -> errors.QkjaxError:
-        text = f"{self._dataset}: stopped after row {row} ({_one_line(error)})"
+        text = f"{self._dataset}: stopped after row {row} ({errors.one_line(error)})"
         if self._folder is None:
             return errors.StorageError(
                 f"{text}. When the network is back, the same command goes on where it stopped."
@@ -132,7 +132,7 @@ def _download_tokenizer(spec: str, name: str) -> Path:
     except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
         raise errors.UsageError(
             f"--tokenizer={spec}: no such model on the hub, or not yours to read "
-            f"({_one_line(error)}). Check the name; `hf auth login` for a private one."
+            f"({errors.one_line(error)}). Check the name; `hf auth login` for a private one."
         ) from None
     except Exception as error:
         offline = error
@@ -144,7 +144,7 @@ def _download_tokenizer(spec: str, name: str) -> Path:
             pass  # it only names the end-of-text token
         return folder
     except Exception as error:
-        reason = _one_line(offline or error)
+        reason = errors.one_line(offline or error)
         raise errors.UsageError(
             f"--tokenizer={spec}: cannot be had from the hub ({reason}). Offline: run `hf download "
             f"{name} tokenizer.json --local-dir DIR` on a machine with network, bring DIR, "
@@ -178,17 +178,14 @@ def _revision(name: str, dataset: str) -> str:
     except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
         raise errors.UsageError(
             f"--source={name}: no such dataset on the hub, or not yours to read "
-            f"({_one_line(error)}). Check the name; `hf auth login` for a private one."
+            f"({errors.one_line(error)}). Check the name; `hf auth login` for a private one."
         ) from None
     except Exception as error:
         config = name.split(":")[2] if name.count(":") > 1 else ""
         pattern = f"{config}/*.parquet" if config else "*.parquet"
         raise errors.UsageError(
-            f"--source={name}: the hub cannot be reached ({_one_line(error)}). Offline: run `hf "
-            f'download {dataset} --repo-type=dataset --include "{pattern}" --local-dir DIR` on a '
-            f"machine with network, bring DIR, and pass --source='parquet:DIR/{pattern}:text' here."
+            f"--source={name}: the hub cannot be reached ({errors.one_line(error)}). Offline: run "
+            f'`hf download {dataset} --repo-type=dataset --include "{pattern}" --local-dir DIR` on '
+            "a machine with network, bring DIR, and pass "
+            f"--source='parquet:DIR/{pattern}:text' here."
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -230,7 +230,7 @@ class _Shards:
         try:
             (record,) = self._readers[shard].read([number])
         except RuntimeError as error:
-            raise self._error(shard, number, f"damaged ({_one_line(error)})") from None
+            raise self._error(shard, number, f"damaged ({errors.one_line(error)})") from None
         return self._decode(record, shard, number), np.int64(record_id)
 
     def close(self) -> None:
@@ -272,14 +272,10 @@ def _open(path: Path, num_records: int) -> array_record_module.ArrayRecordReader
             reader.read([0])
     except RuntimeError as error:
         raise errors.UsageError(
-            f"{path}: not a readable ArrayRecord ({_one_line(error)}). {_REBUILD}"
+            f"{path}: not a readable ArrayRecord ({errors.one_line(error)}). {_REBUILD}"
         ) from None
     if found != num_records:
         raise errors.UsageError(
             f"{path}: expected {num_records} records, found {found}. {_REBUILD}"
         )
     return reader
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or "unreadable"  # ArrayRecord's message can be empty

@@ -257,7 +257,7 @@ class SplitWriter:
 
     def _storage_error(self, error: Exception) -> errors.StorageError:
         return errors.StorageError(
-            f"{self._directory}: cannot write a shard ({' '.join(str(error).split())}). "
+            f"{self._directory}: cannot write a shard ({errors.one_line(error)}). "
             "Free disk space, or name another --out."
         )
 
@@ -293,7 +293,7 @@ def read_records(
             reader.close()
         except RuntimeError as error:
             raise errors.UsageError(
-                f"{path}: not a readable ArrayRecord ({' '.join(str(error).split()) or 'damaged'})."
+                f"{path}: not a readable ArrayRecord ({errors.one_line(error)})."
                 " Rebuild the dataset with tools/prepare_data.py."
             ) from None
         if found != shard.num_records:

@@ -57,7 +57,7 @@ class TfdsText(documents.Source):
                 rows = self._records.__getitems__(list(numbers))
             except Exception as error:
                 raise errors.UsageError(
-                    f"{self._place} record {first}: damaged ({_one_line(error)}). "
+                    f"{self._place} record {first}: damaged ({errors.one_line(error)}). "
                     "Bring the file again."
                 ) from None
             for number, row in zip(numbers, rows, strict=True):
@@ -89,7 +89,7 @@ class TfdsText(documents.Source):
 
     def _refusal(self, error: Exception) -> errors.UsageError:
         return errors.UsageError(
-            f"--source={self.name}: cannot be read ({_one_line(error)}). {_MEND}."
+            f"--source={self.name}: cannot be read ({errors.one_line(error)}). {_MEND}."
         )
 
 
@@ -105,7 +105,7 @@ def _builder(name: str, dataset: str) -> Any:
     except Exception as error:
         place = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
         raise errors.UsageError(
-            f"--source={name}: no TFDS data set {dataset!r} in {place} ({_one_line(error)}). "
+            f"--source={name}: no TFDS data set {dataset!r} in {place} ({errors.one_line(error)}). "
             f"{_MEND}."
         ) from None
 
@@ -123,7 +123,3 @@ def _parts(name: str, rest: str) -> tuple[str, str, str]:
         )
     split, feature = [*options, "", ""][:2]
     return dataset, split or "train", feature or "text"
-
-
-def _one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]

@@ -53,7 +53,7 @@ class Tokenizer:
             self._backend = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
             raise errors.UsageError(
-                f"{name}: not a tokenizer.json ({' '.join(str(error).split())[:200]}). "
+                f"{name}: not a tokenizer.json ({errors.one_line(error)}). "
                 "Pass the file that tokenizers' Tokenizer.save writes."
             ) from None
         self._backend.no_truncation()

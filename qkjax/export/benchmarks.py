@@ -242,9 +242,8 @@ def load(benchmark: Benchmark, files: Files | None, scratch: pathlib.Path) -> An
     except Exception as error:  # whatever the libraries raise without network, or for a bad reply
         if files:
             raise
-        first = (str(error).strip().splitlines() or [""])[0][:200]
         raise errors.UsageError(
-            f"--tasks: the hub does not give {benchmark.title} ({type(error).__name__}: {first}). "
+            f"--tasks: the hub does not give {benchmark.title} ({errors.one_line(error)}). "
             "Give its files as --data_dir=DIR, see docs/evaluation.md."
         ) from error
     (task,) = found["tasks"].values()

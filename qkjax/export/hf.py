@@ -296,7 +296,7 @@ def load_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
             return file.get_tensors()
     except (OSError, safetensors.SafetensorError, KeyError, TypeError) as error:
         raise errors.UsageError(
-            f"{path}: not a readable safetensors file ({' '.join(str(error).split())[:200]}). "
+            f"{path}: not a readable safetensors file ({errors.one_line(error)}). "
             "Export the run again."
         ) from error
 

@@ -40,9 +40,8 @@ class StockModel:
                 add_bos_token=self.record.get("end_of_text"),
             )
         except Exception as error:  # whatever it raises, the directory does not load
-            first = (str(error).strip().splitlines() or [""])[0][:200]
             raise errors.UsageError(
-                f"{directory}: does not load ({type(error).__name__}: {first}). "
+                f"{directory}: does not load ({errors.one_line(error)}). "
                 "Give a directory of tools/export_hf.py."
             ) from error
         self._check(directory)

@@ -184,7 +184,7 @@ def _check_tokenizer(directory: pathlib.Path, run: TrainedRun, records_NT: np.nd
     try:
         stock = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # whatever it raises, the directory does not load
-        return Check("tokenizer", f"AutoTokenizer: {_first_line(error)}", passed=False)
+        return Check("tokenizer", f"AutoTokenizer: {errors.one_line(error)}", passed=False)
     ours = run.tokenizer
     ids = (stock.bos_token_id, stock.eos_token_id, stock.pad_token_id)
     if ids != (ours.eos_id,) * 3:
@@ -219,7 +219,7 @@ def _load(directory: pathlib.Path, config: ModelConfig) -> tuple[Any, Check]:
         )
         stock, info = loaded
     except Exception as error:  # whatever it raises, the directory does not load
-        return None, Check("loads", _first_line(error), passed=False)
+        return None, Check("loads", errors.one_line(error), passed=False)
     problems = [
         f"{kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:4]}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -229,10 +229,6 @@ def _load(directory: pathlib.Path, config: ModelConfig) -> tuple[Any, Check]:
     if found != hf.architecture(config):
         problems.append(f"as {found}, expected {hf.architecture(config)}")
     return stock.eval(), Check("loads", "; ".join(problems) or f"as {found}", passed=not problems)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 @contextlib.contextmanager
@@ -323,7 +319,7 @@ def _recorded_losses(run: TrainedRun) -> np.ndarray | None:
             return arrays["loss_sum"].astype(np.float64) / arrays["count"]
     except (OSError, ValueError, KeyError) as error:
         raise errors.UsageError(
-            f"{path}: damaged ({_first_line(error)}). Restore it from a copy, or move it away."
+            f"{path}: damaged ({errors.one_line(error)}). Restore it from a copy, or move it away."
         ) from error
 
 
