@@ -2,16 +2,19 @@
 
 import collections
 import math
+import pathlib
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
 from qkjax import flops
 from qkjax.config import Config
+from qkjax.data import manifest as manifests
 
 PR = "pr/key/post_rope/raw"  # the number that the original study published
 UNDEFINED = "pr/undefined_heads"  # how many heads have none
@@ -20,6 +23,38 @@ _WAIT_WARNING = 0.2  # share of the time that the device may wait for data
 _LOSSES = 100  # training losses that the next one is held against
 _FEWEST_LOSSES = 20  # below so many, none is called a spike
 _SPIKE = 6.0  # standard deviations above their mean
+
+
+def banner(
+    config: Config,
+    num_parameters: int,
+    devices: Sequence[jax.Device],
+    dataset: manifests.Manifest,
+    workdir: pathlib.Path,
+    start: int,
+) -> str:
+    """What is about to be trained from step `start` on, in a few lines; the treatment first."""
+    o, steps, tokens_per_step = (
+        config.optimizer,
+        config.train.num_steps,
+        config.train.tokens_per_step,
+    )
+    auxiliary = "" if o.adam_learning_rate is None else f" and {o.adam_learning_rate:g}"
+    return "\n".join(
+        (
+            f"arm        {config.arm}",
+            f"qk_norm    {config.model.qk_norm}, decay of gamma {o.gamma_weight_decay:.4g}",
+            f"recipe     {config.recipe}, scale {config.scale}, seed {config.seed}",
+            f"optimiser  {o.name}, learning rate {o.learning_rate:g}{auxiliary}",
+            f"model      {num_parameters:,} parameters, {config.model.mlp}, {config.model.dtype}",
+            f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+            f"data       {dataset.name}, fingerprint {dataset.fingerprint[:12]}",
+            f"step       {tokens_per_step:,} tokens",
+            f"steps      {steps:,}, in all {steps * tokens_per_step:,} tokens",
+            f"start      {f'resumed after step {start}' if start else 'from scratch'}",
+            f"workdir    {workdir}",
+        )
+    )
 
 
 class Progress:

@@ -170,7 +170,15 @@ class _Run:
             table = self._record_start(changes)
             state = self._begin() if restored is None else self._go_on(restored)
             with contextlib.closing(self.writer):
-                print(f"{self._banner(int(state.step))}\n\n{table}\n", flush=True)
+                shown = progress.banner(
+                    self.config,
+                    self.num_parameters,
+                    jax.devices(),
+                    self.dataset.manifest,
+                    self.directory,
+                    int(state.step),
+                )
+                print(f"{shown}\n\n{table}\n", flush=True)
                 return self._finish(self._train(state))
 
     def _record_start(self, changes: list[dict[str, Any]]) -> str:
@@ -190,28 +198,6 @@ class _Run:
         table = optimizer.format_routing_table(routes)
         (self.directory / "parameters.txt").write_text(table + "\n")
         return table
-
-    def _banner(self, start: int) -> str:
-        """What is about to be trained, in a few lines; the treatment first."""
-        c, device = self.config, jax.devices()[0]
-        o, fingerprint = c.optimizer, self.dataset.manifest.fingerprint
-        auxiliary = "" if o.adam_learning_rate is None else f" and {o.adam_learning_rate:g}"
-        return "\n".join(
-            (
-                f"arm        {c.arm}",
-                f"qk_norm    {c.model.qk_norm}, decay of gamma {o.gamma_weight_decay:.4g}",
-                f"recipe     {c.recipe}, scale {c.scale}, seed {c.seed}",
-                f"optimiser  {o.name}, learning rate {o.learning_rate:g}{auxiliary}",
-                f"model      {self.num_parameters:,} parameters, {c.model.mlp}, {c.model.dtype}",
-                f"devices    {jax.device_count()} x {device.device_kind} ({device.platform})",
-                f"data       {self.dataset.manifest.name}, fingerprint {fingerprint[:12]}",
-                f"step       {c.train.tokens_per_step:,} tokens",
-                f"steps      {c.train.num_steps:,}, in all "
-                f"{c.train.num_steps * c.train.tokens_per_step:,} tokens",
-                f"start      {f'resumed after step {start}' if start else 'from scratch'}",
-                f"workdir    {self.directory}",
-            )
-        )
 
     def _restore(self, restore_step: int | None) -> checkpoint.Restored | None:
         """The checkpoint to go on from, verified; None where there is none. Changes nothing."""

@@ -208,9 +208,7 @@ def test_uint32_ids_survive(tmp_path):
 
 
 def test_the_fingerprint_names_all_that_a_batch_depends_on(dataset):
-    loader = pipeline.TrainLoader(*dataset, seed=5, sequences_per_step=4, process_count=2)
-    loader.close()
-    assert loader.fingerprint == {
+    assert pipeline.fingerprint(dataset[1], seed=5, sequences_per_step=4) == {
         "pipeline_version": pipeline.PIPELINE_VERSION,
         "dataset": dataset[1].fingerprint,
         "seed": 5,

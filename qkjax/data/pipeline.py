@@ -76,7 +76,6 @@ class TrainLoader:
         self._local_sequences = _share("train.tokens_per_step", sequences_per_step, process_count)
         self._shards = _Shards(Path(directory), manifest, "train")
         self._sequences_per_step = sequences_per_step
-        self._fingerprint = fingerprint(manifest, seed, sequences_per_step)
         self._step = start_step
         dataset = (
             grain.MapDataset.source(self._shards)
@@ -92,11 +91,6 @@ class TrainLoader:
     def step(self) -> int:
         """Index of the batch that comes next."""
         return self._step
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What fixes the order of batches; see the function of this name."""
-        return self._fingerprint
 
     def __iter__(self) -> "TrainLoader":
         return self
