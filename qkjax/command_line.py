@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from qkjax import errors
+from qkjax import errors, startup
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 _BROKEN_PIPE = 141  # as of a program that SIGPIPE has ended
@@ -37,6 +37,7 @@ def run(
         exit_at_once: leave without waiting for threads; a failed Orbax save would keep the
             process for five minutes.
     """
+    startup.keep_freed_memory()
     if not exit_at_once:
         sys.exit(_run(main, parse, positionals, sys.argv))
     code = 1

@@ -57,12 +57,15 @@ def test_compiled_programs_are_kept_for_the_next_start(tmp_path):
 def test_freed_memory_stays_with_the_process_on_cpus():
     """64 MB are taken and given back six times by a thread: pages are mapped at the first alone."""
     code = (
-        "import qkjax, resource, threading\n"
+        "import resource, sys, threading\n"
+        "from qkjax import command_line\n"
         "def take():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    for _ in range(6): bytearray(2**26)\n"
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
-        "thread = threading.Thread(target=take); thread.start(); thread.join()"
+        "def main():\n"
+        "    thread = threading.Thread(target=take); thread.start(); thread.join()\n"
+        "sys.argv = ['command']; command_line.run(main)"
     )
 
     def faults(**variables: str) -> float:

@@ -13,6 +13,7 @@ from qkjax import (
     model,
     optimizer,
     sharding,
+    startup,
     train_step,
 )
 from qkjax.benchmark import arrays
@@ -22,6 +23,8 @@ import jax  # isort: skip  (after qkjax, which sets the XLA flags)
 import jax.numpy as jnp  # isort: skip
 import numpy as np  # isort: skip
 import optax  # isort: skip
+
+startup.keep_freed_memory()  # as every command of the project does; the peers run as torch comes
 
 
 class JaxWork:
