@@ -160,8 +160,8 @@ def measure(
     """
     parameters = write_inputs(request.config, folder)
     names = [*request.variants, request.variants[0] + AGAIN]
-    reference = subjects.subject(request.subject).reference
-    reference = reference if reference in names else names[0]
+    subject = subjects.subject(request.subject)
+    reference = subject.reference if subject.reference in names else names[0]
     with contextlib.ExitStack() as stack:
         workers = {}
         for name in names:
@@ -171,10 +171,12 @@ def measure(
             {name: worker.agree for name, worker in workers.items()},
             AGREEMENT[request.config.model.dtype],
         )
-        for worker in workers.values():  # caches and allocators settle
-            worker.seconds(1)
-        one = workers[reference].seconds(1)
-        repetitions = max(1, math.ceil(request.block_seconds / one))
+        repetitions = 1
+        if subject.warm_up:
+            for worker in workers.values():  # caches and allocators settle
+                worker.seconds(1)
+            one = workers[reference].seconds(1)
+            repetitions = max(1, math.ceil(request.block_seconds / one))
         rounds: dict[str, list[float]] = {name: [] for name in names}
         for number in range(request.rounds):
             there = {name: workers[name].seconds(repetitions) for name in names}

@@ -21,6 +21,7 @@ class Subject:
     defaults: dict[str, tuple[str, ...]]  # platform -> variants measured unless others are named
     reference: str  # the denominator of the ratios
     net: tuple[str, str] | None = None  # a variant, and the one that is its start alone
+    warm_up: bool = True  # a repetition before the first that counts; else blocks of one
 
 
 PLATFORMS = ("cpu", "gpu")
@@ -85,6 +86,7 @@ SUBJECTS = {
         dict.fromkeys(PLATFORMS, ("steps", "start", "run")),
         "steps",
         net=("run", "start"),
+        warm_up=False,
     ),
 }
 SHAPES = ("tiny", "small", "full")
