@@ -126,7 +126,8 @@ def test_the_time_limit_is_kept_and_leaves_what_is_there(data, tmp_path):
     assert "stopped by the limit of 1 minutes" in done.stdout
     run = tmp_path / "pilot" / "fixed_merged" / "runs" / "muon_noqk" / "seed_42"
     saved = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
-    assert saved[0] == 0 and saved[-1] > 0  # where it was stopped
+    # Where it was stopped, which on a busy machine may be before the first step.
+    assert saved[0] == 0 and saved[-1] == small_run.rows(run)[-1]["step"]
     with tarfile.open(tmp_path / "out" / "fixed_merged-0.tar.gz") as archive:
         assert "runs/muon_noqk/seed_42/metrics.jsonl" in archive.getnames()
 
