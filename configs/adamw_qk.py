@@ -10,9 +10,9 @@ after the colon: qkjax/presets.py.
 
 import ml_collections
 
-from qkjax import config
+from qkjax import config as config_lib
 
 
 def get_config(words: str = "") -> ml_collections.ConfigDict:
     """The arm at the scale, recipe and controls that `words` name."""
-    return config.base(optimizer="adamw", qk_norm="learned", words=words)
+    return config_lib.base(optimizer="adamw", qk_norm="learned", words=words)

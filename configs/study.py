@@ -17,11 +17,14 @@ RUN_TOKENS = {"tiny": 200_000, "pilot": 25 * M, "full": 300 * M}
 SWEEP_TOKENS = {"tiny": 100_000, "pilot": 5 * M, "full": 20 * M}
 CONTROLS = {  # none at tiny
     "fixed": (
-        "adamw_qk_frozen", "adamw_qk_decayed", "muon_qk_frozen", "muon_qk_decayed",
+        "adamw_qk_frozen",
+        "adamw_qk_decayed",
+        "muon_qk_frozen",
+        "muon_qk_decayed",
         "muon_noqk_merged",
     ),
     "seed": ("adamw_qk_frozen", "adamw_qk_undecayed", "muon_qk_frozen", "muon_qk_undecayed"),
-}  # fmt: skip
+}
 # In recipe seed the arms themselves decay their gammas, at pilot and 4,096 tokens a step just as
 # strongly as `decayed`: then they are the decayed arms, and no second ones are trained.
 OPTIONAL_CONTROLS = {"fixed": (), "seed": ("adamw_qk_decayed", "muon_qk_decayed")}

@@ -493,18 +493,41 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "muon.dtype": ("auto", "float32", "bfloat16"),
 }
 _POSITIVE = (
-    "data.max_epochs", "model.num_layers", "model.d_model", "model.num_heads",
-    "model.num_kv_heads", "model.head_dim", "model.d_ff", "model.vocab_size",
-    "model.sequence_length", "model.norm_eps", "model.rope_base", "model.unroll",
-    "optimizer.learning_rate", "optimizer.eps", "train.tokens", "train.tokens_per_step",
-    "train.loss_chunk_tokens", "eval.batch_sequences", "checkpoint.every_tokens",
-)  # fmt: skip
+    "data.max_epochs",
+    "model.num_layers",
+    "model.d_model",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.head_dim",
+    "model.d_ff",
+    "model.vocab_size",
+    "model.sequence_length",
+    "model.norm_eps",
+    "model.rope_base",
+    "model.unroll",
+    "optimizer.learning_rate",
+    "optimizer.eps",
+    "train.tokens",
+    "train.tokens_per_step",
+    "train.loss_chunk_tokens",
+    "eval.batch_sequences",
+    "checkpoint.every_tokens",
+)
 _NOT_NEGATIVE = (
-    "optimizer.weight_decay", "optimizer.auxiliary_weight_decay", "optimizer.gamma_weight_decay",
-    "optimizer.gamma_decay_tau", "optimizer.clip_norm", "train.microbatch_sequences",
-    "eval.every_tokens", "eval.tokens", "log.every_seconds",
-)  # fmt: skip
+    "optimizer.weight_decay",
+    "optimizer.auxiliary_weight_decay",
+    "optimizer.gamma_weight_decay",
+    "optimizer.gamma_decay_tau",
+    "optimizer.clip_norm",
+    "train.microbatch_sequences",
+    "eval.every_tokens",
+    "eval.tokens",
+    "log.every_seconds",
+)
 _BELOW_ONE = (
-    "muon.momentum", "optimizer.beta1", "optimizer.beta2",
-    "optimizer.warmup_fraction", "optimizer.decay_fraction",
-)  # fmt: skip
+    "muon.momentum",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.warmup_fraction",
+    "optimizer.decay_fraction",
+)

@@ -13,7 +13,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from qkjax import config, errors, presets
+from qkjax import config as config_lib
+from qkjax import errors, presets
 
 _EXPONENT = re.compile(r"(--?config\.[\w.]+=)(\d+(?:\.\d*)?[eE]\+?\d+)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)")  # absl takes one dash as well
@@ -148,7 +149,7 @@ def _fields(values: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
     return names
 
 
-def read(holder: flags.FlagHolder) -> config.Config:
+def read(holder: flags.FlagHolder) -> config_lib.Config:
     """The checked config of the command line.
 
     Raises:
@@ -160,7 +161,7 @@ def read(holder: flags.FlagHolder) -> config.Config:
             f"--config: {_given(sys.argv)} is not the config of a run. Pass one of an arm, such as "
             "--config=configs/muon_noqk.py:tiny; tools/run_study.py takes that of a study."
         )
-    return config.resolve(values)
+    return config_lib.resolve(values)
 
 
 def given(holder: flags.FlagHolder, example: str) -> ml_collections.ConfigDict:

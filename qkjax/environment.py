@@ -11,9 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PACKAGES = (
-    "qkjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "clu",
+    "qkjax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "array_record",
+    "clu",
     "numpy",
-)  # fmt: skip
+)
 # Never the whole environment: it holds tokens (FAULTS.md H7).
 _VARIABLES = re.compile(r"XLA_FLAGS|CUDA_VISIBLE_DEVICES|JAX_\w+|TPU_\w+")
 _GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")

@@ -34,9 +34,9 @@ def main() -> None:
     if not _WORKDIR.value:
         raise errors.UsageError("--workdir: missing. Name the run directory, --workdir=runs/NAME.")
 
-    from qkjax.data import dataset
+    from qkjax.data import dataset as dataset_lib
 
-    dataset.require_directory(config)
+    dataset_lib.require_directory(config)
 
     from qkjax import train  # jax and all: only once the command line is known to be sound
 

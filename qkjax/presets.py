@@ -20,18 +20,33 @@ PILOT_TAU = 7.3
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
-        "num_layers": 4, "d_model": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32,
-        "vocab_size": 4096, "sequence_length": 256,
+        "num_layers": 4,
+        "d_model": 128,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 4096,
+        "sequence_length": 256,
     },
     "pilot": {
-        "num_layers": 22, "d_model": 512, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64,
-        "vocab_size": 49152, "sequence_length": 2048,
+        "num_layers": 22,
+        "d_model": 512,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 49152,
+        "sequence_length": 2048,
     },
     "1b5": {
-        "num_layers": 32, "d_model": 2048, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128,
-        "vocab_size": 49152, "sequence_length": 2048,
+        "num_layers": 32,
+        "d_model": 2048,
+        "num_heads": 16,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 49152,
+        "sequence_length": 2048,
     },
-}  # fmt: skip
+}
 SHAPES["full"] = SHAPES["pilot"]
 
 MLP: dict[tuple[str, str], tuple[str, int]] = {
@@ -47,28 +62,38 @@ MLP: dict[tuple[str, str], tuple[str, int]] = {
 
 BUDGETS: dict[str, dict[str, Any]] = {
     "tiny": {
-        "tokens": 400_000, "at_tokens": (20_000, 50_000, 100_000, 200_000), "every_tokens": 0,
-        "eval_tokens": 0, "final_tokens": -1, "checkpoint_tokens": 100_000,
+        "tokens": 400_000,
+        "at_tokens": (20_000, 50_000, 100_000, 200_000),
+        "every_tokens": 0,
+        "eval_tokens": 0,
+        "final_tokens": -1,
+        "checkpoint_tokens": 100_000,
     },
     "pilot": {
         "tokens": 25_000_000,
         "at_tokens": (500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000),
-        "every_tokens": 0, "eval_tokens": 1_048_576, "final_tokens": 0,
+        "every_tokens": 0,
+        "eval_tokens": 1_048_576,
+        "final_tokens": 0,
         "checkpoint_tokens": 5_000_000,
     },
     "full": {
         "tokens": 300_000_000,
         "at_tokens": (1_000_000, 4_000_000, 8_000_000, 16_000_000, 25_000_000),
-        "every_tokens": 10_000_000, "eval_tokens": 1_048_576, "final_tokens": 0,
+        "every_tokens": 10_000_000,
+        "eval_tokens": 1_048_576,
+        "final_tokens": 0,
         "checkpoint_tokens": 10_000_000,
     },
     "1b5": {
         "tokens": 49_000_000,
         "at_tokens": (2_000_000, 4_000_000, 8_000_000, 16_000_000, 32_000_000),
-        "every_tokens": 0, "eval_tokens": 262_144, "final_tokens": -1,
+        "every_tokens": 0,
+        "eval_tokens": 262_144,
+        "final_tokens": -1,
         "checkpoint_tokens": 5_000_000,
     },
-}  # fmt: skip
+}
 
 TOKENS_PER_STEP: dict[tuple[str, str], int] = {
     ("tiny", "fixed"): 2_048,
@@ -96,18 +121,34 @@ RATES: dict[tuple[str, str], tuple[float, float, float]] = {
 # The rows of SCIENCE.md section 4 that depend on the recipe alone.
 RECIPE_RULES: dict[str, dict[str, Any]] = {
     "fixed": {
-        "end_of_text": True, "norm_eps": 1e-6, "clip_norm": 1.0, "beta2": 0.95,
-        "adamw_decay": 0.1, "muon_decay": 0.01, "auxiliary_decay": 0.0, "gamma_decay": 0.0,
-        "warmup_fraction": 0.02, "decay_fraction": 0.2,
-        "granularity": "separate", "newton_schulz_dtype": "auto",
+        "end_of_text": True,
+        "norm_eps": 1e-6,
+        "clip_norm": 1.0,
+        "beta2": 0.95,
+        "adamw_decay": 0.1,
+        "muon_decay": 0.01,
+        "auxiliary_decay": 0.0,
+        "gamma_decay": 0.0,
+        "warmup_fraction": 0.02,
+        "decay_fraction": 0.2,
+        "granularity": "separate",
+        "newton_schulz_dtype": "auto",
     },
     "seed": {
-        "end_of_text": False, "norm_eps": 1.19e-7, "clip_norm": 0.0, "beta2": 0.999,
-        "adamw_decay": 0.2, "muon_decay": 0.0, "auxiliary_decay": 0.2, "gamma_decay": 0.2,
-        "warmup_fraction": 0.0, "decay_fraction": 0.0,
-        "granularity": "merged", "newton_schulz_dtype": "bfloat16",
+        "end_of_text": False,
+        "norm_eps": 1.19e-7,
+        "clip_norm": 0.0,
+        "beta2": 0.999,
+        "adamw_decay": 0.2,
+        "muon_decay": 0.0,
+        "auxiliary_decay": 0.2,
+        "gamma_decay": 0.2,
+        "warmup_fraction": 0.0,
+        "decay_fraction": 0.0,
+        "granularity": "merged",
+        "newton_schulz_dtype": "bfloat16",
     },
-}  # fmt: skip
+}
 
 
 def parse_words(words: str, optimizer: str, qk_norm: str) -> tuple[str, str, frozenset[str]]:

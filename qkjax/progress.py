@@ -14,7 +14,7 @@ from absl import logging
 
 from qkjax import flops
 from qkjax.config import Config
-from qkjax.data import manifest as manifests
+from qkjax.data import manifest as manifest_lib
 
 PR = "pr/key/post_rope/raw"  # the number that the original study published
 UNDEFINED = "pr/undefined_heads"  # how many heads have none
@@ -29,7 +29,7 @@ def banner(
     config: Config,
     num_parameters: int,
     devices: Sequence[jax.Device],
-    dataset: manifests.Manifest,
+    dataset: manifest_lib.Manifest,
     workdir: pathlib.Path,
     start: int,
 ) -> str:
@@ -119,8 +119,12 @@ class Progress:
                 logging.warning(
                     "step %d: the training loss %.4f is a spike, z-score %.1f against the last %d "
                     "(mean %.4f); training goes on",
-                    step, loss, (loss - mean) / max(spread, 1e-12), len(self._losses), mean,
-                )  # fmt: skip
+                    step,
+                    loss,
+                    (loss - mean) / max(spread, 1e-12),
+                    len(self._losses),
+                    mean,
+                )
         self._losses.append(loss)
 
     def show_step(self, step: int, row: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from qkjax import (
     spectral,
 )
 from qkjax.config import Config
-from qkjax.data import dataset as datasets
+from qkjax.data import dataset as dataset_lib
 from qkjax.data import pipeline
 from qkjax.export import trained_run
 from qkjax.rank_curves import ALL, KINDS, Row
@@ -160,7 +160,7 @@ class _Passes:
     def __init__(
         self,
         config: Config,
-        dataset: datasets.Dataset,
+        dataset: dataset_lib.Dataset,
         params: model.Params,
         tokens: int,
         stage: str,

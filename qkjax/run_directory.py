@@ -19,17 +19,28 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from qkjax import config as configs
+from qkjax import config as config_lib
 from qkjax import environment, errors, presets
 
 # Differences in these cannot change a result, so a resume does not ask about them.
 FREE_FIELDS = ("checkpoint.keep_all", "data.dir", "log.every_seconds", "profile.steps")
 # No checkpoint goes on with another of these: its batches or its arrays would be others.
 FIXED_FIELDS = (
-    "dataset", "seed", "train.tokens_per_step", "train.sequences_per_step", "optimizer.name",
-    "model.mlp", "model.num_layers", "model.d_model", "model.num_heads", "model.num_kv_heads",
-    "model.head_dim", "model.d_ff", "model.vocab_size", "model.sequence_length",
-)  # fmt: skip
+    "dataset",
+    "seed",
+    "train.tokens_per_step",
+    "train.sequences_per_step",
+    "optimizer.name",
+    "model.mlp",
+    "model.num_layers",
+    "model.d_model",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.head_dim",
+    "model.d_ff",
+    "model.vocab_size",
+    "model.sequence_length",
+)
 _ABSENT = "(absent)"
 
 
@@ -115,7 +126,7 @@ def _holder(path: pathlib.Path) -> str:
 # The config and the environment.
 
 
-def read_config(workdir: pathlib.Path) -> configs.Config | None:
+def read_config(workdir: pathlib.Path) -> config_lib.Config | None:
     """The resolved config of the run; None where the directory has none yet.
 
     Raises:
@@ -126,14 +137,14 @@ def read_config(workdir: pathlib.Path) -> configs.Config | None:
     if values is None:
         return None
     try:
-        return configs.from_dict(values)
+        return config_lib.from_dict(values)
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"its fields are not those of a config: {error}") from error
 
 
 def config_changes(
     workdir: pathlib.Path,
-    config: configs.Config,
+    config: config_lib.Config,
     dataset_fingerprint: str,
     allowed: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
@@ -178,7 +189,7 @@ def config_changes(
 
 def record_config(
     workdir: pathlib.Path,
-    config: configs.Config,
+    config: config_lib.Config,
     dataset_fingerprint: str,
     changes: Sequence[Mapping[str, Any]] = (),
 ) -> None:
@@ -266,8 +277,11 @@ def write_environment(
         if version != now["versions"].get(package):
             logging.warning(
                 "%s: this run began with %s %s, now it is %s; the last bits may differ",
-                path, package, version, now["versions"].get(package),
-            )  # fmt: skip
+                path,
+                package,
+                version,
+                now["versions"].get(package),
+            )
     start = {name: v for name, v in now.items() if name in always or record.get(name) != plain(v)}
     kept = ("dataset_fingerprint", "allowed_config_changes", "starts")
     write_json(

@@ -28,7 +28,7 @@ from qkjax import (
     writers,
 )
 from qkjax.config import Config
-from qkjax.data import dataset as datasets
+from qkjax.data import dataset as dataset_lib
 from qkjax.data import pipeline
 
 
@@ -58,7 +58,7 @@ def train_and_evaluate(
     platform = jax.default_backend()
     config = attention_check.settle(config.for_platform(platform), platform)
     with run_directory.lock(directory), signals.StopRequest() as stop:
-        dataset = datasets.open_dataset(config)
+        dataset = dataset_lib.open_dataset(config)
         run = _Run(config, directory, dataset, stop)
         changes = run_directory.config_changes(
             directory, config, dataset.manifest.fingerprint, allow_config_change
@@ -127,7 +127,7 @@ class _Run:
         self,
         config: Config,
         directory: pathlib.Path,
-        dataset: datasets.Dataset,
+        dataset: dataset_lib.Dataset,
         stop: signals.StopRequest,
     ) -> None:
         self.config = config
@@ -446,7 +446,7 @@ class _Run:
         return summary
 
     def _write_summary(self, step: int, diverged_step: int | None) -> dict[str, Any]:
-        passes = datasets.passes_over_data(self.config, self.dataset.manifest, step)
+        passes = dataset_lib.passes_over_data(self.config, self.dataset.manifest, step)
         summary = {
             **self.latest,
             "arm": self.config.arm,

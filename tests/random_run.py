@@ -8,13 +8,15 @@ import numpy as np
 import reference_model
 import small_run
 
-from qkjax import checkpoint, config, model, run_directory
-from qkjax.data import manifest, pipeline
+from qkjax import checkpoint, model, run_directory
+from qkjax import config as config_lib
+from qkjax.data import manifest as manifest_lib
+from qkjax.data import pipeline
 
 STEP = small_run.STEPS
 
 
-def random_params(run_config: config.Config, seed: int = 0) -> model.Params:
+def random_params(run_config: config_lib.Config, seed: int = 0) -> model.Params:
     """Activations and logits of order 1, gammas that are not 1: every mistake shows."""
     chance = np.random.default_rng(seed)
 
@@ -35,12 +37,12 @@ def random_params(run_config: config.Config, seed: int = 0) -> model.Params:
 def records(dataset: pathlib.Path) -> np.ndarray:
     """int [7, T+1]: the validation split."""
     batches = pipeline.read_validation(
-        dataset, manifest.load(dataset), num_tokens=0, sequences_per_batch=7
+        dataset, manifest_lib.load(dataset), num_tokens=0, sequences_per_batch=7
     )
     return next(iter(batches)).tokens
 
 
-def reference_losses(params: model.Params, run_config: config.Config) -> np.ndarray:
+def reference_losses(params: model.Params, run_config: config_lib.Config) -> np.ndarray:
     """[7] float32 summed losses of the validation records, by numpy in float64."""
     wide = _map(params)
     sums = []
@@ -77,7 +79,7 @@ def make(
     ).for_platform("cpu")
     params = random_params(run_config) if params is None else params
     directory.mkdir(parents=True)
-    fingerprint = manifest.load(dataset).fingerprint
+    fingerprint = manifest_lib.load(dataset).fingerprint
     run_directory.write_json(directory / "config.json", run_config.to_dict())
     run_directory.write_json(directory / "environment.json", {"dataset_fingerprint": fingerprint})
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints")

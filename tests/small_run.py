@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from qkjax import config, train
+from qkjax import config as config_lib
+from qkjax import train
 from qkjax.data import pipeline, prepare
 
 LENGTH, VOCABULARY, TOKENS_PER_STEP, STEPS = 32, 300, 4 * 32, 20
@@ -45,14 +46,20 @@ def make_config(
     qk_norm: str = "none",
     words: str = "tiny",
     **fields: Any,
-) -> config.Config:
+) -> config_lib.Config:
     """A resolved config; fields are dotted names with '__' for the dot."""
-    values = config.base(optimizer, qk_norm, words)
+    values = config_lib.base(optimizer, qk_norm, words)
     values.data.dir = str(dataset)
     values.model.update(
-        num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=48,
-        vocab_size=VOCABULARY, sequence_length=LENGTH,
-    )  # fmt: skip
+        num_layers=2,
+        d_model=32,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        d_ff=48,
+        vocab_size=VOCABULARY,
+        sequence_length=LENGTH,
+    )
     values.train.tokens = STEPS * TOKENS_PER_STEP
     values.train.tokens_per_step = TOKENS_PER_STEP
     values.eval.at_tokens = (5 * TOKENS_PER_STEP, 9 * TOKENS_PER_STEP)
@@ -61,7 +68,7 @@ def make_config(
     for name, value in fields.items():
         section, _, field = name.rpartition("__")
         (values[section] if section else values)[field] = value
-    return config.resolve(values)
+    return config_lib.resolve(values)
 
 
 def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -82,7 +89,7 @@ def identity(workdir: pathlib.Path, step: int = STEPS) -> tuple[str, str]:
 
 
 def run_with_signals(
-    run_config: config.Config,
+    run_config: config_lib.Config,
     workdir: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     at_steps: Sequence[int],

@@ -16,11 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from qkjax import config, run_directory
+from qkjax import config as config_lib
+from qkjax import run_directory
 
 LOSS, PR, PR_BEFORE, AA = (
-    "val/loss", "pr/key/post_rope/raw", "pr/key/pre_rope/centred", "aa/key",
-)  # fmt: skip
+    "val/loss",
+    "pr/key/post_rope/raw",
+    "pr/key/pre_rope/centred",
+    "aa/key",
+)
 LOGIT = "attention/max_logit"
 ARMS = ("adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk")
 FINGERPRINT = "0" * 64
@@ -49,13 +53,13 @@ def make_config(arm: str, seed: int, scale: str = "pilot", recipe: str = "fixed"
     """The resolved config of an arm by its name; fields are dotted names with '__' for the dot."""
     optimizer, qk, *controls = arm.split("_")
     words = ",".join([scale, recipe, *controls])
-    values = config.base(optimizer, "none" if qk == "noqk" else "learned", words)
+    values = config_lib.base(optimizer, "none" if qk == "noqk" else "learned", words)
     values.seed = seed
     values.data.dir = "data/synthetic"
     for name, value in fields.items():
         section, _, field = name.rpartition("__")
         (values[section] if section else values)[field] = value
-    return config.resolve(values).for_platform("cpu")
+    return config_lib.resolve(values).for_platform("cpu")
 
 
 def write(
@@ -85,14 +89,22 @@ def write(
         fields: overrides of every config, as `make_config` takes them.
     """
     plan = {
-        "format_version": 1, "scale": scale, "recipe": recipe, "words": f"{scale},{recipe}",
-        "quick": False, "arms": [arm for arm in arms if arm in ARMS],
+        "format_version": 1,
+        "scale": scale,
+        "recipe": recipe,
+        "words": f"{scale},{recipe}",
+        "quick": False,
+        "arms": [arm for arm in arms if arm in ARMS],
         "controls": [arm for arm in arms if arm not in ARMS],
         "parents": {arm: "_".join(arm.split("_")[:2]) for arm in arms if arm not in ARMS},
-        "seeds": list(seeds), "tuning_seed": 7, "sweep": None, "steps": [],
+        "seeds": list(seeds),
+        "tuning_seed": 7,
+        "sweep": None,
+        "steps": [],
         "tokens": make_config(ARMS[0], seeds[0], scale, recipe, **(fields or {})).train.tokens,
-        "overrides": [], "fingerprint": FINGERPRINT,
-    }  # fmt: skip
+        "overrides": [],
+        "fingerprint": FINGERPRINT,
+    }
     run_directory.write_json(directory / "study.json", plan)
     random = np.random.default_rng(random_seed)
     for seed in seeds:
@@ -109,11 +121,13 @@ def write(
             write_run(
                 directory / "runs" / arm / f"seed_{seed}",
                 make_config(arm, seed, scale, recipe, **(fields or {})),
-                courses, shift,
+                courses,
+                shift,
                 diverged_after=(diverged or {}).get((arm, seed)),
                 spike=(spikes or {}).get((arm, seed)),
-                sequences=sequences, spectra=spectra,
-            )  # fmt: skip
+                sequences=sequences,
+                spectra=spectra,
+            )
     return directory
 
 
@@ -142,10 +156,25 @@ def write_downstream(
                 hella, word = hard[index] + noise[:, index] < skill
                 name = {"index": index, "item_sha256": f"{index:064x}"}
                 likely = [-10.0, -10.0, -10.0, -9.0 + share if hella else -11.0 + share]
-                lines.append({"task": "hellaswag", **name, "log_likelihoods": likely, "gold": 3,
-                              "acc": int(hella), "acc_norm": int(hella)})  # fmt: skip
-                lines.append({"task": "lambada", **name, "log_likelihood": float(-3 - hard[index]),
-                              "greedy": bool(word), "acc": int(word)})  # fmt: skip
+                lines.append(
+                    {
+                        "task": "hellaswag",
+                        **name,
+                        "log_likelihoods": likely,
+                        "gold": 3,
+                        "acc": int(hella),
+                        "acc_norm": int(hella),
+                    }
+                )
+                lines.append(
+                    {
+                        "task": "lambada",
+                        **name,
+                        "log_likelihood": float(-3 - hard[index]),
+                        "greedy": bool(word),
+                        "acc": int(word),
+                    }
+                )
             path = directory / "downstream" / arm / f"seed_{seed}.json"
             run_directory.write_json(path, _downstream(arm, seed, lines, sample))
             text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -165,19 +194,36 @@ def _downstream(
             measured["perplexity"] = {"value": math.exp(-float(np.mean(likely))), "stderr": 0.5}
         exact = {name: _accuracy([item[name] for item in half]) for name in names}
         tasks[task] = {
-            "name": task, "num_fewshot": shots, "n": len(items), "metrics": measured,
-            "byte_exact": {"n": len(half), "metrics": exact}, "truncated": 0,
+            "name": task,
+            "num_fewshot": shots,
+            "n": len(items),
+            "metrics": measured,
+            "byte_exact": {"n": len(half), "metrics": exact},
+            "truncated": 0,
             "data_sha256": {f"{task}.jsonl": ("5" if sample else "d") * 64},
-        }  # fmt: skip
+        }
     return {
-        "format_version": 1, "backend": "jax", "sample": sample, "limit": None,
-        "run": {"arm": arm, "seed": seed, "step": 1, "params_sha256": f"{arm}-{seed}",
-                "dataset_fingerprint": FINGERPRINT},
-        "tasks": tasks, "bos": {"added": True, "token": "<|endoftext|>", "token_id": 0,
-                                "why": "documents in training came after it"},
+        "format_version": 1,
+        "backend": "jax",
+        "sample": sample,
+        "limit": None,
+        "run": {
+            "arm": arm,
+            "seed": seed,
+            "step": 1,
+            "params_sha256": f"{arm}-{seed}",
+            "dataset_fingerprint": FINGERPRINT,
+        },
+        "tasks": tasks,
+        "bos": {
+            "added": True,
+            "token": "<|endoftext|>",
+            "token_id": 0,
+            "why": "documents in training came after it",
+        },
         "versions": {"qkjax": "0.1.0"},
         "wall_seconds": 1.0,
-    }  # fmt: skip
+    }
 
 
 def _accuracy(right: Sequence[int]) -> dict[str, float]:
@@ -199,15 +245,24 @@ def write_sweep(
         chosen = min(sound, key=sound.__getitem__) if sound else None
         reached = [START[LOSS] if loss is None else loss for loss in by_rate.values()]
         entries[arm] = {
-            "grid": sorted(by_rate), "chosen": chosen, "edge": (edge or {}).get(arm),
-            "extended": arm in extended, "loss_at_init": START[LOSS], "fingerprint": FINGERPRINT,
+            "grid": sorted(by_rate),
+            "chosen": chosen,
+            "edge": (edge or {}).get(arm),
+            "extended": arm in extended,
+            "loss_at_init": START[LOSS],
+            "fingerprint": FINGERPRINT,
             "sensitivity": float(np.mean(reached)) - sound[chosen] if sound else None,
             "runs": [
-                {"learning_rate": rate, "loss": loss, "loss_whole": loss and loss + 0.01,
-                 "diverged": loss is None, "directory": f"sweep/{arm}/lr_{rate:.6g}"}
+                {
+                    "learning_rate": rate,
+                    "loss": loss,
+                    "loss_whole": loss and loss + 0.01,
+                    "diverged": loss is None,
+                    "directory": f"sweep/{arm}/lr_{rate:.6g}",
+                }
                 for rate, loss in sorted(by_rate.items())
             ],
-        }  # fmt: skip
+        }
     run_directory.write_json(directory / "sweep" / "learning_rates.json", entries)
 
 
@@ -217,7 +272,7 @@ def _typical(noise: float | Mapping[str, float]) -> float:
 
 def write_run(
     workdir: pathlib.Path,
-    run_config: config.Config,
+    run_config: config_lib.Config,
     courses: Mapping[str, Course],
     shift: Mapping[str, float],
     *,
@@ -243,9 +298,10 @@ def write_run(
         if step:
             row |= {
                 "train/loss": at[LOSS](step) + (spike[1] if spike and spike[0] == step else 0.0),
-                "train/grad_norm": 1.0, "train/learning_rate": run_config.optimizer.learning_rate,
+                "train/grad_norm": 1.0,
+                "train/learning_rate": run_config.optimizer.learning_rate,
                 "train/epoch": 0,
-            }  # fmt: skip
+            }
         if step in run_config.eval.steps:
             row |= _metrics({metric: course(step) for metric, course in at.items()}, run_config)
             _write_losses(workdir, f"step_{step:08d}", row[LOSS], run_config, sequences)
@@ -269,27 +325,41 @@ def write_run(
     run_directory.write_summary(
         workdir,
         {
-            **summary, "arm": run_config.arm, "seed": run_config.seed, "step": end,
-            "tokens": end * train.tokens_per_step, "epochs": 1,
+            **summary,
+            "arm": run_config.arm,
+            "seed": run_config.seed,
+            "step": end,
+            "tokens": end * train.tokens_per_step,
+            "epochs": 1,
             "params_sha256": f"{run_config.arm}-{run_config.seed}",
             "diverged": diverged_after is not None,
             "diverged_step": None if diverged_after is None else diverged_after + 1,
             "wall_seconds": 1.0,
         },
-    )  # fmt: skip
+    )
 
 
-def _environment(run_config: config.Config, fingerprint: str) -> dict[str, Any]:
+def _environment(run_config: config_lib.Config, fingerprint: str) -> dict[str, Any]:
     """environment.json of one start on a machine that there is not."""
-    command = ["python", "-m", "qkjax.main", f"--config=configs/{run_config.arm}.py",
-               f"--config.seed={run_config.seed}"]  # fmt: skip
+    command = [
+        "python",
+        "-m",
+        "qkjax.main",
+        f"--config=configs/{run_config.arm}.py",
+        f"--config.seed={run_config.seed}",
+    ]
     return {
-        "dataset_fingerprint": fingerprint, "command": command, "python": "3.11.7",
-        "versions": {"qkjax": "0.1.0", "jax": "0.10.2"}, "variables": {}, "cpu_count": 2,
+        "dataset_fingerprint": fingerprint,
+        "command": command,
+        "python": "3.11.7",
+        "versions": {"qkjax": "0.1.0", "jax": "0.10.2"},
+        "variables": {},
+        "cpu_count": 2,
         "devices": {"platform": "cpu", "kind": "cpu", "count": 1, "process_count": 1},
-        "jax_threefry_partitionable": True, "git": {"commit": "0" * 40, "dirty": False},
+        "jax_threefry_partitionable": True,
+        "git": {"commit": "0" * 40, "dirty": False},
         "starts": [{"time": "2026-11-26T00:00:00+00:00", "command": command}],
-    }  # fmt: skip
+    }
 
 
 def _course(course: Course, start: float, shift: float, last: int):
@@ -298,7 +368,7 @@ def _course(course: Course, start: float, shift: float, last: int):
     return lambda step: float(np.interp(step, steps, values)) + shift * step / last
 
 
-def _metrics(known: Mapping[str, float], run_config: config.Config) -> dict[str, float]:
+def _metrics(known: Mapping[str, float], run_config: config_lib.Config) -> dict[str, float]:
     """The known ones, and others of an evaluation that follow from them."""
     return {
         **known,
@@ -315,7 +385,7 @@ def _metrics(known: Mapping[str, float], run_config: config.Config) -> dict[str,
 
 
 def _write_losses(
-    workdir: pathlib.Path, name: str, loss: float, run_config: config.Config, sequences: int
+    workdir: pathlib.Path, name: str, loss: float, run_config: config_lib.Config, sequences: int
 ) -> None:
     """Sequences of different difficulty, whose mean is the loss."""
     length = run_config.model.sequence_length
@@ -342,7 +412,7 @@ def _spectra(ratios: np.ndarray, size: int) -> np.ndarray:
 
 
 def _write_spectra(
-    workdir: pathlib.Path, name: str, row: Mapping[str, Any], run_config: config.Config
+    workdir: pathlib.Path, name: str, row: Mapping[str, Any], run_config: config_lib.Config
 ) -> None:
     """The arrays of DESIGN.md section 4: layers and heads differ, their mean is the metric."""
     shape = run_config.model

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
-from qkjax import attention, attention_check, config, errors
+from qkjax import attention, attention_check, errors
+from qkjax import config as config_lib
 
 
-def make_config(wanted: str, dtype: str = "bfloat16") -> config.Config:
-    resolved = config.resolve(config.base("muon", "none", "tiny")).for_platform("gpu")
+def make_config(wanted: str, dtype: str = "bfloat16") -> config_lib.Config:
+    resolved = config_lib.resolve(config_lib.base("muon", "none", "tiny")).for_platform("gpu")
     model = dataclasses.replace(
         resolved.model, attention=wanted, dtype=dtype, sequence_length=16, head_dim=8
     )

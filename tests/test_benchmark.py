@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small_run
 
-from qkjax import config as configs
+from qkjax import config as config_lib
 from qkjax import errors
 from qkjax.benchmark import interleave, subjects, table
 
@@ -35,9 +35,9 @@ SMALL = {
 
 def small(arm: str, **changes):
     optimizer, _, qk = arm.partition("_")
-    values = configs.base(optimizer, "learned" if qk == "qk" else "none", "tiny")
+    values = config_lib.base(optimizer, "learned" if qk == "qk" else "none", "tiny")
     values.update_from_flattened_dict(SMALL | changes)
-    return configs.resolve(values).for_platform("cpu")
+    return config_lib.resolve(values).for_platform("cpu")
 
 
 def make_spec(settings, folder: pathlib.Path):
@@ -153,7 +153,7 @@ def test_a_measured_run_evaluates_and_saves_at_every_interval(run_spec, monkeypa
     rows = run_work.Run(run_spec).train(intervals=2)
     assert [row["step"] for row in rows] == list(range(10))
     assert [row["step"] for row in rows if "val/loss" in row] == [0, 4, 8]
-    settings = run_work.lengthen(configs.from_dict(run_spec["config"]), 2)
+    settings = run_work.lengthen(config_lib.from_dict(run_spec["config"]), 2)
     assert settings.checkpoint.steps == (0, 4, 8, 9)
     # A tenth of 4 steps of 4 sequences of 32 tokens, in whole sequences.
     assert settings.eval.tokens == 2 * 32 and settings.eval.final_tokens == -1
@@ -162,7 +162,7 @@ def test_a_measured_run_evaluates_and_saves_at_every_interval(run_spec, monkeypa
 
 def test_a_run_is_compared_without_its_start(run_spec):
     request = interleave.Request(
-        "run", ("steps", "start", "run"), configs.from_dict(run_spec["config"]), "cpu", 2, 0.0
+        "run", ("steps", "start", "run"), config_lib.from_dict(run_spec["config"]), "cpu", 2, 0.0
     )
     rounds = {"steps": (4.0, 4.0), "start": (1.0, 3.0), "run": (5.2, 7.6)}
     outcomes = {

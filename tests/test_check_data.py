@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
+import pathlib
 import random
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from qkjax.data import check, prepare, shards
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import tokenizer as tokenizer_lib
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 T = 16
 VOCABULARY = 290
 
@@ -51,7 +51,7 @@ def sound(request, tmp_path_factory):
 
 @pytest.fixture
 def dataset(sound, tmp_path):
-    return Path(shutil.copytree(sound, tmp_path / "data"))
+    return pathlib.Path(shutil.copytree(sound, tmp_path / "data"))
 
 
 def _refusal(folder):
@@ -129,8 +129,10 @@ def test_a_sound_dataset_passes_through_the_command(dataset):
     shutil.copy(dataset / "validation-00000-of-00001.array_record", dataset / "x.array_record")
     done = subprocess.run(
         [sys.executable, "tools/check_data.py", str(dataset)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     manifest = manifest_lib.load(dataset)
     assert f"data: sound, fingerprint {manifest.fingerprint}" in done.stdout
@@ -147,8 +149,10 @@ def test_a_sound_dataset_passes_through_the_command(dataset):
 def test_the_command_takes_one_directory(arguments, message):
     done = subprocess.run(
         [sys.executable, "tools/check_data.py", *arguments],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stderr.startswith(f"ERROR: {message}")
 
 
@@ -159,8 +163,10 @@ def test_a_damaged_dataset_is_one_line_and_exit_2(dataset):
     path.write_bytes(content)
     done = subprocess.run(
         [sys.executable, "tools/check_data.py", str(dataset)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert done.stderr.startswith(f"ERROR: {path}: expected sha256 ")
     assert done.stderr.count("\n") == 1

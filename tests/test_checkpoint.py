@@ -15,7 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from qkjax import checkpoint, config, errors, model, optimizer, train_step
+from qkjax import checkpoint, errors, model, optimizer, train_step
+from qkjax import config as config_lib
 
 import jax  # isort: skip  (after qkjax, which sets the XLA flags)
 import jax.numpy as jnp  # isort: skip
@@ -36,10 +37,10 @@ SMALL = {
 @functools.cache
 def state_shapes(optimizer_name="muon", qk_norm="learned", words="tiny", **fields):
     """Shapes of a run's parameters and optimiser state; `fields` with '__' for the dot."""
-    given = config.base(optimizer_name, qk_norm, words)
+    given = config_lib.base(optimizer_name, qk_norm, words)
     changes = {name.replace("__", "."): value for name, value in fields.items()}
     given.update_from_flattened_dict(SMALL | changes)
-    c = config.resolve(given).for_platform("cpu")
+    c = config_lib.resolve(given).for_platform("cpu")
     transformation = optimizer.make_optimizer(c, model.parameter_shapes(c.model))
     return train_step.state_shapes(c, transformation)
 
@@ -318,18 +319,32 @@ def test_checkpoint_without_an_item_does_not_count(item, copied, caplog):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__d_ff": 40}, "params/blocks/mlp/down/kernel is float32[2, 24, 16] in the "
-         "checkpoint and float32[2, 40, 16] in this config"),
-        ({"qk_norm": "none"}, "params/blocks/attention/key_norm/gamma is float32[2, 4] in the "
-         "checkpoint and absent in this config"),
-        ({"model__mlp": "relu2"}, "params/blocks/mlp/gate/kernel is float32[2, 16, 24] in the "
-         "checkpoint and absent in this config"),
-        ({"optimizer_name": "adamw"}, "blocks/attention/key/kernel is absent in the checkpoint "
-         "and float32[2, 16, 8] in this config"),
-        ({"words": "tiny,merged"}, "/blocks/attention is absent in the checkpoint and "
-         "float32[2, 16, 48] in this config"),
+        (
+            {"model__d_ff": 40},
+            "params/blocks/mlp/down/kernel is float32[2, 24, 16] in the "
+            "checkpoint and float32[2, 40, 16] in this config",
+        ),
+        (
+            {"qk_norm": "none"},
+            "params/blocks/attention/key_norm/gamma is float32[2, 4] in the "
+            "checkpoint and absent in this config",
+        ),
+        (
+            {"model__mlp": "relu2"},
+            "params/blocks/mlp/gate/kernel is float32[2, 16, 24] in the "
+            "checkpoint and absent in this config",
+        ),
+        (
+            {"optimizer_name": "adamw"},
+            "blocks/attention/key/kernel is absent in the checkpoint "
+            "and float32[2, 16, 8] in this config",
+        ),
+        (
+            {"words": "tiny,merged"},
+            "/blocks/attention is absent in the checkpoint and float32[2, 16, 48] in this config",
+        ),
     ],
-)  # fmt: skip
+)
 def test_another_config_is_refused_by_leaf_with_both(changes, message, saved):
     shapes = state_shapes(**changes)
     reader = checkpoint.Checkpoints(saved, read_only=True)

@@ -103,9 +103,10 @@ MISTAKES = {
     "no workdir": ((CONFIG,), "--workdir: missing. Name the run directory"),
     "no dataset": (
         ("--config=configs/muon_noqk.py", "--workdir={tmp}/run"),
-        "data.dir: scale full needs a prepared dataset. Make one with `python tools/prepare_data.py"
+        "data.dir: scale full needs a prepared dataset. Make one with `python "
+        "tools/prepare_data.py",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -141,9 +142,12 @@ def test_debug_shows_the_traceback(call):
 def test_integers_may_have_an_exponent(call):
     """The message shows what was read: whole numbers as integers, others as they are."""
     done = call(
-        CONFIG, "--config.train.tokens_per_step=1e6", "--config.model.d_model=0.96e2",
-        "--config.muon.granularity=merged", "--config.optimizer.warmup_fraction=9e-1",
-    )  # fmt: skip
+        CONFIG,
+        "--config.train.tokens_per_step=1e6",
+        "--config.model.d_model=0.96e2",
+        "--config.muon.granularity=merged",
+        "--config.optimizer.warmup_fraction=9e-1",
+    )
     assert done.returncode == 2
     assert "train.tokens_per_step is 1000000, it must be a multiple of" in done.stderr
     assert "optimizer.warmup_fraction is 0.9, it must be at most 1 - " in done.stderr
@@ -166,7 +170,10 @@ def test_a_reader_that_leaves_early_gets_no_traceback(flag):
     os.close(reader)
     done = subprocess.run(
         [sys.executable, "-m", "qkjax.main", CONFIG, flag],
-        stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")

@@ -11,7 +11,8 @@ import typing
 import ml_collections
 import pytest
 
-from qkjax import config, errors, presets
+from qkjax import config as config_lib
+from qkjax import errors, presets
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 M = 1_000_000
@@ -70,8 +71,12 @@ RECIPES = {
         "muon.dtype": "bfloat16",
     },
 }
-MATRIX_DECAY = {("adamw", "fixed"): 0.1, ("adamw", "seed"): 0.2,
-                ("muon", "fixed"): 0.01, ("muon", "seed"): 0.0}  # fmt: skip
+MATRIX_DECAY = {
+    ("adamw", "fixed"): 0.1,
+    ("adamw", "seed"): 0.2,
+    ("muon", "fixed"): 0.01,
+    ("muon", "seed"): 0.0,
+}
 EVERYWHERE = {
     "seed": 42,
     "data.dir": "",
@@ -88,13 +93,13 @@ EVERYWHERE = {
 
 def overridden(optimizer="muon", qk_norm="none", words="tiny", **fields):
     """`fields` are dotted names with '__' for the dot."""
-    given = config.base(optimizer, qk_norm, words)
+    given = config_lib.base(optimizer, qk_norm, words)
     given.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     return given
 
 
 def resolved(*args, **fields):
-    return config.resolve(overridden(*args, **fields))
+    return config_lib.resolve(overridden(*args, **fields))
 
 
 def read(values, field):
@@ -110,9 +115,14 @@ def test_table_of_scales_and_recipes(scale, recipe, optimizer):
     m, mlp = c.model, BY_BOTH[scale, recipe]
     assert (c.scale, c.recipe, c.arm) == (scale, recipe, f"{optimizer}_qk")
     assert SHAPES[scale] == (
-        m.num_layers, m.d_model, m.num_heads, m.num_kv_heads, m.head_dim, m.vocab_size,
+        m.num_layers,
+        m.d_model,
+        m.num_heads,
+        m.num_kv_heads,
+        m.head_dim,
+        m.vocab_size,
         m.sequence_length,
-    )  # fmt: skip
+    )
     assert (m.mlp, m.d_ff, c.train.tokens_per_step) == mlp[:3]
     adamw, muon, auxiliary = mlp[3:]
     rates = (c.optimizer.learning_rate, c.optimizer.adam_learning_rate)
@@ -122,15 +132,21 @@ def test_table_of_scales_and_recipes(scale, recipe, optimizer):
     assert c.optimizer.name == optimizer
     for field, expected in {**RECIPES[recipe], **EVERYWHERE}.items():
         assert read(c, field) == expected, field
-    given = config.base(optimizer, "learned", f"{scale},{recipe}")
+    given = config_lib.base(optimizer, "learned", f"{scale},{recipe}")
     evaluation, checkpoint = given.eval, given.checkpoint
     assert BUDGETS[scale] == (
-        given.train.tokens, evaluation.at_tokens, evaluation.every_tokens, evaluation.tokens,
-        evaluation.final_tokens, checkpoint.every_tokens,
-    )  # fmt: skip
+        given.train.tokens,
+        evaluation.at_tokens,
+        evaluation.every_tokens,
+        evaluation.tokens,
+        evaluation.final_tokens,
+        checkpoint.every_tokens,
+    )
     assert (c.train.tokens, c.eval.tokens, c.eval.final_tokens) == (
-        BUDGETS[scale][0], BUDGETS[scale][3], BUDGETS[scale][4],
-    )  # fmt: skip
+        BUDGETS[scale][0],
+        BUDGETS[scale][3],
+        BUDGETS[scale][4],
+    )
 
 
 def test_words_default_to_full_and_fixed():
@@ -158,11 +174,11 @@ def test_whole_steps_of_run_warmup_and_decay(words, schedule):
 
 
 def test_schedule_factor_and_its_sum():
-    s = config.Schedule(num_steps=10, warmup_steps=4, decay_steps=5)
+    s = config_lib.Schedule(num_steps=10, warmup_steps=4, decay_steps=5)
     factors = [0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
     assert [s.factor(step) for step in range(10)] == pytest.approx(factors, rel=1e-15)
     assert s.total() == pytest.approx(sum(factors), rel=1e-15)
-    constant = config.Schedule(num_steps=7, warmup_steps=0, decay_steps=0)
+    constant = config_lib.Schedule(num_steps=7, warmup_steps=0, decay_steps=0)
     assert [constant.factor(step) for step in (0, 6)] == [1, 1] and constant.total() == 7
 
 
@@ -186,10 +202,12 @@ def test_full_run_is_measured_and_saved_at_the_study_s_steps():
         ({"train__tokens": 4_095, "eval__at_tokens": (1, 10**9)}, (0, 1)),
         ({"train__tokens": 6_144, "eval__at_tokens": ()}, (0, 3)),
         ({"train__tokens": 6_144, "eval__at_tokens": (1,)}, (0, 1, 3)),  # never step 0 twice
-        ({"train__tokens": 10_240, "eval__at_tokens": (), "eval__every_tokens": 4_096},
-         (0, 2, 4, 5)),
+        (
+            {"train__tokens": 10_240, "eval__at_tokens": (), "eval__every_tokens": 4_096},
+            (0, 2, 4, 5),
+        ),
     ],
-)  # fmt: skip
+)
 def test_evaluations_always_hold_step_0_and_the_last(fields, steps):
     c = resolved("muon", "none", "tiny", **fields)
     assert c.eval.steps == steps
@@ -253,7 +271,7 @@ def test_controls_set_what_they_say():
 )
 def test_words_that_are_refused(arm, words, message):
     with pytest.raises(errors.UsageError, match=message):
-        config.base(*arm, words)
+        config_lib.base(*arm, words)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +374,7 @@ def leaves(values, prefix=""):
 def test_every_mistake_is_in_one_message():
     given = overridden(**{k.replace(".", "__"): v for k, v in INVALID.items()})
     with pytest.raises(errors.UsageError) as caught:
-        config.resolve(given)
+        config_lib.resolve(given)
     message = str(caught.value)
     assert "\n" not in message
     for field, value in INVALID.items():
@@ -376,7 +394,7 @@ def test_every_mistake_is_in_one_message():
 def test_every_mistake_alone_is_refused(field):
     given = overridden(**{field.replace(".", "__"): INVALID[field]})
     with pytest.raises(errors.UsageError, match=f"^config: {field} is "):
-        config.resolve(given)
+        config_lib.resolve(given)
 
 
 @pytest.mark.parametrize(
@@ -384,24 +402,41 @@ def test_every_mistake_alone_is_refused(field):
     [
         (("muon", "none"), {"model__head_dim": 31}, "model.head_dim is 31, .* even"),
         (("muon", "none"), {"model__num_kv_heads": 3}, "num_heads is 4, .* model.num_kv_heads = 3"),
-        (("muon", "none"), {"train__tokens_per_step": 2_049},
-         "tokens_per_step is 2049, .* a multiple of model.sequence_length = 256"),
+        (
+            ("muon", "none"),
+            {"train__tokens_per_step": 2_049},
+            "tokens_per_step is 2049, .* a multiple of model.sequence_length = 256",
+        ),
         (("muon", "none"), {"optimizer__warmup_fraction": 0.9}, "warmup_fraction is 0.9"),
-        (("muon", "none"), {"model__d_model": 96, "muon__granularity": "merged"},
-         "muon.granularity is 'merged', .* separate or per_head"),
+        (
+            ("muon", "none"),
+            {"model__d_model": 96, "muon__granularity": "merged"},
+            "muon.granularity is 'merged', .* separate or per_head",
+        ),
         (("muon", "none"), {"optimizer__adam_learning_rate": 0.0}, "adam_learning_rate is 0"),
-        (("adamw", "none"), {"optimizer__adam_learning_rate": 3e-3},
-         "adam_learning_rate is 0.003, it must be left alone"),
-        (("adamw", "learned"),
-         {"optimizer__gamma_weight_decay": 0.1, "optimizer__gamma_decay_tau": 1.0},
-         "gamma_weight_decay is 0.1, it must be 0 with .*tau = 1"),
-        (("adamw", "none"), {"optimizer__gamma_weight_decay": 0.1},
-         "gamma_weight_decay is 0.1, .* model.qk_norm=none"),
+        (
+            ("adamw", "none"),
+            {"optimizer__adam_learning_rate": 3e-3},
+            "adam_learning_rate is 0.003, it must be left alone",
+        ),
+        (
+            ("adamw", "learned"),
+            {"optimizer__gamma_weight_decay": 0.1, "optimizer__gamma_decay_tau": 1.0},
+            "gamma_weight_decay is 0.1, it must be 0 with .*tau = 1",
+        ),
+        (
+            ("adamw", "none"),
+            {"optimizer__gamma_weight_decay": 0.1},
+            "gamma_weight_decay is 0.1, .* model.qk_norm=none",
+        ),
         (("muon", "none"), {"optimizer__gamma_decay_tau": 7.3}, "gamma_decay_tau is 7.3"),
-        (("muon", "learned"), {"model__qk_norm": "frozen", "optimizer__gamma_weight_decay": 0.1},
-         "gamma_weight_decay is 0.1, .* model.qk_norm=frozen"),
+        (
+            ("muon", "learned"),
+            {"model__qk_norm": "frozen", "optimizer__gamma_weight_decay": 0.1},
+            "gamma_weight_decay is 0.1, .* model.qk_norm=frozen",
+        ),
     ],
-)  # fmt: skip
+)
 def test_fields_that_do_not_fit_together(arm, fields, message):
     with pytest.raises(errors.UsageError, match=message):
         resolved(*arm, "tiny", **fields)
@@ -416,15 +451,16 @@ def test_granularity_of_adamw_arms_may_be_anything():
 def test_config_survives_json(words):
     for optimizer in ("adamw", "muon"):
         c = resolved(optimizer, "learned", words).for_platform("gpu")
-        assert config.from_dict(c.to_dict()) == c
-        assert config.from_dict(json.loads(json.dumps(c.to_dict()))) == c
+        assert config_lib.from_dict(c.to_dict()) == c
+        assert config_lib.from_dict(json.loads(json.dumps(c.to_dict()))) == c
         hash(c)  # jit takes it as a static argument
 
 
 def test_auto_dtypes_are_settled_by_the_platform():
     c = resolved("muon", "none", "tiny")
-    found = {p: (x.model.dtype, x.muon.dtype) for p in ("cpu", "gpu", "tpu")
-             if (x := c.for_platform(p))}  # fmt: skip
+    found = {
+        p: (x.model.dtype, x.muon.dtype) for p in ("cpu", "gpu", "tpu") if (x := c.for_platform(p))
+    }
     assert found == {
         "cpu": ("float32", "float32"),
         "gpu": ("bfloat16", "bfloat16"),
@@ -435,20 +471,26 @@ def test_auto_dtypes_are_settled_by_the_platform():
 
 
 # What resolve() makes of budgets, beside or in place of the fields as they were set.
-DERIVED = {"arm", "schedule", "train.num_steps", "train.sequences_per_step", "eval.steps",
-           "checkpoint.steps"}  # fmt: skip
+DERIVED = {
+    "arm",
+    "schedule",
+    "train.num_steps",
+    "train.sequences_per_step",
+    "eval.steps",
+    "checkpoint.steps",
+}
 BUDGET_FIELDS = {"eval.at_tokens", "eval.every_tokens", "checkpoint.every_tokens"}
 
 
 def test_every_field_is_an_option_of_base_and_the_other_way_round():
     found = set()
-    for field in dataclasses.fields(config.Config):
-        kind = typing.get_type_hints(config.Config)[field.name]
+    for field in dataclasses.fields(config_lib.Config):
+        kind = typing.get_type_hints(config_lib.Config)[field.name]
         if dataclasses.is_dataclass(kind) and field.name not in DERIVED:
             found |= {f"{field.name}.{inner.name}" for inner in dataclasses.fields(kind)}
         else:
             found.add(field.name)
-    assert found - DERIVED == set(leaves(config.base("muon", "learned"))) - BUDGET_FIELDS
+    assert found - DERIVED == set(leaves(config_lib.base("muon", "learned"))) - BUDGET_FIELDS
 
 
 def test_no_option_has_a_hidden_default():
@@ -486,5 +528,5 @@ def _is_config(node: ast.expr) -> bool:
 def test_config_file_gives_its_arm_at_every_scale(arm):
     get_config = runpy.run_path(str(ROOT / "configs" / f"{arm}.py"))["get_config"]
     for scale in presets.SCALES:
-        c = config.resolve(get_config(scale))
+        c = config_lib.resolve(get_config(scale))
         assert (c.arm, c.scale) == (arm, scale)

@@ -7,7 +7,8 @@ import small_run
 
 from qkjax import config as config_lib
 from qkjax import errors
-from qkjax.data import dataset, prepare
+from qkjax.data import dataset as dataset_lib
+from qkjax.data import prepare
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def made(tmp_path_factory):
 def test_a_scale_without_data_names_the_command_that_makes_it(words, options):
     config = config_lib.resolve(config_lib.base("muon", "none", words))
     with pytest.raises(errors.UsageError) as caught:
-        dataset.require_directory(config)
+        dataset_lib.require_directory(config)
     assert f"`python tools/prepare_data.py {options} --out=DIR`" in str(caught.value)
 
 
@@ -35,7 +36,7 @@ def test_the_named_command_follows_the_sequence_length():
     values = config_lib.base("muon", "none", "pilot")
     values.model.sequence_length = 1024
     with pytest.raises(errors.UsageError, match="--preset=pilot --sequence_length=1024 --out"):
-        dataset.require_directory(config_lib.resolve(values))
+        dataset_lib.require_directory(config_lib.resolve(values))
 
 
 @pytest.mark.parametrize(("sequences", "passes"), [(160, None), (200, "1.25"), (640, "4.00")])
@@ -44,7 +45,7 @@ def test_more_than_one_pass_is_warned_of_with_its_number(made, caplog, sequences
         made, train__tokens=sequences * small_run.LENGTH, eval__at_tokens=()
     )
     with caplog.at_level("WARNING"):
-        assert dataset.open_dataset(config).directory == made
+        assert dataset_lib.open_dataset(config).directory == made
     said = [record.getMessage() for record in caplog.records]
     if passes is None:
         assert not said
@@ -57,7 +58,7 @@ def test_a_shard_that_is_not_in_the_manifest_is_named(made, tmp_path, caplog):
     shard = next(folder.glob("train-*.array_record"))
     shutil.copy(shard, folder / "foreign.array_record")
     with caplog.at_level("WARNING"):
-        dataset.open_dataset(small_run.make_config(folder))
+        dataset_lib.open_dataset(small_run.make_config(folder))
     (record,) = caplog.records
     assert (
         record.getMessage() == f"{folder}: not in dataset.json, so not read: foreign.array_record"
@@ -67,8 +68,8 @@ def test_a_shard_that_is_not_in_the_manifest_is_named(made, tmp_path, caplog):
 def test_more_than_four_passes_need_max_epochs(made):
     fields = {"train__tokens": 644 * small_run.LENGTH, "eval__at_tokens": ()}
     with pytest.raises(errors.UsageError, match=r"train\.tokens: .* are 4\.03 passes over the"):
-        dataset.open_dataset(small_run.make_config(made, **fields))
-    dataset.open_dataset(small_run.make_config(made, data__max_epochs=5, **fields))
+        dataset_lib.open_dataset(small_run.make_config(made, **fields))
+    dataset_lib.open_dataset(small_run.make_config(made, data__max_epochs=5, **fields))
 
 
 def test_a_bucket_is_refused_before_anything_is_written(made, tmp_path, monkeypatch):
@@ -77,5 +78,5 @@ def test_a_bucket_is_refused_before_anything_is_written(made, tmp_path, monkeypa
     with pytest.raises(errors.UsageError, match=r"--out: gs://bucket/x is a remote path"):
         prepare.prepare(request, "gs://bucket/x")
     with pytest.raises(errors.UsageError, match=r"data\.dir: s3://bucket/x is a remote path"):
-        dataset.open_dataset(small_run.make_config("s3://bucket/x"))
+        dataset_lib.open_dataset(small_run.make_config("s3://bucket/x"))
     assert not list(tmp_path.iterdir())

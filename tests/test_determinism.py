@@ -9,23 +9,35 @@ import time
 import pytest
 import small_run
 
-from qkjax import config, determinism, errors, run_directory, train
+from qkjax import config as config_lib
+from qkjax import determinism, errors, run_directory, train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZES = (
-    "model.num_layers=1", "model.d_model=16", "model.num_heads=1", "model.num_kv_heads=1",
-    "model.head_dim=16", "model.d_ff=16", f"model.vocab_size={small_run.VOCABULARY}",
-    f"model.sequence_length={small_run.LENGTH}", f"train.tokens={10 * 128}",
-    "train.tokens_per_step=128", "eval.at_tokens=()", f"checkpoint.every_tokens={2 * 128}",
-)  # fmt: skip
+    "model.num_layers=1",
+    "model.d_model=16",
+    "model.num_heads=1",
+    "model.num_kv_heads=1",
+    "model.head_dim=16",
+    "model.d_ff=16",
+    f"model.vocab_size={small_run.VOCABULARY}",
+    f"model.sequence_length={small_run.LENGTH}",
+    f"train.tokens={10 * 128}",
+    "train.tokens_per_step=128",
+    "eval.at_tokens=()",
+    f"checkpoint.every_tokens={2 * 128}",
+)
 
 
 def command(workdir: pathlib.Path, data: pathlib.Path) -> list[str]:
     return [
-        sys.executable, "tools/check_determinism.py", "--config=configs/muon_qk.py:tiny",
-        f"--config.data.dir={data}", *(f"--config.{field}" for field in SIZES),
+        sys.executable,
+        "tools/check_determinism.py",
+        "--config=configs/muon_qk.py:tiny",
+        f"--config.data.dir={data}",
+        *(f"--config.{field}" for field in SIZES),
         f"--workdir={workdir}",
-    ]  # fmt: skip
+    ]
 
 
 def check(workdir: pathlib.Path, data: pathlib.Path) -> subprocess.CompletedProcess[str]:
@@ -53,7 +65,7 @@ def test_a_repeated_and_a_resumed_run_are_equal_and_a_changed_one_is_found(tmp_p
 
     # Checkpoints and rows of another seed in the place of the second run's.
     values = json.loads((workdir / "first" / "config.json").read_text())
-    other = config.from_dict({**values, "seed": 43})
+    other = config_lib.from_dict({**values, "seed": 43})
     train.train_and_evaluate(other, tmp_path / "other")
     for name in ("checkpoints", "metrics.jsonl"):
         (workdir / "again" / name).rename(tmp_path / name)
@@ -88,10 +100,16 @@ def test_a_run_that_fails_is_named(tmp_path, capfd):
 def test_a_signal_to_the_check_stops_the_run_under_way(tmp_path):
     data = small_run.make_dataset(tmp_path / "data")
     process = subprocess.Popen(
-        [*command(tmp_path / "check", data), f"--config.train.tokens={100_000 * 128}",
-         "--config.data.max_epochs=1000000"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            *command(tmp_path / "check", data),
+            f"--config.train.tokens={100_000 * 128}",
+            "--config.data.max_epochs=1000000",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     rows = tmp_path / "check" / "first" / "metrics.jsonl"
     while process.poll() is None and not (rows.exists() and rows.read_bytes()):
         time.sleep(0.05)

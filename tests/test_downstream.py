@@ -37,9 +37,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for name, end_of_text in (("run", True), ("joined", False)):
         dataset = small_run.make_dataset(place / f"{name}-dataset", end_of_text=end_of_text)
         random_run.make(
-            place / name, dataset, "learned", **fields, eval__at_tokens=(),
+            place / name,
+            dataset,
+            "learned",
+            **fields,
+            eval__at_tokens=(),
             data__end_of_text=end_of_text,
-        )  # fmt: skip
+        )
     directory.export(directory.Request(place / "run", place / "model"), report=lambda line: None)
     write_tasks(place / "tasks")
     return place
@@ -61,10 +65,14 @@ def write_tasks(folder: pathlib.Path) -> None:
 
     def question(longest: int) -> dict[str, Any]:
         return {
-            "ind": 1, "activity_label": words(1, 1), "ctx_a": words(2, longest),
-            "ctx_b": words(0, 1), "ctx": "", "endings": [words(1, 5) for _ in range(4)],
+            "ind": 1,
+            "activity_label": words(1, 1),
+            "ctx_a": words(2, longest),
+            "ctx_b": words(0, 1),
+            "ctx": "",
+            "endings": [words(1, 5) for _ in range(4)],
             "label": chance.choice(["0", "1", "2", "3"]),
-        }  # fmt: skip
+        }
 
     rows = [question(60) for _ in range(ITEMS)]
     write_rows(folder / "hellaswag" / "hellaswag_val.reconstructed.jsonl", rows)
@@ -148,9 +156,11 @@ def test_a_run_can_be_scored_by_the_stock_path_too(stock, place, tmp_path):
 
 def test_prompts_begin_as_documents_began(torch, ours, place, tmp_path):
     assert ours[0]["bos"] == {
-        "added": True, "token": "<|endoftext|>", "token_id": 0,
+        "added": True,
+        "token": "<|endoftext|>",
+        "token_id": 0,
         "why": "documents in training came after the end-of-text token",
-    }  # fmt: skip
+    }
     found = {
         backend: score(
             place, tmp_path / f"{backend}.json", workdir=place / "joined", backend=backend, limit=2
@@ -196,8 +206,14 @@ def test_json_says_what_was_measured(ours, place):
     found = ours[0]
     run = found["run"]
     assert list(run) == [
-        "arm", "seed", "step", "params_sha256", "dataset_fingerprint", "scale", "recipe",
-    ]  # fmt: skip
+        "arm",
+        "seed",
+        "step",
+        "params_sha256",
+        "dataset_fingerprint",
+        "scale",
+        "recipe",
+    ]
     assert (run["arm"], run["seed"], run["step"]) == ("muon_qk", 42, random_run.STEP)
     meta = checkpoint.Checkpoints(place / "run" / "checkpoints", read_only=True).meta(20)
     assert run["params_sha256"] == meta["params_sha256"]
@@ -283,9 +299,7 @@ def test_an_item_is_its_prompt_and_its_answers(ours, place, tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[1]["endings"][2] += " more"
     write_rows(path, rows)
-    _, items = score(
-        place, tmp_path / "a.json", tasks=("hellaswag",), data_dir=tasks, limit=3
-    )  # fmt: skip
+    _, items = score(place, tmp_path / "a.json", tasks=("hellaswag",), data_dir=tasks, limit=3)
     same = [a["item_sha256"] == b["item_sha256"] for a, b in zip(ours[1], items, strict=False)]
     assert same == [True, False, True]
     shots = tasks / "hellaswag" / "hellaswag_train_13.original.jsonl"
@@ -298,9 +312,12 @@ def test_a_limit_is_a_sample_everywhere(ours, place, tmp_path):
     """In the file, in the line for people, in the study that reads it: it decides nothing."""
     lines: list[str] = []
     request = downstream.Request(
-        ("hellaswag", "lambada"), tmp_path / "out.json", workdir=place / "run",
-        data_dir=place / "tasks", limit=3,
-    )  # fmt: skip
+        ("hellaswag", "lambada"),
+        tmp_path / "out.json",
+        workdir=place / "run",
+        data_dir=place / "tasks",
+        limit=3,
+    )
     found = downstream.run(request, report=lines.append)
     assert found["sample"] is True and found["limit"] == 3
     assert [result["n"] for result in found["tasks"].values()] == [3, 3]
@@ -349,13 +366,15 @@ def test_tasks_of_the_hub_are_the_stock_ones(place, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", from_hub)
     found, items = score(place, tmp_path / "out.json", data_dir=None)
     assert asked == [
-        ("Rowan/hellaswag", None, {}), ("EleutherAI/lambada_openai", "default", {}),
-    ]  # fmt: skip
+        ("Rowan/hellaswag", None, {}),
+        ("EleutherAI/lambada_openai", "default", {}),
+    ]
     hellaswag = found["tasks"]["hellaswag"]
     assert (hellaswag["name"], hellaswag["num_fewshot"]) == ("hellaswag", 10)
     assert set(hellaswag["data_sha256"]) == {
-        "hf:Rowan/hellaswag/train", "hf:Rowan/hellaswag/validation",
-    }  # fmt: skip
+        "hf:Rowan/hellaswag/train",
+        "hf:Rowan/hellaswag/validation",
+    }
     # Nothing but the beginning of a document is common to the prompts: an item is a whole row.
     assert hellaswag["tokens_computed"] > hellaswag["tokens_unshared"] / 4
     assert "byte_exact" not in hellaswag
@@ -405,9 +424,12 @@ def test_unfinished_and_damaged_runs_are_refused(place, tmp_path):
     refused(place, tmp_path, "the run is not finished", workdir=unfinished)
     other = small_run.make_dataset(tmp_path / "dataset", seed=1)
     refused(
-        place, tmp_path, "another dataset than the run's.*as --dataset_dir=DIR",
-        workdir=place / "run", dataset_dir=str(other),
-    )  # fmt: skip
+        place,
+        tmp_path,
+        "another dataset than the run's.*as --dataset_dir=DIR",
+        workdir=place / "run",
+        dataset_dir=str(other),
+    )
     text = "no dataset.json there.*give --dataset_dir=DIR"
     refused(place, tmp_path, text, workdir=place / "run", dataset_dir=str(tmp_path))
     values = json.loads((unfinished / "config.json").read_text())
@@ -421,9 +443,13 @@ def test_unfinished_and_damaged_runs_are_refused(place, tmp_path):
     )
     poisoned["final_norm"]["gamma"][3] = np.nan
     workdir = random_run.make(
-        tmp_path / "nan", place / "run-dataset", params=poisoned,
-        model__num_heads=2, model__num_kv_heads=1, model__head_dim=16,
-    )  # fmt: skip
+        tmp_path / "nan",
+        place / "run-dataset",
+        params=poisoned,
+        model__num_heads=2,
+        model__num_kv_heads=1,
+        model__head_dim=16,
+    )
     text = "params/final_norm/gamma has values that are not finite"
     refused(place, tmp_path, text, workdir=workdir)
 
@@ -448,10 +474,10 @@ def test_damaged_models_are_refused(torch, place, tmp_path):
 
 
 def small_tokenizer(path: pathlib.Path) -> None:
-    from qkjax.data import tokenizer
+    from qkjax.data import tokenizer as tokenizer_lib
 
     words = [f"{a}{b}{c}" for a in "etaoin" for b in "etaoin" for c in "etaoin"]
-    path.write_bytes(tokenizer.train([" ".join(words)] * 3, 280).content)
+    path.write_bytes(tokenizer_lib.train([" ".join(words)] * 3, 280).content)
 
 
 def test_scores_that_are_not_finite_are_no_result(place, tmp_path, monkeypatch):
@@ -554,10 +580,17 @@ def real(shared, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     )
     prepare.prepare(request, place / "dataset", progress=lambda line: None)
     random_run.make(
-        place / "run", place / "dataset", "learned", losses=False, model__vocab_size=49_152,
-        model__sequence_length=2048, train__tokens_per_step=2048, train__tokens=20 * 2048,
-        eval__at_tokens=(), data__max_epochs=1000,
-    )  # fmt: skip
+        place / "run",
+        place / "dataset",
+        "learned",
+        losses=False,
+        model__vocab_size=49_152,
+        model__sequence_length=2048,
+        train__tokens_per_step=2048,
+        train__tokens=20 * 2048,
+        eval__at_tokens=(),
+        data__max_epochs=1000,
+    )
     directory.export(directory.Request(place / "run", place / "model"), report=lambda line: None)
     return place
 
@@ -585,8 +618,11 @@ def command(tmp_path: pathlib.Path, *flags: str, offline: bool = False):
     env["PYTHONPATH"] = os.pathsep.join([str(guard), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "tools/eval_downstream.py", *flags],
-        cwd=ROOT, env=env, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     return done, log.read_text() if log.exists() else ""
 
 
@@ -597,9 +633,13 @@ def test_twenty_real_items_agree_and_share_their_shots(torch, real, shared, tmp_
         out = tmp_path / f"{backend}.json"
         name, value = source.split("=")
         done, attempts = command(
-            tmp_path, f"{name}={real / value}", "--tasks=hellaswag,lambada", "--limit=20",
-            f"--data_dir={shared / 'data'}", f"--out={out}",
-        )  # fmt: skip
+            tmp_path,
+            f"{name}={real / value}",
+            "--tasks=hellaswag,lambada",
+            "--limit=20",
+            f"--data_dir={shared / 'data'}",
+            f"--out={out}",
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert not attempts
         assert done.stdout.count("SAMPLE") == 2
@@ -617,9 +657,14 @@ def test_twenty_real_items_agree_and_share_their_shots(torch, real, shared, tmp_
 def test_offline_variables_change_nothing(torch, place, tmp_path):
     """Set before the start; and without files of tasks the hub's refusal is one line."""
     done, attempts = command(
-        tmp_path, f"--model={place / 'model'}", "--tasks=lambada", "--limit=2",
-        f"--data_dir={place / 'tasks'}", f"--out={tmp_path / 'out.json'}", offline=True,
-    )  # fmt: skip
+        tmp_path,
+        f"--model={place / 'model'}",
+        "--tasks=lambada",
+        "--limit=2",
+        f"--data_dir={place / 'tasks'}",
+        f"--out={tmp_path / 'out.json'}",
+        offline=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert not attempts
     done, _ = command(
@@ -645,5 +690,6 @@ def test_random_weights_are_at_chance(real, shared, tmp_path):
 
 def test_named_benchmarks():
     assert [one.name for one in benchmarks.named(["lambada", "hellaswag", "lambada"])] == [
-        "lambada", "hellaswag",
-    ]  # fmt: skip
+        "lambada",
+        "hellaswag",
+    ]

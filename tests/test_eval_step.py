@@ -8,7 +8,8 @@ import pytest
 import reference_model
 from compile_options import QUICK
 
-from qkjax import config, eval_step, evaluation, model, sharding
+from qkjax import config as config_lib
+from qkjax import eval_step, evaluation, model, sharding
 from qkjax.data import pipeline
 
 import jax  # isort: skip  (after qkjax, which sets the XLA flags)
@@ -34,9 +35,9 @@ METRICS = tuple(
 
 
 def small(qk_norm, batch_sequences):
-    given = config.base("adamw", qk_norm, "tiny")
+    given = config_lib.base("adamw", qk_norm, "tiny")
     given.update_from_flattened_dict(SMALL | {"eval.batch_sequences": batch_sequences})
-    return config.resolve(given).for_platform("cpu")
+    return config_lib.resolve(given).for_platform("cpu")
 
 
 def random_params(c):
@@ -217,8 +218,13 @@ def test_tokens_of_padded_rows_are_not_read():
 def measure_to(path):
     """The evaluation of `measured` on all devices, as arrays of an npz file."""
     found = measured()
-    np.savez(path, devices=jax.device_count(), **found.spectra, **found.validation,
-             **{k: v for k, v in found.metrics.items() if not k.startswith("perf/")})  # fmt: skip
+    np.savez(
+        path,
+        devices=jax.device_count(),
+        **found.spectra,
+        **found.validation,
+        **{k: v for k, v in found.metrics.items() if not k.startswith("perf/")},
+    )
 
 
 def test_1_and_8_devices_agree(on_devices, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import synthetic_study
 
 from qkjax import config_flag, errors, run_directory, signals
-from qkjax.data import dataset as datasets
+from qkjax.data import dataset as dataset_lib
 from qkjax.study import devices, plan, run, states, table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -76,10 +76,12 @@ class Machine:
         extension = [s for s in self.study.steps if s.name == f"sweep/{arm}/extension"]
         config = self.study.run_config((steps or extension)[0], rate).for_platform("cpu")
         synthetic_study.write_run(
-            self.workdir / name, config,
-            dict.fromkeys(METRICS, self.losses.get(rate, 3.0)), dict.fromkeys(METRICS, 0.0),
+            self.workdir / name,
+            config,
+            dict.fromkeys(METRICS, self.losses.get(rate, 3.0)),
+            dict.fromkeys(METRICS, 0.0),
             diverged_after=2 if diverged else None,
-        )  # fmt: skip
+        )
 
 
 class _Process:
@@ -121,7 +123,7 @@ def world(tmp_path, monkeypatch) -> Callable[..., tuple[plan.Plan, pathlib.Path,
 
     manifest = types.SimpleNamespace(name="made-up", fingerprint="f" * 64)
     opened = types.SimpleNamespace(directory=pathlib.Path("nowhere"), manifest=manifest)
-    monkeypatch.setattr(datasets, "open_dataset", lambda config: opened)
+    monkeypatch.setattr(dataset_lib, "open_dataset", lambda config: opened)
     monkeypatch.setattr(run, "_POLL_SECONDS", 0.0)
 
     def build(words="tiny", **fields):
@@ -184,8 +186,9 @@ def test_a_grid_is_extended_where_its_best_is_at_an_edge(world):
     assert "sweep/adamw_noqk/lr_0.0006" in machine.started  # lower, and no better
     chosen = json.loads((workdir / "sweep" / "learning_rates.json").read_text())
     assert {arm: entry["chosen"] for arm, entry in chosen.items()} == {
-        "muon_qk": 0.048, "adamw_noqk": 0.0012
-    }  # fmt: skip
+        "muon_qk": 0.048,
+        "adamw_noqk": 0.0012,
+    }
     assert chosen["muon_qk"]["edge"] == "high" and chosen["adamw_noqk"]["edge"] is None
 
 
@@ -231,8 +234,11 @@ def test_a_failed_run_stops_no_other_and_is_named(world):
     machine.exit_codes, machine.started = {}, []
     run.execute(study, workdir)  # the same command, when the cause is mended
     assert machine.started == [
-        "sweep/muon_qk/lr_0.012", "runs/muon_qk/seed_1", "exports/muon_qk/seed_1", "report"
-    ]  # fmt: skip
+        "sweep/muon_qk/lr_0.012",
+        "runs/muon_qk/seed_1",
+        "exports/muon_qk/seed_1",
+        "report",
+    ]
 
 
 def test_where_every_rate_diverged_the_arm_is_missing(world):
@@ -305,8 +311,10 @@ def test_scores_may_be_asked_for_later(world):
     machine.started.clear()
     run.execute(make_plan(export=False, downstream="benchmarks"), workdir)
     assert machine.started == [
-        "downstream/muon_qk/seed_1", "downstream/adamw_noqk/seed_1", "report"
-    ]  # fmt: skip
+        "downstream/muon_qk/seed_1",
+        "downstream/adamw_noqk/seed_1",
+        "report",
+    ]
 
 
 def test_a_plan_whose_configs_have_another_meaning_now_is_refused(world):
@@ -339,9 +347,12 @@ def test_more_seeds_keep_the_finished_runs_when_study_json_is_moved_away(world):
     machine.study, machine.started = larger, []
     run.execute(larger, workdir)
     assert machine.started == [
-        "runs/muon_qk/seed_2", "runs/adamw_noqk/seed_2", "exports/muon_qk/seed_2",
-        "exports/adamw_noqk/seed_2", "report",
-    ]  # fmt: skip
+        "runs/muon_qk/seed_2",
+        "runs/adamw_noqk/seed_2",
+        "exports/muon_qk/seed_2",
+        "exports/adamw_noqk/seed_2",
+        "report",
+    ]
 
 
 def test_a_wider_sweep_that_chooses_anew_refuses_the_runs_of_the_old_choice(world):
@@ -358,8 +369,9 @@ def test_a_wider_sweep_that_chooses_anew_refuses_the_runs_of_the_old_choice(worl
     assert "learning_rate is 0.012, planned 0.006" in str(error)
     assert "runs/adamw_noqk" not in str(error)  # its rate is chosen again
     assert [name for name in machine.started if name.startswith("runs/")] == [
-        "runs/muon_qk/seed_1", "runs/adamw_noqk/seed_1"
-    ]  # fmt: skip
+        "runs/muon_qk/seed_1",
+        "runs/adamw_noqk/seed_1",
+    ]
 
 
 def test_lines_that_begin_at_one_moment_record_plan_and_dataset_once(world, monkeypatch):
@@ -382,7 +394,7 @@ def test_another_dataset_is_refused(world, monkeypatch):
     run.execute(study, workdir, only=["dataset"])
     manifest = types.SimpleNamespace(name="other", fingerprint="a" * 64)
     other = types.SimpleNamespace(directory=pathlib.Path("there"), manifest=manifest)
-    monkeypatch.setattr(datasets, "open_dataset", lambda config: other)
+    monkeypatch.setattr(dataset_lib, "open_dataset", lambda config: other)
     with pytest.raises(errors.UsageError, match=r"begun on the dataset made-up, .* is aaaa"):
         run.execute(study, workdir)
 
@@ -506,19 +518,27 @@ def test_the_commands_of_the_other_tools(world, monkeypatch):
     study, workdir, machine = world(downstream="benchmarks")
     commands = {}
     monkeypatch.setattr(
-        machine, "do", lambda name, command: commands.setdefault(name, command) and
-        Machine.do(machine, name, command),
-    )  # fmt: skip
+        machine,
+        "do",
+        lambda name, command: (
+            commands.setdefault(name, command) and Machine.do(machine, name, command)
+        ),
+    )
     run.execute(study, workdir)
     seed = workdir / "runs" / "muon_qk" / "seed_1"
     assert commands["exports/muon_qk/seed_1"][1:] == [
-        "tools/export_hf.py", f"--workdir={seed}", f"--out={workdir / 'exports/muon_qk/seed_1'}"
-    ]  # fmt: skip
+        "tools/export_hf.py",
+        f"--workdir={seed}",
+        f"--out={workdir / 'exports/muon_qk/seed_1'}",
+    ]
     assert commands["downstream/muon_qk/seed_1"][1:] == [
-        "tools/eval_downstream.py", f"--workdir={seed}", "--backend=jax",
-        "--tasks=hellaswag,lambada", f"--data_dir={pathlib.Path('benchmarks').absolute()}",
+        "tools/eval_downstream.py",
+        f"--workdir={seed}",
+        "--backend=jax",
+        "--tasks=hellaswag,lambada",
+        f"--data_dir={pathlib.Path('benchmarks').absolute()}",
         f"--out={workdir / 'downstream/muon_qk/seed_1.json'}",
-    ]  # fmt: skip
+    ]
     assert commands["report"][1:] == ["tools/make_report.py", f"--workdir={workdir}"]
 
 

@@ -13,7 +13,8 @@ import pytest
 import random_run
 import small_run
 
-from qkjax import checkpoint, config, errors, model, run_directory, train
+from qkjax import checkpoint, errors, model, run_directory, train
+from qkjax import config as config_lib
 from qkjax.data import prepare
 from qkjax.export import card, directory, hf, trained_run, verify
 
@@ -92,22 +93,36 @@ def leaves(tree: model.Params) -> dict[str, np.ndarray]:
 def test_directory_holds_every_file_and_the_runs_architecture(place, kind):
     exported = place / "exports" / kind
     assert sorted(path.name for path in exported.iterdir()) == [
-        "README.md", "config.json", "generation_config.json", "model.safetensors",
-        "qkjax.json", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "qkjax.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     c = opened(place, kind).config.model
     found = json.loads((exported / "config.json").read_text())
     assert found["architectures"] == [CLASSES[kind]]
     special = FIELDS.get(kind, {})
     theta = special.get("model__rope_base", 10000.0)
     expected = {
-        "hidden_size": c.d_model, "head_dim": c.head_dim, "num_key_value_heads": c.num_kv_heads,
-        "max_position_embeddings": small_run.LENGTH, "rope_scaling": None, "rope_theta": theta,
-        "rms_norm_eps": special.get("model__norm_eps", 1e-6), "dtype": "float32",
+        "hidden_size": c.d_model,
+        "head_dim": c.head_dim,
+        "num_key_value_heads": c.num_kv_heads,
+        "max_position_embeddings": small_run.LENGTH,
+        "rope_scaling": None,
+        "rope_theta": theta,
+        "rms_norm_eps": special.get("model__norm_eps", 1e-6),
+        "dtype": "float32",
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "hidden_act": "silu" if c.mlp == "swiglu" else "relu2", "tie_word_embeddings": True,
-        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": 300,
-    }  # fmt: skip
+        "hidden_act": "silu" if c.mlp == "swiglu" else "relu2",
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "vocab_size": 300,
+    }
     assert expected.items() <= found.items()
     generation = json.loads((exported / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -156,14 +171,14 @@ def test_inverse_gives_the_parameters_back(place, kind):
 
 def test_frozen_gammas_are_the_same_class(place):
     config_ = opened(place, "qwen3").config.model
-    frozen = config.ModelConfig(**{**config_.__dict__, "qk_norm": "frozen"})
+    frozen = config_lib.ModelConfig(**{**config_.__dict__, "qk_norm": "frozen"})
     assert hf.config_json(frozen, eos_id=0) == hf.config_json(config_, eos_id=0)
 
 
 def test_a_model_that_no_class_holds_is_refused(place):
     values = {**opened(place, "llama").config.model.__dict__, "num_heads": 5}
     with pytest.raises(errors.UsageError, match=r"not a multiple of model\.num_heads 5"):
-        hf.config_json(config.ModelConfig(**values), eos_id=0)
+        hf.config_json(config_lib.ModelConfig(**values), eos_id=0)
 
 
 def test_card_says_what_the_run_was(place):
@@ -171,9 +186,14 @@ def test_card_says_what_the_run_was(place):
     run = opened(place, "apertus")
     assert text.startswith("---\nlibrary_name: transformers\n")
     for fact in (
-        "muon_qk", "4.25000", "20 of 20", run.dataset.manifest.fingerprint, run.params_sha256,
-        "Not verified", "In training every document came after it",
-    ):  # fmt: skip
+        "muon_qk",
+        "4.25000",
+        "20 of 20",
+        run.dataset.manifest.fingerprint,
+        run.params_sha256,
+        "Not verified",
+        "In training every document came after it",
+    ):
         assert fact in text, fact
     assert str(place) not in text
     assert max(map(len, text.splitlines())) < 140
@@ -370,9 +390,16 @@ def test_verified_directory_computes_the_same(torch, place, kind):
     verdict = verify.verify(place / "exports" / kind, run, 3, report=lines.append)
     assert not verdict.failed
     assert [check.name for check in verdict.checks] == [
-        "config.json", "tensors", "tokenizer", "loads", TINY, TEXT,
-        "argmax, where two errors apart", JAX_LOSS, RUN_LOSS,
-    ]  # fmt: skip
+        "config.json",
+        "tensors",
+        "tokenizer",
+        "loads",
+        TINY,
+        TEXT,
+        "argmax, where two errors apart",
+        JAX_LOSS,
+        RUN_LOSS,
+    ]
     assert all(line.startswith("ok     ") for line in lines)
     text = "\n".join(verdict.table())
     assert f"as {CLASSES[kind]}" in text and "over 96 positions" in text and "3 sequences" in text

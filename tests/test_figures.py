@@ -72,14 +72,20 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Call:
         if settings:
             (home / "matplotlibrc").write_text(settings)
         environment = {
-            "PYTHONPATH": os.pathsep.join(map(str, [*paths, ROOT])), "PATH": "", "HOME": str(home),
-            "MPLCONFIGDIR": str(home), "MATPLOTLIBRC": str(home),
-        }  # fmt: skip
+            "PYTHONPATH": os.pathsep.join(map(str, [*paths, ROOT])),
+            "PATH": "",
+            "HOME": str(home),
+            "MPLCONFIGDIR": str(home),
+            "MATPLOTLIBRC": str(home),
+        }
         try:
             return subprocess.run(
                 [sys.executable, f"tools/{tool}.py", *map(str, arguments)],
-                capture_output=True, text=True, cwd=ROOT, env=environment,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                env=environment,
+            )
         finally:
             (home / "matplotlibrc").unlink(missing_ok=True)
 
@@ -138,10 +144,11 @@ def plotted(run: pathlib.Path, call: Call) -> tuple[pathlib.Path, str]:
 
 
 NAMES = {
-    "attention", "gamma",
+    "attention",
+    "gamma",
     *(f"pr_{v}_{kind}" for v in ("key", "query", "value") for kind in ("trajectory", "heat_maps")),
     *(f"{v}_singular_values" for v in ("key", "query", "value")),
-}  # fmt: skip
+}
 
 
 def test_every_figure_is_there_in_both_formats(plotted):
@@ -155,27 +162,45 @@ def test_every_figure_is_there_in_both_formats(plotted):
 
 LABELS = {
     "pr_key_trajectory": (
-        "participation ratio", "(directions of 16)",
-        "key, post-RoPE, raw", "key, pre-RoPE, centred",
-        "training tokens (linear to 640, then log)", "lowest to highest layer",
-        "middle half of the layers", "mean over heads, then layers",
+        "participation ratio",
+        "(directions of 16)",
+        "key, post-RoPE, raw",
+        "key, pre-RoPE, centred",
+        "training tokens (linear to 640, then log)",
+        "lowest to highest layer",
+        "middle half of the layers",
+        "mean over heads, then layers",
         "participation ratio over training: run (adamw_qk, seed 42)",
     ),
     "pr_value_heat_maps": (
-        "value, raw: 0 tokens", "value, centred: 2.56k tokens", "layer", "head",
-        "participation ratio", "(directions of 16)",
+        "value, raw: 0 tokens",
+        "value, centred: 2.56k tokens",
+        "layer",
+        "head",
+        "participation ratio",
+        "(directions of 16)",
     ),
     "query_singular_values": (
-        "layer 0: query, post-RoPE, raw", "layer 1: query, pre-RoPE, centred", "singular value",
-        "/ largest (dimensionless)", "index (of 16)", "640 tokens", "trained on",
+        "layer 0: query, post-RoPE, raw",
+        "layer 1: query, pre-RoPE, centred",
+        "singular value",
+        "/ largest (dimensionless)",
+        "index (of 16)",
+        "640 tokens",
+        "trained on",
     ),
     "gamma": ("gamma_q", "gamma_k", "mean over head_dim", "standard deviation over", "layer"),
     "attention": (
-        "maximum attention logit", "(dimensionless, after 1/sqrt(head_dim))", "attention entropy",
-        "(nats)", "max over layers", "mean over layers", "layer",
+        "maximum attention logit",
+        "(dimensionless, after 1/sqrt(head_dim))",
+        "attention entropy",
+        "(nats)",
+        "max over layers",
+        "mean over layers",
+        "layer",
         f"uniform attention: {np.log(np.arange(1, 33)).mean():.2f}",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LABELS)
@@ -266,9 +291,7 @@ def test_an_older_run_is_drawn_as_far_as_it_goes(copy, call):
     (older / "spectra" / file_name(21)).write_bytes(
         (older / "spectra" / file_name(20)).read_bytes()
     )
-    done = call(
-        "plot_spectra", f"--workdir={older}", "--format=svg", "--measure=srank", "--step=9"
-    )  # fmt: skip
+    done = call("plot_spectra", f"--workdir={older}", "--format=svg", "--measure=srank", "--step=9")
     assert done.returncode == 0, done.stderr
     notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
     assert [note.partition(str(older))[2] for note in notes] == [
@@ -331,33 +354,53 @@ def test_comparison_holds_values_and_differences(run, copy, call, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = comparison(tmp_path, "pr_key_post_rope_raw")
     assert list(rows[0]) == [
-        "run", "arm", "seed", "step", "tokens", "layer", "head", "value", "difference"
-    ]  # fmt: skip
+        "run",
+        "arm",
+        "seed",
+        "step",
+        "tokens",
+        "layer",
+        "head",
+        "value",
+        "difference",
+    ]
     assert len(rows) == 3 * 2 * 2
     first = ratio(arrays(run, 20)["key_post_rope_raw"])
     label = f"{run.parent.name}/run"
     for i, (workdir, name, arm, seed) in enumerate(
-        ((run, label, "adamw_qk", "42"), (other, "other/run", "muon_qk", "7"),
-         (third, "third/run", "adamw_qk", "42"))
-    ):  # fmt: skip
+        (
+            (run, label, "adamw_qk", "42"),
+            (other, "other/run", "muon_qk", "7"),
+            (third, "third/run", "adamw_qk", "42"),
+        )
+    ):
         mine = rows[4 * i : 4 * i + 4]
         values = ratio(arrays(workdir, 20)["key_post_rope_raw"])
         assert [(r["run"], r["arm"], r["seed"], r["step"], r["tokens"]) for r in mine] == (
             [(name, arm, seed, "20", "2560")] * 4
         )
         assert [(r["layer"], r["head"]) for r in mine] == [
-            ("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")
-        ]  # fmt: skip
+            ("0", "0"),
+            ("0", "1"),
+            ("1", "0"),
+            ("1", "1"),
+        ]
         found = [float(r["value"]) for r in mine]
         np.testing.assert_allclose(found, values.ravel(), rtol=1e-8)
         found = [float(r["difference"]) for r in mine]
         np.testing.assert_allclose(found, (values - first).ravel(), rtol=1e-8, atol=1e-12)
     found = texts(tmp_path / "compare_pr_key_post_rope_raw.svg")
     assert {
-        "other/run (muon_qk, seed 7)", "other/run", f"minus {label}", "difference",
-        "(directions of 16)", "mean over heads", "layer", "head",
+        "other/run (muon_qk, seed 7)",
+        "other/run",
+        f"minus {label}",
+        "difference",
+        "(directions of 16)",
+        "mean over heads",
+        "layer",
+        "head",
         "participation ratio: key, post-RoPE, raw: after 2.56k tokens",
-    } <= set(found)  # fmt: skip
+    } <= set(found)
     assert {f"{float(r['difference']):.3g}" for r in rows[4:]} <= set(found)
     found = texts(tmp_path / "compare_pr_key_post_rope_raw_trajectory.svg")
     legend = "line: mean over heads, then layers; band: lowest to highest layer"
@@ -372,11 +415,13 @@ def effective_rank(sigma: np.ndarray) -> np.ndarray:
 QUANTITIES = {
     "erank_value_centred": (("erank", "value", None, "centred"), "value_centred", effective_rank),
     "pr_cov_wqk_singular_values": (
-        ("pr_cov", "wqk"), "wqk_singular_values", lambda sigma: ratio(sigma**2)
+        ("pr_cov", "wqk"),
+        "wqk_singular_values",
+        lambda sigma: ratio(sigma**2),
     ),
     "pr_key_pre_rope_raw": (("pr", None, "pre_rope"), "key_pre_rope_raw", ratio),
     "max_logit": (("max_logit",), "max_logit", lambda logits: logits),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", QUANTITIES)
@@ -394,9 +439,16 @@ def test_any_quantity_can_be_compared(name, run, copy):
 
 def test_flags_choose_what_is_compared(run, call, tmp_path):
     done = call(
-        "compare_spectra", run, "--measure=r90", "--vectors=query", "--stage=pre_rope",
-        "--centring=centred", "--step=5", "--format=svg", f"--out={tmp_path}",
-    )  # fmt: skip
+        "compare_spectra",
+        run,
+        "--measure=r90",
+        "--vectors=query",
+        "--stage=pre_rope",
+        "--centring=centred",
+        "--step=5",
+        "--format=svg",
+        f"--out={tmp_path}",
+    )
     assert done.returncode == 0, done.stderr
     stem = "compare_r90_query_pre_rope_centred"
     names = {stem + rest for rest in (".csv", ".svg", "_trajectory.svg")}
@@ -477,10 +529,17 @@ def broken(run: pathlib.Path, copy: Callable[..., pathlib.Path], tmp_path: pathl
     (short / "spectra" / file_name(5)).unlink()
     fingerprint = json.loads((run / "environment.json").read_text())["dataset_fingerprint"]
     return {
-        "run": run, "tmp": tmp_path, "fingerprint": fingerprint, "empty": empty,
-        "foreign": foreign, "damaged": damaged, "nameless": nameless, "short": short,
-        "wider": copy("wider", wider), "longer": copy("longer", longer),
-    }  # fmt: skip
+        "run": run,
+        "tmp": tmp_path,
+        "fingerprint": fingerprint,
+        "empty": empty,
+        "foreign": foreign,
+        "damaged": damaged,
+        "nameless": nameless,
+        "short": short,
+        "wider": copy("wider", wider),
+        "longer": copy("longer", longer),
+    }
 
 
 MISTAKES = {
@@ -529,7 +588,7 @@ MISTAKES = {
             "--vectors: entropy has no vectors, expected none, found key. Leave --vectors out.",
         ),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("tool", MISTAKES)

@@ -12,8 +12,10 @@ import pytest
 import random_run
 import small_run
 
-from qkjax import config, decoder, errors, generation, model
-from qkjax.data import manifest, tokenizer
+from qkjax import config as config_lib
+from qkjax import decoder, errors, generation, model
+from qkjax.data import manifest as manifest_lib
+from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.export import directory, trained_run
 from qkjax.generation import Sampling
 
@@ -161,7 +163,7 @@ def test_draws_follow_the_nucleus(temperature, top_p):
 
 
 def test_text_comes_in_whole_characters_and_without_end_of_text(place):
-    ours = tokenizer.of_dataset(manifest.load(place / "dataset"), place / "dataset")
+    ours = tokenizer_lib.of_dataset(manifest_lib.load(place / "dataset"), place / "dataset")
     text = "naïve 中文 \U0001f469 end"
     ids = ours.encode_batch([text])[0].tolist()
     pieces = list(generation.stream(ours, [*ids, ours.eos_id]))
@@ -263,7 +265,7 @@ def test_command(one, tmp_path):
 
 def test_the_runs_config_is_what_the_test_thinks(one):
     """Grouped queries, learned gammas that are not 1, and a root of d_model that is not exact."""
-    c: config.ModelConfig = one.config.model
+    c: config_lib.ModelConfig = one.config.model
     assert (c.num_heads, c.num_kv_heads, c.d_model) == (4, 2, 32)
     assert np.ptp(one.params["blocks"]["attention"]["key_norm"]["gamma"]) > 0.1
     assert json.loads((one.workdir / "config.json").read_text())["model"]["qk_norm"] == "learned"

@@ -17,12 +17,19 @@ from qkjax.study import plan, results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OVERRIDES = (
-    "model.num_layers=1", "model.d_model=32", "model.num_heads=2", "model.num_kv_heads=1",
-    "model.head_dim=16", "model.d_ff=48", f"model.vocab_size={small_run.VOCABULARY}",
+    "model.num_layers=1",
+    "model.d_model=32",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.head_dim=16",
+    "model.d_ff=48",
+    f"model.vocab_size={small_run.VOCABULARY}",
     f"model.sequence_length={small_run.LENGTH}",
-    f"train.tokens_per_step={small_run.TOKENS_PER_STEP}", "eval.at_tokens=()",
-    f"checkpoint.every_tokens={10**9}", "data.max_epochs=1000000000",
-)  # fmt: skip
+    f"train.tokens_per_step={small_run.TOKENS_PER_STEP}",
+    "eval.at_tokens=()",
+    f"checkpoint.every_tokens={10**9}",
+    "data.max_epochs=1000000000",
+)
 
 
 def script(
@@ -31,8 +38,11 @@ def script(
     environment = {**os.environ, "PYTHON": python}
     return subprocess.run(
         ["bash", f"tools/{name}", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def make_wheel(folder: pathlib.Path, name: str) -> None:
@@ -62,9 +72,13 @@ def planned(
     stand_in.write_text(f"#!/bin/sh\n[ $1 != tools/run_study.py ] || {record}\n")
     stand_in.chmod(0o755)
     done = script(
-        "gpu_pilot.sh", f"--part={part}", "--data=d", f"--workdir={folder / 'pilot'}",
-        f"--out={folder / 'out'}", python=str(stand_in),
-    )  # fmt: skip
+        "gpu_pilot.sh",
+        f"--part={part}",
+        "--data=d",
+        f"--workdir={folder / 'pilot'}",
+        f"--out={folder / 'out'}",
+        python=str(stand_in),
+    )
     assert done.returncode == 0, done.stderr
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
@@ -88,17 +102,28 @@ def test_the_parts_of_a_study_train_every_run_of_its_plan(tmp_path, monkeypatch)
         trained.setdefault(directory, set()).update(step.name for step in steps)
     assert trained == plans
     assert {directory.name: len(runs) for directory, runs in plans.items()} == {
-        "seed_65536": 12, "seed_65536_controls": 20, "fixed": 16, "fixed_merged": 4, "seed_4096": 4
-    }  # fmt: skip
+        "seed_65536": 12,
+        "seed_65536_controls": 20,
+        "fixed": 16,
+        "fixed_merged": 4,
+        "seed_4096": 4,
+    }
 
 
 def pilot(folder: pathlib.Path, tokens: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Part f, Muon on separate and merged matrices, which is four small runs here."""
     return script(
-        "gpu_pilot.sh", "--part=f", "--platform=cpu", "--scale=tiny",
-        f"--workdir={folder / 'pilot'}", f"--out={folder / 'out'}", *arguments,
-        "--", f"--config.tokens={tokens}", f"--config.overrides={OVERRIDES!r}",
-    )  # fmt: skip
+        "gpu_pilot.sh",
+        "--part=f",
+        "--platform=cpu",
+        "--scale=tiny",
+        f"--workdir={folder / 'pilot'}",
+        f"--out={folder / 'out'}",
+        *arguments,
+        "--",
+        f"--config.tokens={tokens}",
+        f"--config.overrides={OVERRIDES!r}",
+    )
 
 
 def test_a_part_of_the_pilot_runs_and_comes_home(data, tmp_path):
@@ -154,9 +179,12 @@ def test_without_a_gpu_it_does_not_train_on_the_cpu(data, tmp_path):
     if pathlib.Path("/dev/nvidia0").exists():
         pytest.skip("there is a GPU on this machine")
     done = script(
-        "gpu_pilot.sh", "--part=b", f"--workdir={tmp_path / 'w'}", f"--out={tmp_path / 'out'}",
+        "gpu_pilot.sh",
+        "--part=b",
+        f"--workdir={tmp_path / 'w'}",
+        f"--out={tmp_path / 'out'}",
         f"--data={data}",
-    )  # fmt: skip
+    )
     assert done.returncode == 2
     assert "ERROR: --platform: jax has no gpu here" in done.stderr
     assert not (tmp_path / "w" / "seed_65536").exists()
@@ -166,10 +194,16 @@ def benchmark(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProc
     step = small_run.TOKENS_PER_STEP
     fields = [*OVERRIDES[:-2], f"train.tokens={4 * step}", f"checkpoint.every_tokens={2 * step}"]
     return script(
-        "gpu_benchmark.sh", "--platform=cpu", "--scale=tiny", "--determinism=default",
-        f"--workdir={folder / 'bench'}", f"--out={folder / 'out'}", *arguments,
-        "--", *(f"--config.{field}" for field in fields),
-    )  # fmt: skip
+        "gpu_benchmark.sh",
+        "--platform=cpu",
+        "--scale=tiny",
+        "--determinism=default",
+        f"--workdir={folder / 'bench'}",
+        f"--out={folder / 'out'}",
+        *arguments,
+        "--",
+        *(f"--config.{field}" for field in fields),
+    )
 
 
 def test_the_check_of_determinism_comes_home_and_a_failed_part_stops_no_other(data, tmp_path):
@@ -183,9 +217,15 @@ def test_the_check_of_determinism_comes_home_and_a_failed_part_stops_no_other(da
 
 def test_a_wrong_setting_is_named_before_the_first_benchmark(tmp_path):
     done = script(
-        "gpu_benchmark.sh", "--platform=cpu", "--scale=tiny", f"--workdir={tmp_path / 'w'}",
-        f"--out={tmp_path / 'out'}", "--data=d", "--subjects=nonsense", "--determinism=defualt",
-    )  # fmt: skip
+        "gpu_benchmark.sh",
+        "--platform=cpu",
+        "--scale=tiny",
+        f"--workdir={tmp_path / 'w'}",
+        f"--out={tmp_path / 'out'}",
+        "--data=d",
+        "--subjects=nonsense",
+        "--determinism=defualt",
+    )
     assert done.returncode == 2
     assert done.stderr == (
         "ERROR: --determinism: defualt, expected default, deterministic or both.\n"

@@ -138,8 +138,13 @@ def test_a_network_that_goes_away_on_the_way_is_no_fault_of_the_user(dataset, mo
 
     monkeypatch.setattr("datasets.load_dataset", load)
     source = sources.open_source("hf:owner/name:part")
-    assert asked == {"name": "owner/name", "config": "part", "split": "train",
-                     "streaming": True, "revision": "0123abcd"}  # fmt: skip
+    assert asked == {
+        "name": "owner/name",
+        "config": "part",
+        "split": "train",
+        "streaming": True,
+        "revision": "0123abcd",
+    }
     assert source.describe() == {"dataset": "owner/name", "revision": "0123abcd"}
     with pytest.raises(
         errors.StorageError,

@@ -58,17 +58,43 @@ PLACES = {
 }
 PURE = ("spectral", "muon", "losses", "attention")  # arrays in, arrays out: nothing of ours
 # Answer in under a second, or are read by the report: no jax at import, however deep.
-LIGHT = ("main", "command_line", "config_flag", "run_directory", "data.dataset", "data.check",
-         "benchmark.subjects", "benchmark.interleave", "benchmark.table", "benchmark.data",
-         "study.figures", "study.packing", "study.plan_cost", "study.plan_lines", "study.report",
-         "study.results", "study.run", "study.statistics", "study.verdicts")  # fmt: skip
+LIGHT = (
+    "main",
+    "command_line",
+    "config_flag",
+    "run_directory",
+    "data.dataset",
+    "data.check",
+    "benchmark.subjects",
+    "benchmark.interleave",
+    "benchmark.table",
+    "benchmark.data",
+    "study.figures",
+    "study.packing",
+    "study.plan_cost",
+    "study.plan_lines",
+    "study.report",
+    "study.results",
+    "study.run",
+    "study.statistics",
+    "study.verdicts",
+)
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "clu", "tensorflow_datasets"}
-ONLY_IN = {"flax": {"model"}, "orbax": {"checkpoint"}, "clu": {"tensorboard"},
-           "torch": {"export.verify", "export.stock_model", "benchmark.torch_model",
-                     "benchmark.torch_muon", "benchmark.torch_work"}, "tensorflow": set(),
-           "transformers": {"export.verify"},
-           "lm_eval": {"export.benchmarks", "export.stock_model", "export.scorer",
-                       "export.downstream"}}  # fmt: skip
+ONLY_IN = {
+    "flax": {"model"},
+    "orbax": {"checkpoint"},
+    "clu": {"tensorboard"},
+    "torch": {
+        "export.verify",
+        "export.stock_model",
+        "benchmark.torch_model",
+        "benchmark.torch_muon",
+        "benchmark.torch_work",
+    },
+    "tensorflow": set(),
+    "transformers": {"export.verify"},
+    "lm_eval": {"export.benchmarks", "export.stock_model", "export.scorer", "export.downstream"},
+}
 
 
 def path_of(name: str) -> pathlib.Path:

@@ -34,18 +34,30 @@ def command(dataset: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[s
     """`python -m qkjax.main` for the run of `unbroken`."""
     steps, tokens = small_run.STEPS, small_run.TOKENS_PER_STEP
     overrides = {
-        "data.dir": dataset, "model.num_layers": 2, "model.d_model": 32, "model.num_heads": 2,
-        "model.num_kv_heads": 1, "model.head_dim": 16, "model.d_ff": 48,
-        "model.vocab_size": small_run.VOCABULARY, "model.sequence_length": small_run.LENGTH,
-        "train.tokens": steps * tokens, "train.tokens_per_step": tokens,
-        "eval.at_tokens": f"({5 * tokens},{9 * tokens})", "checkpoint.every_tokens": 6 * tokens,
+        "data.dir": dataset,
+        "model.num_layers": 2,
+        "model.d_model": 32,
+        "model.num_heads": 2,
+        "model.num_kv_heads": 1,
+        "model.head_dim": 16,
+        "model.d_ff": 48,
+        "model.vocab_size": small_run.VOCABULARY,
+        "model.sequence_length": small_run.LENGTH,
+        "train.tokens": steps * tokens,
+        "train.tokens_per_step": tokens,
+        "eval.at_tokens": f"({5 * tokens},{9 * tokens})",
+        "checkpoint.every_tokens": 6 * tokens,
         "log.every_seconds": 0.0,
-    }  # fmt: skip
+    }
     return [
-        sys.executable, "-m", "qkjax.main", "--config=configs/muon_qk.py:tiny",
+        sys.executable,
+        "-m",
+        "qkjax.main",
+        "--config=configs/muon_qk.py:tiny",
         *(f"--config.{name}={value}" for name, value in overrides.items()),
-        f"--workdir={workdir}", *flags,
-    ]  # fmt: skip
+        f"--workdir={workdir}",
+        *flags,
+    ]
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
@@ -135,8 +147,10 @@ def test_dry_run_shows_the_costs_and_writes_nothing(dataset, tmp_path):
 def test_profile_writes_a_trace(dataset, tmp_path):
     done = subprocess.run(
         command(dataset, tmp_path / "run", "--config.profile.steps=(3,4)"),
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1 and traces[0].stat().st_size > 1000

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import reference_model
 
-from qkjax import attention, config, model
+from qkjax import attention, model
+from qkjax import config as config_lib
 
 SMALL = dataclasses.replace(
-    config.resolve(config.base("muon", "none", "tiny")).for_platform("cpu").model,
+    config_lib.resolve(config_lib.base("muon", "none", "tiny")).for_platform("cpu").model,
     num_layers=2,
     d_model=48,
     num_heads=4,
@@ -28,16 +29,16 @@ logits = jax.jit(model.logits, static_argnums=2)
 apply_with_probe = jax.jit(model.apply_with_probe, static_argnums=(2, 3))
 
 
-def small(**changes) -> config.ModelConfig:
+def small(**changes) -> config_lib.ModelConfig:
     return dataclasses.replace(SMALL, **changes)
 
 
-def wide(**changes) -> config.ModelConfig:
+def wide(**changes) -> config_lib.ModelConfig:
     """Enough values in every matrix to measure their deviation."""
     return small(d_model=64, d_ff=256, vocab_size=500, **changes)
 
 
-def random_params(c: config.ModelConfig, seed: int = 0) -> model.Params:
+def random_params(c: config_lib.ModelConfig, seed: int = 0) -> model.Params:
     """Parameters at which every part matters: larger matrices than at initialisation, gammas
     away from 1."""
     normal = np.random.default_rng(seed).standard_normal
@@ -50,7 +51,7 @@ def random_params(c: config.ModelConfig, seed: int = 0) -> model.Params:
     return jax.tree.map(value, model.parameter_shapes(c))
 
 
-def tokens(c: config.ModelConfig, batch: int, length: int) -> np.ndarray:
+def tokens(c: config_lib.ModelConfig, batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(7).integers(0, c.vocab_size, (batch, length), np.int32)
 
 
@@ -66,7 +67,7 @@ def tokens(c: config.ModelConfig, batch: int, length: int) -> np.ndarray:
     ],
 )
 def test_parameter_counts(words: str, qk_norm: str, expected: int):
-    resolved = config.resolve(config.base("adamw", qk_norm, words)).for_platform("cpu")
+    resolved = config_lib.resolve(config_lib.base("adamw", qk_norm, words)).for_platform("cpu")
     assert model.count_parameters(resolved.model) == expected
 
 
@@ -265,8 +266,10 @@ def test_arms_of_a_seed_share_initial_values():
     relu2 = init(key, wide(qk_norm="none", mlp="relu2"))
     assert jax.tree.structure(learned) == jax.tree.structure(frozen)
     for other in (learned, frozen):
-        gammas = {other["blocks"]["attention"].pop(name)["gamma"].sum().item()
-                  for name in ("query_norm", "key_norm")}  # fmt: skip
+        gammas = {
+            other["blocks"]["attention"].pop(name)["gamma"].sum().item()
+            for name in ("query_norm", "key_norm")
+        }
         assert gammas == {2 * 16.0}
         jax.tree.map(np.testing.assert_array_equal, none, other)
     del none["blocks"]["mlp"]["gate"]

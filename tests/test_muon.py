@@ -488,8 +488,11 @@ def test_eight_devices_agree_with_one_and_exchange_nothing():
     }
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(EIGHT_DEVICES)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout.strip() == "agree", done.stderr
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from qkjax import config, errors, model, muon, optimizer
+from qkjax import config as config_lib
+from qkjax import errors, model, muon, optimizer
 
 FLOAT32_TOLERANCE = 5e-5  # of an orthogonalised matrix between correct implementations
 KEY = "blocks/attention/key/kernel"
@@ -28,10 +29,10 @@ SMALL = {  # N 2, D 16, H 4, G 2, K 4, F 24, V 32
 
 def resolved(optimizer_name, qk_norm, words="", **fields):
     """A resolved config; `fields` are dotted names with '__' for the dot."""
-    given = config.base(optimizer_name, qk_norm, words)
+    given = config_lib.base(optimizer_name, qk_norm, words)
     with given.unlocked():
         given.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
-    return config.resolve(given).for_platform("cpu")
+    return config_lib.resolve(given).for_platform("cpu")
 
 
 def small(optimizer_name, qk_norm, words="tiny", **fields):
@@ -205,9 +206,9 @@ def test_schedule_of_the_full_run():
 
 
 def test_schedule_without_warmup_and_decay_is_constant():
-    rate = optimizer.learning_rate(config.Schedule(10, 0, 0), 0.5)
+    rate = optimizer.learning_rate(config_lib.Schedule(10, 0, 0), 0.5)
     assert [float(rate(step)) for step in (0, 9, 20)] == [0.5, 0.5, 0.5]
-    after_the_end = optimizer.learning_rate(config.Schedule(10, 0, 5), 0.5)(jnp.int32(12))
+    after_the_end = optimizer.learning_rate(config_lib.Schedule(10, 0, 5), 0.5)(jnp.int32(12))
     assert float(after_the_end) == 0.0
 
 
@@ -267,10 +268,14 @@ def matrices_of(kernel_by_name, granularity):
 
 def constant_rate(granularity):
     return small(
-        "muon", "none", muon__granularity=granularity,
-        optimizer__clip_norm=0.0, optimizer__weight_decay=0.3,
-        optimizer__warmup_fraction=0.0, optimizer__decay_fraction=0.0,
-    )  # fmt: skip
+        "muon",
+        "none",
+        muon__granularity=granularity,
+        optimizer__clip_norm=0.0,
+        optimizer__weight_decay=0.3,
+        optimizer__warmup_fraction=0.0,
+        optimizer__decay_fraction=0.0,
+    )
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -322,8 +327,10 @@ def test_every_muon_option_reaches_muon():
     )
     reference = muon.muon(
         optimizer.learning_rate(c.schedule, c.optimizer.learning_rate),
-        weight_decay=c.optimizer.weight_decay, dtype=jnp.bfloat16, **options,
-    )  # fmt: skip
+        weight_decay=c.optimizer.weight_decay,
+        dtype=jnp.bfloat16,
+        **options,
+    )
     state, update = reference.init(params), jax.jit(reference.update)
     for gradients, ours in zip((first, second), two_updates(c)[0], strict=True):
         expected, state = update(gradients, state, params)

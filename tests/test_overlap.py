@@ -135,8 +135,11 @@ def test_overlaps_are_counted_and_dropped_on_request(tmp_path):
     assert plain.overlap["ngram_words"] == 13 and plain.dropped["overlapping"] == 0
     measured = made("measured", benchmark_dir=str(benchmarks))
     assert measured.overlap["lambada"] == {
-        "files": ["lambada.jsonl"], "ngrams": 8, "training_documents": 1, "training_ngrams": 2,
-    }  # fmt: skip
+        "files": ["lambada.jsonl"],
+        "ngrams": 8,
+        "training_documents": 1,
+        "training_ngrams": 2,
+    }
     assert measured.fingerprint == plain.fingerprint
     clean = made("clean", benchmark_dir=str(benchmarks), decontaminate=True)
     assert clean.dropped["overlapping"] == 2 and clean.overlap["documents_dropped"]

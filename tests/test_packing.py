@@ -131,6 +131,8 @@ def test_the_command_packs_a_single_run(study, tmp_path):
     assert isinstance(results.load_run(home / "seed_42"), results.RunResult)
     done = subprocess.run(
         [*command, f"--workdir={tmp_path / 'home' / 'seed_42' / 'spectra'}"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "holds no run" in done.stderr

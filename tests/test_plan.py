@@ -10,7 +10,8 @@ import sys
 import ml_collections
 import pytest
 
-from qkjax import config, config_flag, errors, flops, model, run_directory
+from qkjax import config as config_lib
+from qkjax import config_flag, errors, flops, model, run_directory
 from qkjax.study import plan, plan_cost, plan_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -41,13 +42,23 @@ def refusal(words: str, **fields) -> str:
 def test_full_is_twenty_sweep_runs_eight_runs_and_the_controls():
     study = make("full")
     assert counts(study) == {
-        "dataset": 1, "sweep": 20, "extension": 4, "choice": 4, "run": 8 + 2 * 5, "export": 18,
-        "downstream": 18, "report": 1,
-    }  # fmt: skip
+        "dataset": 1,
+        "sweep": 20,
+        "extension": 4,
+        "choice": 4,
+        "run": 8 + 2 * 5,
+        "export": 18,
+        "downstream": 18,
+        "report": 1,
+    }
     assert list(study.arms) == [
-        *ARMS, "adamw_qk_frozen", "adamw_qk_decayed", "muon_qk_frozen", "muon_qk_decayed",
+        *ARMS,
+        "adamw_qk_frozen",
+        "adamw_qk_decayed",
+        "muon_qk_frozen",
+        "muon_qk_decayed",
         "muon_noqk_merged",
-    ]  # fmt: skip
+    ]
     assert study.study.seeds == (42, 137)
     assert study.grid("muon_qk") == (0.003, 0.006, 0.012, 0.024, 0.048)
     assert study.grid("adamw_noqk") == (0.0003, 0.0006, 0.0012, 0.0024, 0.0048)
@@ -62,12 +73,17 @@ def test_full_is_twenty_sweep_runs_eight_runs_and_the_controls():
 def test_recipe_seed_has_its_own_controls_and_no_sweep():
     study = make("full,seed")
     assert counts(study) == {
-        "dataset": 1, "run": 2 * 10, "export": 20, "downstream": 20, "report": 1
-    }  # fmt: skip
+        "dataset": 1,
+        "run": 2 * 10,
+        "export": 20,
+        "downstream": 20,
+        "report": 1,
+    }
     assert set(study.arms) - set(ARMS) == {
-        f"{arm}_{word}" for arm in ("adamw_qk", "muon_qk")
+        f"{arm}_{word}"
+        for arm in ("adamw_qk", "muon_qk")
         for word in ("frozen", "undecayed", "decayed")
-    }  # fmt: skip
+    }
     assert study.left_out == {}
 
 
@@ -79,8 +95,11 @@ def test_the_pilots_arms_in_recipe_seed_are_their_own_decayed_controls():
         study, {}
     )
     assert study.to_dict()["controls"] == [
-        "adamw_qk_frozen", "adamw_qk_undecayed", "muon_qk_frozen", "muon_qk_undecayed"
-    ]  # fmt: skip
+        "adamw_qk_frozen",
+        "adamw_qk_undecayed",
+        "muon_qk_frozen",
+        "muon_qk_undecayed",
+    ]
     larger = make("pilot,seed", overrides=("train.tokens_per_step=65536",))
     assert larger.left_out == {}
     assert {"adamw_qk_decayed", "muon_qk_decayed"} < set(larger.arms)
@@ -93,10 +112,14 @@ def test_the_pilots_arms_in_recipe_seed_are_their_own_decayed_controls():
     [
         ("tiny", {"sweep": 8, "choice": 4, "run": 8, "export": 8, "downstream": 8}, 200_000, 2),
         ("tiny,quick", {"run": 4, "downstream": 4}, 100_000, 1),
-        ("pilot", {"sweep": 20, "extension": 4, "choice": 4, "run": 18, "export": 18,
-                   "downstream": 18}, 25_000_000, 2),
+        (
+            "pilot",
+            {"sweep": 20, "extension": 4, "choice": 4, "run": 18, "export": 18, "downstream": 18},
+            25_000_000,
+            2,
+        ),
     ],
-)  # fmt: skip
+)
 def test_scales(words, expected, tokens, seeds):
     study = make(words)
     assert counts(study) == {"dataset": 1, **expected, "report": 1}
@@ -117,8 +140,9 @@ def test_every_step_needs_only_earlier_ones_and_the_report_all():
         seen.add(step.name)
     assert set(study.steps[-1].needs) == seen - {"report"}
     assert study.step("runs/muon_noqk_merged/seed_42").needs == (
-        "dataset", "sweep/muon_noqk/choice"
-    )  # fmt: skip
+        "dataset",
+        "sweep/muon_noqk/choice",
+    )
     assert study.step("sweep/muon_qk/choice").needs[-1] == "sweep/muon_qk/extension"
 
 
@@ -172,22 +196,23 @@ MISTAKES = {
     "no seeds": ({"seeds": ()}, "seeds is ()"),
     "a grid that descends": ({"sweep__factors": (2.0, 1.0)}, "sweep.factors is (2.0, 1.0)"),
     "an override of the plan's": (
-        {"overrides": ("train.tokens=5",)}, "train.tokens is set by the plan itself"
+        {"overrides": ("train.tokens=5",)},
+        "train.tokens is set by the plan itself",
     ),
     "an override without a value": (
-        {"overrides": ("model.d_ff",)}, "'model.d_ff' must be FIELD=VALUE"
+        {"overrides": ("model.d_ff",)},
+        "'model.d_ff' must be FIELD=VALUE",
     ),
     "an override of nothing": (
-        {"overrides": ("model.dff=3",)}, "no field 'model.dff'. Did you mean 'model.d_ff'?"
+        {"overrides": ("model.dff=3",)},
+        "no field 'model.dff'. Did you mean 'model.d_ff'?",
     ),
-    "an override of another type": (
-        {"overrides": ("model.d_ff=3.5",)}, "model.d_ff=3.5 is no int"
-    ),
+    "an override of another type": ({"overrides": ("model.d_ff=3.5",)}, "model.d_ff=3.5 is no int"),
     "an override that makes it another arm": (
         {"overrides": ("muon.granularity=merged",)},
         "configs/muon_qk.py: trains the arm muon_qk_merged, but the study calls it muon_qk.",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -204,10 +229,13 @@ def test_several_mistakes_are_listed_at_once():
 @pytest.mark.parametrize(
     ("grid", "best", "expected"),
     [
-        ((1.0, 2.0, 4.0), 2.0, None), ((1.0, 2.0, 4.0), 1.0, 0.5), ((1.0, 2.0, 4.0), 4.0, 8.0),
-        ((0.012, 0.024), 0.012, 0.006), ((1.0,), 1.0, None),
+        ((1.0, 2.0, 4.0), 2.0, None),
+        ((1.0, 2.0, 4.0), 1.0, 0.5),
+        ((1.0, 2.0, 4.0), 4.0, 8.0),
+        ((0.012, 0.024), 0.012, 0.006),
+        ((1.0,), 1.0, None),
     ],
-)  # fmt: skip
+)
 def test_a_grid_goes_on_by_its_own_ratio(grid, best, expected):
     assert plan.extended_rate(grid, best) == expected
 
@@ -223,25 +251,27 @@ def test_recipes_differ_in_the_rows_of_their_tables():
     """SCIENCE.md section 4 and DESIGN.md section 3, at tiny: these rows and no other."""
     rows = plan_cost.recipe_differences(make("tiny").study)
     adamw, muon, qk = "adamw_qk, adamw_noqk", "muon_qk, muon_noqk", "adamw_qk, muon_qk"
-    assert sorted(rows) == sorted([
-        ("data.end_of_text", True, False, "all"),
-        ("model.mlp", "swiglu", "relu2", "all"),
-        ("model.d_ff", 352, 512, "all"),
-        ("model.norm_eps", 1e-6, 1.19e-7, "all"),
-        ("optimizer.learning_rate", 1.2e-3, 6e-3, adamw),
-        ("optimizer.learning_rate", 0.012, 0.024, muon),
-        ("optimizer.adam_learning_rate", 3e-3, 6e-3, muon),
-        ("optimizer.weight_decay", 0.1, 0.2, adamw),
-        ("optimizer.weight_decay", 0.01, 0.0, muon),
-        ("optimizer.auxiliary_weight_decay", 0.0, 0.2, "all"),
-        ("optimizer.gamma_weight_decay", 0.0, 0.2, qk),
-        ("optimizer.clip_norm", 1.0, 0.0, "all"),
-        ("optimizer.beta2", 0.95, 0.999, "all"),
-        ("optimizer.warmup_fraction", 0.02, 0.0, "all"),
-        ("optimizer.decay_fraction", 0.2, 0.0, "all"),
-        ("muon.granularity", "separate", "merged", muon),
-        ("muon.dtype", "auto", "bfloat16", muon),
-    ])  # fmt: skip
+    assert sorted(rows) == sorted(
+        [
+            ("data.end_of_text", True, False, "all"),
+            ("model.mlp", "swiglu", "relu2", "all"),
+            ("model.d_ff", 352, 512, "all"),
+            ("model.norm_eps", 1e-6, 1.19e-7, "all"),
+            ("optimizer.learning_rate", 1.2e-3, 6e-3, adamw),
+            ("optimizer.learning_rate", 0.012, 0.024, muon),
+            ("optimizer.adam_learning_rate", 3e-3, 6e-3, muon),
+            ("optimizer.weight_decay", 0.1, 0.2, adamw),
+            ("optimizer.weight_decay", 0.01, 0.0, muon),
+            ("optimizer.auxiliary_weight_decay", 0.0, 0.2, "all"),
+            ("optimizer.gamma_weight_decay", 0.0, 0.2, qk),
+            ("optimizer.clip_norm", 1.0, 0.0, "all"),
+            ("optimizer.beta2", 0.95, 0.999, "all"),
+            ("optimizer.warmup_fraction", 0.02, 0.0, "all"),
+            ("optimizer.decay_fraction", 0.2, 0.0, "all"),
+            ("muon.granularity", "separate", "merged", muon),
+            ("muon.dtype", "auto", "bfloat16", muon),
+        ]
+    )
     full = plan_cost.recipe_differences(make("full").study)
     assert {row[0] for row in full} - {row[0] for row in rows} == {"train.tokens_per_step"}
 
@@ -250,7 +280,9 @@ def test_recipes_differ_in_the_rows_of_their_tables():
 @pytest.mark.parametrize(("optimizer", "qk_norm"), [("adamw", "none"), ("muon", "learned")])
 @pytest.mark.parametrize("recipe", ["fixed", "seed"])
 def test_parameters_are_those_of_the_model(scale, optimizer, qk_norm, recipe):
-    run = config.resolve(config.base(optimizer, qk_norm, f"{scale},{recipe}")).for_platform("cpu")
+    run = config_lib.resolve(config_lib.base(optimizer, qk_norm, f"{scale},{recipe}")).for_platform(
+        "cpu"
+    )
     assert flops.num_parameters(run.model) == model.count_parameters(run.model)
 
 
@@ -310,17 +342,22 @@ def test_the_command_line_shows_the_plan_and_its_mistakes():
     def call(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "tools/run_study.py", *arguments],
-            cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
 
     shown = call("--config=configs/study.py:tiny", "--config.arms=muon_qk,adamw_qk", "--dry_run")
     assert shown.returncode == 0, shown.stderr
     assert "20 steps:" in shown.stdout and "runs/adamw_qk/seed_137" in shown.stdout
     assert "muon.granularity" in shown.stdout
     printed = call(
-        "--config=configs/study.py:tiny", "--config.seeds=3", "--workdir=w", "--print_commands",
+        "--config=configs/study.py:tiny",
+        "--config.seeds=3",
+        "--workdir=w",
+        "--print_commands",
         "--config.overrides=('eval.tokens=4096',)",
-    )  # fmt: skip
+    )
     again = printed.stdout.splitlines()[0].partition(" && ")[2].partition(" --only")[0]
     repeated = subprocess.run(  # every flag survives the shell
         ["bash", "-c", f"{again} --print_commands"], cwd=ROOT, capture_output=True, text=True
@@ -341,8 +378,10 @@ def test_the_command_line_shows_the_plan_and_its_mistakes():
 def test_a_studys_config_is_no_config_of_a_run():
     done = subprocess.run(
         [sys.executable, "-m", "qkjax.main", "--config=configs/study.py:tiny", "--workdir=x"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert "configs/study.py:tiny is not the config of a run" in done.stderr
 

@@ -7,13 +7,13 @@ import hashlib
 import json
 import lzma
 import os
+import pathlib
 import random
 import signal
 import subprocess
 import sys
 import time
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +23,10 @@ import tokenizers
 from array_record.python import array_record_module
 
 from qkjax import errors
-from qkjax.data import check, docstrings, manifest, prepare, reading, shards
+from qkjax.data import check, docstrings, prepare, reading, shards
+from qkjax.data import manifest as manifest_lib
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 T = 16
 REQUEST = prepare.Request(
     sources=("unset",), tokenizer="train:300", sequence_length=T, validation_tokens=300
@@ -71,13 +72,14 @@ def _pool(text):
 
 def _stream(out, split):
     """The tokens of a split as its shards hold them."""
-    read = manifest.load(out)
+    read = manifest_lib.load(out)
     records = []
     for shard in read.splits[split].shards:
         reader = array_record_module.ArrayRecordReader(str(out / shard.file))
         assert reader.num_records() == shard.num_records
-        records += [np.frombuffer(r, "<u2" if read.dtype == "uint16" else "<u4")
-                    for r in reader.read_all()]  # fmt: skip
+        records += [
+            np.frombuffer(r, "<u2" if read.dtype == "uint16" else "<u4") for r in reader.read_all()
+        ]
     tokens = np.array(records)
     np.testing.assert_array_equal(tokens[1:, 0], tokens[:-1, -1])
     return np.concatenate([tokens[:, :-1].reshape(-1), tokens[-1, -1:]])
@@ -99,9 +101,13 @@ def _command(tool, *arguments, **options):
 
 def _flags(path, out, **changes):
     flags = {
-        "source": f"jsonl:{path}", "tokenizer": "train:300", "sequence_length": T,
-        "validation_tokens": 300, "out": out, **changes,
-    }  # fmt: skip
+        "source": f"jsonl:{path}",
+        "tokenizer": "train:300",
+        "sequence_length": T,
+        "validation_tokens": 300,
+        "out": out,
+        **changes,
+    }
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
@@ -135,8 +141,8 @@ def test_the_stream_on_disk_is_the_documents_in_order(tmp_path, corpus, monkeypa
     sizes = [shard.num_records for shard in made.splits["train"].shards]
     assert len(sizes) > 3 and set(sizes[:-1]) == {64}
     assert made.splits["train"].shards[1].file == f"train-00001-of-{len(sizes):05d}.array_record"
-    assert made == manifest.load(out) and made.dtype == "uint16"
-    manifest.verify_digests(made, out)
+    assert made == manifest_lib.load(out) and made.dtype == "uint16"
+    manifest_lib.verify_digests(made, out)
     check.check(out, progress=_quiet)
 
 
@@ -165,7 +171,7 @@ def test_the_same_command_gives_the_same_bytes(tmp_path, corpus):
         )
         assert (done.returncode, done.stderr) == (0, "")
     assert _files(outs[0]) == _files(outs[1])
-    assert manifest.load(outs[0]).fingerprint == manifest.load(outs[1]).fingerprint
+    assert manifest_lib.load(outs[0]).fingerprint == manifest_lib.load(outs[1]).fingerprint
 
 
 def test_a_finished_dataset_is_recognised_and_left_alone(tmp_path, corpus):
@@ -377,7 +383,7 @@ def _broken(kind, folder, corpus):
         "hf",
         "truncated.hf",
     ],
-)  # fmt: skip
+)
 def test_broken_input_is_one_line_exit_2_and_no_dataset(tmp_path, corpus, kind):
     out = tmp_path / "out"
     source, problem = _broken(kind, tmp_path, corpus)
@@ -431,12 +437,16 @@ def test_documents_of_the_dropped_tail_are_not_counted(tmp_path):
 
 @pytest.mark.parametrize("place", ["/dev/full", "{tmp}/missing/shard"])
 def test_a_shard_that_cannot_be_written_is_a_storage_error(tmp_path, monkeypatch, place):
-    path = Path(place.format(tmp=tmp_path))
+    path = pathlib.Path(place.format(tmp=tmp_path))
     monkeypatch.setattr(shards.SplitWriter, "_staged_path", lambda writer, index: path)
     writer = shards.SplitWriter(
-        tmp_path, "train", sequence_length=9_999, vocab_size=1 << 16, num_sources=1,
+        tmp_path,
+        "train",
+        sequence_length=9_999,
+        vocab_size=1 << 16,
+        num_sources=1,
         max_sequences=None,
-    )  # fmt: skip
+    )
     ids = np.random.default_rng(0).integers(0, 1 << 16, 10_000)  # does not compress
     with pytest.raises(errors.StorageError, match=f"{tmp_path}: cannot write a shard") as caught:
         for _ in range(50):
@@ -501,7 +511,7 @@ def test_a_killed_run_looks_unfinished_and_the_next_gives_the_same_dataset(
     assert process.wait() == (130 if kill == signal.SIGINT else -kill)
     assert {p.name for p in out.iterdir()} == {".prepare.lock", ".unfinished"}
     with pytest.raises(errors.UsageError, match=r"dataset\.json: missing"):
-        manifest.load(out)
+        manifest_lib.load(out)
     _prepare(out, corpus)
     assert not (out / ".unfinished").exists()
     unbroken = tmp_path / "unbroken" / "data"
@@ -546,7 +556,7 @@ def test_a_lock_file_without_a_holder_blocks_nobody(tmp_path, corpus):
     out = tmp_path / "out"
     out.mkdir()
     (out / ".prepare.lock").write_text("process 1 on nowhere (since ever)\n")
-    assert _prepare(out, corpus) == manifest.load(out)
+    assert _prepare(out, corpus) == manifest_lib.load(out)
     with open(out / ".prepare.lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -597,12 +607,15 @@ def few_libraries(monkeypatch):
 def test_the_embedded_corpus_is_made_once_and_reused(tmp_path, few_libraries, monkeypatch):
     options = {"vocab_size": 1024, "sequence_length": 64, "validation_tokens": 3_000}
     out = prepare.prepare_embedded(tmp_path / "data", progress=_quiet, **options)
-    made = manifest.load(out)
+    made = manifest_lib.load(out)
     assert made.tokenizer.vocab_size == 1024 and made.splits["validation"].num_tokens == 3_008
     assert made.splits["train"].num_tokens > 150_000
     assert set(made.sources[0]["read_from"]["versions"]) == {
-        "python", "absl-py", "optax", "ml-collections",
-    }  # fmt: skip
+        "python",
+        "absl-py",
+        "optax",
+        "ml-collections",
+    }
     check.check(out, progress=_quiet)
     # Other versions of the libraries do not take the dataset away; other options are refused.
     monkeypatch.setattr(docstrings, "versions", lambda: {"python": "4.0"})
@@ -641,9 +654,12 @@ def test_openstax_with_the_smollm2_tokenizer(tmp_path, shared):
     out = tmp_path / "out"
     tokenizer = shared / "data" / "tokenizer_smollm2" / "tokenizer.json"
     flags = _flags(
-        tmp_path / "slice.jsonl", out,
-        tokenizer=tokenizer, sequence_length=2048, validation_tokens=10_000,
-    )  # fmt: skip
+        tmp_path / "slice.jsonl",
+        out,
+        tokenizer=tokenizer,
+        sequence_length=2048,
+        validation_tokens=10_000,
+    )
     done = _command("prepare_data", *flags)
     assert (done.returncode, done.stderr) == (0, "")
     done = _command("check_data", out)

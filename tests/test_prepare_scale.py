@@ -4,32 +4,22 @@ import dataclasses
 import json
 import lzma
 import os
+import pathlib
 import random
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from qkjax import errors
-from qkjax.data import (
-    check,
-    encoding,
-    holdout,
-    journal,
-    manifest,
-    prepare,
-    reading,
-    request,
-    shards,
-    sources,
-)
+from qkjax.data import check, encoding, holdout, journal, prepare, reading, request, shards, sources
+from qkjax.data import manifest as manifest_lib
 from qkjax.data import tokenizer as tokenizer_lib
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 T = 64
 
 
@@ -66,9 +56,14 @@ def mix(tmp_path_factory):
     with paths[0].open("a") as file:
         file.write("{\n")
     wanted = prepare.Request(
-        sources=tuple(f"jsonl:{path}" for path in paths), weights=(0.7, 0.3), tokenizer="train:400",
-        sequence_length=T, validation_tokens=2_000, max_bad_lines=1, decontaminate=True,
-    )  # fmt: skip
+        sources=tuple(f"jsonl:{path}" for path in paths),
+        weights=(0.7, 0.3),
+        tokenizer="train:400",
+        sequence_length=T,
+        validation_tokens=2_000,
+        max_bad_lines=1,
+        decontaminate=True,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "RECORDS_PER_SHARD", 128)
         prepare.prepare(wanted, folder / "unbroken" / "data", progress=_quiet)
@@ -190,12 +185,14 @@ def test_a_finished_shard_that_has_changed_is_refused(mix, tmp_path, monkeypatch
 
 
 def _children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [
+        int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ]
 
 
 def _alive(pid):
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
@@ -221,14 +218,24 @@ runpy.run_path("tools/prepare_data.py", run_name="__main__")
 def _start(wanted, out):
     flags = [f"--source={source}" for source in wanted.sources]
     flags += [f"--weight={weight}" for weight in wanted.weights]
-    flags += [f"--{name}={getattr(wanted, name)}" for name in
-              ("tokenizer", "sequence_length", "validation_tokens", "max_bad_lines",
-               "decontaminate")]  # fmt: skip
+    flags += [
+        f"--{name}={getattr(wanted, name)}"
+        for name in (
+            "tokenizer",
+            "sequence_length",
+            "validation_tokens",
+            "max_bad_lines",
+            "decontaminate",
+        )
+    ]
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, *flags, f"--out={out}", "--workers=2"],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -294,9 +301,12 @@ def test_an_error_behind_what_is_needed_is_not_met(mix, tmp_path, monkeypatch):
     with path.open("a") as file:
         file.write("{\n")
     alone = prepare.Request(
-        sources=(f"jsonl:{path}",), tokenizer=str(mix[1] / "tokenizer.json"), sequence_length=T,
-        validation_tokens=500, train_tokens=2_000,
-    )  # fmt: skip
+        sources=(f"jsonl:{path}",),
+        tokenizer=str(mix[1] / "tokenizer.json"),
+        sequence_length=T,
+        validation_tokens=500,
+        train_tokens=2_000,
+    )
     assert prepare.prepare(alone, tmp_path / "some", progress=_quiet).dropped["bad_lines"] == 0
     with pytest.raises(errors.UsageError, match=r"a\.jsonl:901: not valid JSON"):
         prepare.prepare(
@@ -316,9 +326,11 @@ def test_ids_above_65535_survive(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     path = _write_jsonl(tmp_path / "a.jsonl", _documents(300, 5))
     wanted = prepare.Request(
-        sources=(f"jsonl:{path}",), tokenizer=str(tmp_path / "tokenizer.json"), sequence_length=T,
+        sources=(f"jsonl:{path}",),
+        tokenizer=str(tmp_path / "tokenizer.json"),
+        sequence_length=T,
         validation_tokens=300,
-    )  # fmt: skip
+    )
     made = prepare.prepare(wanted, tmp_path / "out", workers=2, progress=_quiet)
     assert made.dtype == "uint32" and made.tokenizer.vocab_size == 70_400
     records = np.concatenate([i for _, i in shards.read_records(made, tmp_path / "out", "train")])
@@ -367,11 +379,21 @@ def test_the_command_line_overrides_a_preset(tmp_path):
     """Flags that are not given must not hide the preset's values behind their defaults."""
     path = _write_jsonl(tmp_path / "a.jsonl", _documents(60, 8))
     done = subprocess.run(
-        [sys.executable, "tools/prepare_data.py", "--preset=pilot", f"--source=jsonl:{path}",
-         "--tokenizer=train:300", "--sequence_length=16", "--validation_tokens=20",
-         "--workers=1", f"--out={tmp_path / 'out'}"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "tools/prepare_data.py",
+            "--preset=pilot",
+            f"--source=jsonl:{path}",
+            "--tokenizer=train:300",
+            "--sequence_length=16",
+            "--validation_tokens=20",
+            "--workers=1",
+            f"--out={tmp_path / 'out'}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert "--train_tokens: 25000000 in whole records need 25000001" in done.stderr
 
@@ -390,7 +412,7 @@ def test_an_older_dataset_without_the_newer_options_is_still_ours(mix, tmp_path)
     (tmp_path / "dataset.json").unlink()
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     again = dataclasses.replace(wanted, decontaminate=False)
-    assert prepare.prepare(again, tmp_path, progress=_quiet) == manifest.load(tmp_path)
+    assert prepare.prepare(again, tmp_path, progress=_quiet) == manifest_lib.load(tmp_path)
     with pytest.raises(errors.UsageError, match="decontaminate: expected True, found False"):
         prepare.prepare(wanted, tmp_path, progress=_quiet)
 
@@ -404,10 +426,13 @@ def test_a_real_mix_with_the_smollm2_tokenizer(tmp_path, shared):
             path.write_text("".join(next(file) for _ in range(count)))
             paths.append(path)
     wanted = prepare.Request(
-        sources=tuple(f"jsonl:{path}" for path in paths), weights=(0.7, 0.3),
+        sources=tuple(f"jsonl:{path}" for path in paths),
+        weights=(0.7, 0.3),
         tokenizer=str(data / "tokenizer_smollm2" / "tokenizer.json"),
-        sequence_length=2048, validation_tokens=2048, benchmark_dir=str(data / "lambada"),
-    )  # fmt: skip
+        sequence_length=2048,
+        validation_tokens=2048,
+        benchmark_dir=str(data / "lambada"),
+    )
     made = [
         prepare.prepare(wanted, tmp_path / str(workers), workers=workers, progress=_quiet)
         for workers in (1, 2)

@@ -12,7 +12,6 @@ import test_spectral
 
 from qkjax import (
     attention,
-    config,
     eval_step,
     evaluation,
     model,
@@ -23,7 +22,9 @@ from qkjax import (
     spectral,
     train,
 )
-from qkjax.data import manifest, pipeline
+from qkjax import config as config_lib
+from qkjax.data import manifest as manifest_lib
+from qkjax.data import pipeline
 
 import jax  # isort: skip  (after qkjax, which sets the XLA flags)
 import jax.numpy as jnp  # isort: skip
@@ -74,10 +75,17 @@ def runs(dataset, tmp_path_factory):
         if optimizer == "muon":
             rate["optimizer__adam_learning_rate"] = 0.05  # gammas well away from 1
         resolved = small_run.make_config(
-            dataset, optimizer, qk_norm, words, model__num_heads=H, model__num_kv_heads=G,
-            train__tokens=STEPS * small_run.TOKENS_PER_STEP, eval__at_tokens=(),
-            eval__batch_sequences=3, **rate,
-        )  # fmt: skip
+            dataset,
+            optimizer,
+            qk_norm,
+            words,
+            model__num_heads=H,
+            model__num_kv_heads=G,
+            train__tokens=STEPS * small_run.TOKENS_PER_STEP,
+            eval__at_tokens=(),
+            eval__batch_sequences=3,
+            **rate,
+        )
         workdir = tmp_path_factory.mktemp(arm) / "run"
         train.train_and_evaluate(resolved, workdir)
         return resolved, workdir
@@ -212,7 +220,7 @@ def test_every_array_and_metric_of_a_run_equals_float64(runs, arm):
     c = resolved.model
     path = workdir / "checkpoints" / str(STEPS) / "params"
     params = jax.tree.map(np.float64, ocp.StandardCheckpointer().restore(path.absolute()))
-    data = manifest.load(resolved.data.dir)
+    data = manifest_lib.load(resolved.data.dir)
     (batch,) = pipeline.read_validation(
         resolved.data.dir, data, num_tokens=0, sequences_per_batch=7
     )
@@ -341,16 +349,22 @@ def test_constant_keys_look_as_docs_metrics_says():
 
 def test_planted_collapse_is_seen_by_the_measures_that_can():
     """Key weights of full rank, a generic rank 4, an axis-aligned rank 4, one head each."""
-    values = config.base("adamw", "none", "tiny")
+    values = config_lib.base("adamw", "none", "tiny")
     values.update_from_flattened_dict(
         {
-            "model.num_layers": 1, "model.d_model": 64, "model.num_heads": 3,
-            "model.num_kv_heads": 3, "model.head_dim": 64, "model.d_ff": 32,
-            "model.vocab_size": 512, "model.sequence_length": 2048,
-            "train.tokens_per_step": 2048, "eval.batch_sequences": 1,
+            "model.num_layers": 1,
+            "model.d_model": 64,
+            "model.num_heads": 3,
+            "model.num_kv_heads": 3,
+            "model.head_dim": 64,
+            "model.d_ff": 32,
+            "model.vocab_size": 512,
+            "model.sequence_length": 2048,
+            "train.tokens_per_step": 2048,
+            "eval.batch_sequences": 1,
         }
-    )  # fmt: skip
-    c = config.resolve(values).for_platform("cpu")
+    )
+    c = config_lib.resolve(values).for_platform("cpu")
     params = jax.tree.map(np.array, model.init(jax.random.key(0), c.model))
     rng = np.random.default_rng(2)
     axes, generic = (np.linalg.qr(rng.standard_normal((64, n)))[0] for n in (64, 4))

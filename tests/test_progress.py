@@ -5,7 +5,8 @@ import logging
 import numpy as np
 import pytest
 
-from qkjax import config, progress
+from qkjax import config as config_lib
+from qkjax import progress
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def make(kind: str = "cpu", devices: int = 1) -> progress.Progress:
-    resolved = config.resolve(config.base("muon", "none", "tiny")).for_platform("cpu")
+    resolved = config_lib.resolve(config_lib.base("muon", "none", "tiny")).for_platform("cpu")
     return progress.Progress(resolved, 1_000_000, kind, devices)
 
 
@@ -89,9 +90,14 @@ def test_heads_without_a_pr_are_said(clock, caplog, capsys):
     shown = make()
     shown.show_evaluation(
         7,
-        {progress.PR: None, progress.UNDEFINED: np.float32(3), "pr/key/pre_rope/centred": None,
-         "val/loss": 8.0, "perf/eval_seconds": 2.0},
-    )  # fmt: skip
+        {
+            progress.PR: None,
+            progress.UNDEFINED: np.float32(3),
+            "pr/key/pre_rope/centred": None,
+            "val/loss": 8.0,
+            "perf/eval_seconds": 2.0,
+        },
+    )
     (record,) = caplog.records
     assert "step 7: the keys of 3 heads are all 0 or not finite" in record.getMessage()
 

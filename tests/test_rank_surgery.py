@@ -13,13 +13,15 @@ import pytest
 import reference_model
 import small_run
 
-from qkjax import checkpoint, config, errors, model, rank_curves, rank_surgery, run_directory, train
-from qkjax.data import manifest, pipeline
+from qkjax import checkpoint, errors, model, rank_curves, rank_surgery, run_directory, train
+from qkjax import config as config_lib
+from qkjax.data import manifest as manifest_lib
+from qkjax.data import pipeline
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEAD_DIM, STEPS = 16, 300
 RANKS = (1, 4, HEAD_DIM)
-Case = tuple[pathlib.Path, config.Config]
+Case = tuple[pathlib.Path, config_lib.Config]
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +80,11 @@ def restore(case: Case) -> model.Params:
     return checkpoints.restore_params(STEPS, model.parameter_shapes(run_config.model))
 
 
-def validation_records(run_config: config.Config) -> np.ndarray:
+def validation_records(run_config: config_lib.Config) -> np.ndarray:
     """int [7, T+1]."""
     (batch,) = pipeline.read_validation(
         run_config.data.dir,
-        manifest.load(run_config.data.dir),
+        manifest_lib.load(run_config.data.dir),
         num_tokens=0,
         sequences_per_batch=7,
     )

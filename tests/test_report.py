@@ -35,9 +35,19 @@ pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SEEDS = (42, 43)
 SECTIONS = (
-    "verdicts", "warnings", "missing", "end", "sweep", "loss", "keys", "downstream",
-    "attribution", "original", "deviations", "record",
-)  # fmt: skip
+    "verdicts",
+    "warnings",
+    "missing",
+    "end",
+    "sweep",
+    "loss",
+    "keys",
+    "downstream",
+    "attribution",
+    "original",
+    "deviations",
+    "record",
+)
 RATES = {arm: {0.3: 3.9, 0.6: 3.7, 1.2: 3.8} for arm in synthetic_study.ARMS}
 
 
@@ -117,9 +127,12 @@ def change_plan(study: pathlib.Path, **fields: Any) -> None:
 def command(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "tools/make_report.py", *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
 
 
 # --------------------------------------------------------------------------------------------
@@ -146,11 +159,20 @@ def test_every_chart_is_in_the_page_and_a_file(whole: pathlib.Path):
     files = {path.stem for path in (whole / "report" / "figures").glob("*.svg")}
     assert {f"{name}-title" for name in files} <= set(page.ids)
     for name in (
-        "sweep_adamw", "sweep_muon", "loss_arms", "loss_controls_muon", "pr_post_rope_raw_arms",
-        "pr_pre_rope_centred_arms", "axes_arms", "heat_maps_key_post_rope_raw_arms",
-        "spectra_key_pre_rope_centred_layer_0", "spectra_key_pre_rope_centred_layer_2",
-        "spectra_key_pre_rope_centred_layer_3", "gamma_k_mean", "max_logit_arms",
-    ):  # fmt: skip
+        "sweep_adamw",
+        "sweep_muon",
+        "loss_arms",
+        "loss_controls_muon",
+        "pr_post_rope_raw_arms",
+        "pr_pre_rope_centred_arms",
+        "axes_arms",
+        "heat_maps_key_post_rope_raw_arms",
+        "spectra_key_pre_rope_centred_layer_0",
+        "spectra_key_pre_rope_centred_layer_2",
+        "spectra_key_pre_rope_centred_layer_3",
+        "gamma_k_mean",
+        "max_logit_arms",
+    ):
         assert name in files
 
 
@@ -225,8 +247,13 @@ def test_results_csv(whole: pathlib.Path):
     rows = list(csv.DictReader(text.splitlines()))
     assert tuple(rows[0]) == report_csv.COLUMNS
     assert {row["table"] for row in rows} == {
-        "clause", "downstream", "evaluation", "run", "sweep", "verdict",
-    }  # fmt: skip
+        "clause",
+        "downstream",
+        "evaluation",
+        "run",
+        "sweep",
+        "verdict",
+    }
     places = [
         (r["table"], r["name"], int(r["seed"] or -1), int(r["step"] or -1), r["metric"])
         for r in rows

@@ -87,9 +87,17 @@ def test_a_scale_holds_every_group():
 
 
 def test_hue_is_the_optimiser_and_line_the_normalisation():
-    looks = {arm: arms.look(arm) for arm in (
-        "adamw_qk", "adamw_noqk", "adamw_qk_frozen", "muon_qk", "muon_noqk", "muon_noqk_merged",
-    )}  # fmt: skip
+    looks = {
+        arm: arms.look(arm)
+        for arm in (
+            "adamw_qk",
+            "adamw_noqk",
+            "adamw_qk_frozen",
+            "muon_qk",
+            "muon_noqk",
+            "muon_noqk_merged",
+        )
+    }
     assert {looks[a].hue for a in looks if a.startswith("adamw")} == {arms.HUES["adamw"]}
     assert {looks[a].hue for a in looks if a.startswith("muon")} == {arms.HUES["muon"]}
     assert looks["adamw_qk"].line == looks["muon_qk"].line != looks["muon_noqk"].line
@@ -182,10 +190,19 @@ def test_charts_of_one_page_share_no_id_and_follow_its_theme():
 
 def make_clause(**changed) -> Clause:
     fields = {
-        "name": "H", "text": "", "status": "supported", "reason": "", "estimate": 4.0,
-        "pooled": (3.0, 5.0), "paired": (-90.0, 98.0), "p": 0.01, "sesoi": 3.2, "unit": "PR",
-        "seeds_needed": None, "per_seed": {42: 3.5, 43: 4.5, 44: None},
-    }  # fmt: skip
+        "name": "H",
+        "text": "",
+        "status": "supported",
+        "reason": "",
+        "estimate": 4.0,
+        "pooled": (3.0, 5.0),
+        "paired": (-90.0, 98.0),
+        "p": 0.01,
+        "sesoi": 3.2,
+        "unit": "PR",
+        "seeds_needed": None,
+        "per_seed": {42: 3.5, 43: 4.5, 44: None},
+    }
     return Clause(**{**fields, **changed})
 
 
@@ -210,5 +227,7 @@ def test_interval_figure_of_too_little():
     assert report_svg.interval_figure(make_clause(estimate=None, per_seed={42: None})) is None
     lone = make_clause(pooled=None, paired=None, per_seed={42: 4.0})
     assert [line.get("class") for line in report_svg.interval_figure(lone).iter("line")] == [
-        "zero", "sesoi", "estimate",
-    ]  # fmt: skip
+        "zero",
+        "sesoi",
+        "estimate",
+    ]

@@ -14,11 +14,19 @@ from qkjax.study import report
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--allow-file-access-from-files", "--enable-logging=stderr", "--virtual-time-budget=10000",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--allow-file-access-from-files",
+    "--enable-logging=stderr",
+    "--virtual-time-budget=10000",
     "--dump-dom",
-)  # fmt: skip
+)
 WIDTHS = (1280, 390)
 # Shows the page in a frame of each width, without scroll bars, and says what it found there.
 PROBE = """<!DOCTYPE html><body><script>
@@ -64,10 +72,16 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[str]]:
     page = report.make_report(folder / "study")
     (folder / "probe.html").write_text(PROBE % (", ".join(map(str, WIDTHS)), page.as_uri()))
     done = subprocess.run(
-        [browser, *FLAGS, f"--user-data-dir={folder / 'profile'}",
-         (folder / "probe.html").as_uri()],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            browser,
+            *FLAGS,
+            f"--user-data-dir={folder / 'profile'}",
+            (folder / "probe.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

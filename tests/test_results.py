@@ -168,7 +168,7 @@ def cut(run: pathlib.Path, data: Callable[[bytes], bytes]) -> None:
             f"dataset {'1' * 64}, but",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_run_is_refused(study: pathlib.Path, damage: Callable, words: str):
     damage(run_of(study))
     message = refusal(study)
@@ -288,12 +288,21 @@ def test_a_sample_is_compared_with_samples_alone(study: pathlib.Path):
         ({"run": {}}, "run lacks params_sha256"),
         ({"tasks": {"hellaswag": {"n": 3}}}, "hellaswag lacks data_sha256, metrics, name"),
         (
-            {"tasks": {"lambada": {"name": "", "num_fewshot": 0, "n": 1, "data_sha256": {},
-                                   "metrics": {"acc": {"value": 0.5}}}}},
+            {
+                "tasks": {
+                    "lambada": {
+                        "name": "",
+                        "num_fewshot": 0,
+                        "n": 1,
+                        "data_sha256": {},
+                        "metrics": {"acc": {"value": 0.5}},
+                    }
+                }
+            },
             "lambada acc lacks stderr",
         ),
     ],
-)  # fmt: skip
+)
 def test_damaged_scores_are_refused(scored: pathlib.Path, fields: dict, words: str):
     edit(score_of(scored), **fields)
     message = refusal(scored)

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from qkjax import config as configs
+from qkjax import config as config_lib
 from qkjax import environment, errors, run_directory
 
 FULL = pathlib.Path("/dev/full")
@@ -20,7 +20,9 @@ needs_dev_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on t
 
 
 def tiny(**changes):
-    return dataclasses.replace(configs.resolve(configs.base("muon", "none", "tiny")), **changes)
+    return dataclasses.replace(
+        config_lib.resolve(config_lib.base("muon", "none", "tiny")), **changes
+    )
 
 
 # ---------------------------------------------------------------------------- the directory
@@ -441,8 +443,14 @@ def test_secrets_are_masked(argument, masked):
 def test_secret_in_the_next_argument_is_masked():
     given = ["main", "--hub_token", "abc", "--seed", "1", "--secret", "--seed=2"]
     assert environment.mask_secrets(given) == [
-        "main", "--hub_token", "***", "--seed", "1", "--secret", "--seed=2",
-    ]  # fmt: skip
+        "main",
+        "--hub_token",
+        "***",
+        "--seed",
+        "1",
+        "--secret",
+        "--seed=2",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -16,16 +16,20 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS, SHORT = 240, 10  # of the runs, of the sweep's
 TOP = 1e30  # times the base rate: it diverges
 OVERRIDES = (
-    "model.num_layers=2", "model.d_model=32", "model.num_heads=2", "model.num_kv_heads=1",
-    "model.head_dim=16", "model.d_ff=48", f"model.vocab_size={small_run.VOCABULARY}",
+    "model.num_layers=2",
+    "model.d_model=32",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.head_dim=16",
+    "model.d_ff=48",
+    f"model.vocab_size={small_run.VOCABULARY}",
     f"model.sequence_length={small_run.LENGTH}",
     f"train.tokens_per_step={small_run.TOKENS_PER_STEP}",
     f"eval.at_tokens=({7 * small_run.TOKENS_PER_STEP},)",
-    f"checkpoint.every_tokens={40 * small_run.TOKENS_PER_STEP}", "data.max_epochs=10",
-)  # fmt: skip
-RUNS = [
-    "sweep/muon_qk/lr_0.012", f"sweep/muon_qk/lr_{0.012 * TOP:.6g}", "runs/muon_qk/seed_3"
-]  # fmt: skip
+    f"checkpoint.every_tokens={40 * small_run.TOKENS_PER_STEP}",
+    "data.max_epochs=10",
+)
+RUNS = ["sweep/muon_qk/lr_0.012", f"sweep/muon_qk/lr_{0.012 * TOP:.6g}", "runs/muon_qk/seed_3"]
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +39,23 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def command(dataset: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[str]:
     fields = {
-        "arms": "muon_qk", "seeds": 3, "tokens": STEPS * small_run.TOKENS_PER_STEP,
-        "sweep.tokens": SHORT * small_run.TOKENS_PER_STEP, "sweep.factors": f"(1.0,{TOP})",
-        "data_dir": dataset, "overrides": repr(OVERRIDES), "export": "false",
-    }  # fmt: skip
+        "arms": "muon_qk",
+        "seeds": 3,
+        "tokens": STEPS * small_run.TOKENS_PER_STEP,
+        "sweep.tokens": SHORT * small_run.TOKENS_PER_STEP,
+        "sweep.factors": f"(1.0,{TOP})",
+        "data_dir": dataset,
+        "overrides": repr(OVERRIDES),
+        "export": "false",
+    }
     return [
-        sys.executable, "tools/run_study.py", "--config=configs/study.py:tiny",
+        sys.executable,
+        "tools/run_study.py",
+        "--config=configs/study.py:tiny",
         *(f"--config.{name}={value}" for name, value in fields.items()),
-        f"--workdir={workdir}", *flags,
-    ]  # fmt: skip
+        f"--workdir={workdir}",
+        *flags,
+    ]
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess:
@@ -53,9 +65,13 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
 def start(arguments: list[str]) -> subprocess.Popen:
     """The command as the leader of a process group of its own, as a shell starts it."""
     return subprocess.Popen(
-        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        arguments,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         process_group=0,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +112,11 @@ def test_kill_9_of_the_process_group_and_signals_end_in_the_same_study(dataset, 
     workdir = tmp_path / "study"
     whole, shown = rows(unbroken), ""
     for signum, share in (
-        (signal.SIGKILL, 0.02), (signal.SIGTERM, 0.2), (signal.SIGINT, 0.5), (signal.SIGKILL, 0.75)
-    ):  # fmt: skip
+        (signal.SIGKILL, 0.02),
+        (signal.SIGTERM, 0.2),
+        (signal.SIGINT, 0.5),
+        (signal.SIGKILL, 0.75),
+    ):
         process = start(command(dataset, workdir))
         wait_for_rows(process, workdir, round(whole * share + chance.uniform(0, 0.1 * whole)))
         if signum == signal.SIGTERM:

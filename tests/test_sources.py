@@ -4,10 +4,10 @@ import gzip
 import itertools
 import json
 import lzma
+import pathlib
 import subprocess
 import sys
 import sysconfig
-from pathlib import Path
 
 import optax
 import pyarrow as pa
@@ -216,7 +216,7 @@ def test_an_unknown_source_is_refused(tmp_path, spec, problem):
 
 
 def test_the_corpus_reads_the_listed_libraries_and_no_tests():
-    standard = Path(sysconfig.get_paths()["stdlib"])
+    standard = pathlib.Path(sysconfig.get_paths()["stdlib"])
     modules = docstrings.modules()
     folders = {folder for _, folder in docstrings._DISTRIBUTIONS}
     found = set()

@@ -31,9 +31,11 @@ def test_pooled_interval_is_that_of_a_least_squares_fit(seeds: int, arms: int):
     c[:4] = TRAP
     rows = [(s, a) for s in range(seeds) for a in range(arms)]
     design = np.array(
-        [[float(s == i) for i in range(seeds)] + [float(a == i) for i in range(arms)]
-         for s, a in rows]
-    )  # fmt: skip
+        [
+            [float(s == i) for i in range(seeds)] + [float(a == i) for i in range(arms)]
+            for s, a in rows
+        ]
+    )
     y = np.array([values[s, a] for s, a in rows])
     beta, _, rank, _ = np.linalg.lstsq(design, y)
     freedom = len(y) - rank

@@ -30,11 +30,14 @@ def write(study: plan.Plan, workdir: pathlib.Path, losses: dict[float, float | N
         synthetic_study.write_run(
             directory,
             study.run_config(step, rate).for_platform("cpu"),
-            {synthetic_study.LOSS: 3.0 if loss is None else loss, synthetic_study.PR: 40.0,
-             synthetic_study.PR_BEFORE: 30.0},
+            {
+                synthetic_study.LOSS: 3.0 if loss is None else loss,
+                synthetic_study.PR: 40.0,
+                synthetic_study.PR_BEFORE: 30.0,
+            },
             {synthetic_study.LOSS: 0.0, synthetic_study.PR: 0.0, synthetic_study.PR_BEFORE: 0.0},
             diverged_after=9 if loss is None else None,
-        )  # fmt: skip
+        )
 
 
 def halves(directory: pathlib.Path, first: float, second: float) -> None:
@@ -102,7 +105,7 @@ def test_sensitivity_is_the_mean_loss_above_the_best_with_initial_loss_as_ceilin
         ((3.7, 3.6, 3.5, 3.4, 3.3), 0.096, 3.2, 0.096, "high"),
         ((3.7, 3.6, 3.5, 3.4, 3.3), 0.096, None, 0.048, None),
     ],
-)  # fmt: skip
+)
 def test_the_grid_is_extended_once_where_its_best_is_at_an_edge(
     losses, added, loss, chosen, edge, tmp_path
 ):

@@ -30,8 +30,11 @@ def built(tmp_path_factory):
         VERSION = tfds.core.Version("1.2.0")
 
         def _info(self):
-            features = {"text": tfds.features.Text(), "body": tfds.features.Text(),
-                        "number": np.int64}  # fmt: skip
+            features = {
+                "text": tfds.features.Text(),
+                "body": tfds.features.Text(),
+                "number": np.int64,
+            }
             return tfds.core.DatasetInfo(
                 builder=self, features=tfds.features.FeaturesDict(features)
             )
@@ -75,9 +78,11 @@ def test_a_name_is_looked_for_in_tfds_data_dir(built, spec):
         f"print(sum(1 for _ in sources.open_source({spec!r}).documents()))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
         env={**os.environ, "TFDS_DATA_DIR": str(built[0])},
-    )  # fmt: skip
+    )
     assert done.stdout.strip() == str(COUNT), done.stderr
 
 

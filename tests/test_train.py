@@ -248,9 +248,12 @@ def test_what_was_set_aside_frees_no_room(datasets, tmp_path, monkeypatch):
 def test_a_scale_for_accelerators_says_that_it_is_on_a_cpu(datasets, tmp_path, caplog):
     for words, told in (("tiny", 0), ("pilot", 1)):
         config = small_run.make_config(
-            datasets["fixed"], words=words, train__tokens=small_run.TOKENS_PER_STEP,
-            eval__at_tokens=(), eval__final_tokens=-1,
-        )  # fmt: skip
+            datasets["fixed"],
+            words=words,
+            train__tokens=small_run.TOKENS_PER_STEP,
+            eval__at_tokens=(),
+            eval__final_tokens=-1,
+        )
         train.train_and_evaluate(config, tmp_path / words)
         assert caplog.text.count(f"so this {words} run trains on the CPU") == told
 
@@ -351,8 +354,10 @@ def test_tensorboard_reads_every_scalar_of_a_stopped_run(datasets, tmp_path, mon
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     expected = {
         (row["step"], tag): value
-        for row in rows for tag, value in row.items() if tag != "step" and value is not None
-    }  # fmt: skip
+        for row in rows
+        for tag, value in row.items()
+        if tag != "step" and value is not None
+    }
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-6)
@@ -362,9 +367,11 @@ def test_a_longer_budget_may_be_allowed(datasets, finished, tmp_path):
     _, unbroken, _ = finished
     shutil.copytree(unbroken, tmp_path / "run")
     longer = arm_config(
-        datasets, "muon_noqk_accumulated",
-        eval__final_tokens=0, train__tokens=24 * small_run.TOKENS_PER_STEP,
-    )  # fmt: skip
+        datasets,
+        "muon_noqk_accumulated",
+        eval__final_tokens=0,
+        train__tokens=24 * small_run.TOKENS_PER_STEP,
+    )
     with pytest.raises(errors.UsageError) as refused:
         train.train_and_evaluate(longer, tmp_path / "run")
     fields = re.search(r"--allow_config_change=(\S+)", str(refused.value))
@@ -388,7 +395,8 @@ def everything(workdir: pathlib.Path) -> dict[str, bytes]:
     ("fields", "field", "message"),
     [
         (  # refused by nobody, and nothing is left to train with it
-            {"optimizer__learning_rate": 1.0}, "optimizer.learning_rate",
+            {"optimizer__learning_rate": 1.0},
+            "optimizer.learning_rate",
             r"run: ended at step 20, nothing is left to train with another "
             r"optimizer\.learning_rate\. Use another --workdir",
         ),
@@ -397,10 +405,11 @@ def everything(workdir: pathlib.Path) -> dict[str, bytes]:
         # Only the checkpoint knows that its optimiser state has another tree.
         (
             {"optimizer__clip_norm": 0.0, "train__tokens": 24 * small_run.TOKENS_PER_STEP},
-            "all", "in the checkpoint and .* in this config",
+            "all",
+            "in the checkpoint and .* in this config",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_change_that_cannot_be_used_leaves_the_record_as_it_was(
     datasets, finished, tmp_path, fields, field, message
 ):

@@ -9,7 +9,8 @@ import pytest
 import reference_model
 from compile_options import QUICK
 
-from qkjax import checkpoint, config, errors, model, optimizer, sharding, train_step
+from qkjax import checkpoint, errors, model, optimizer, sharding, train_step
+from qkjax import config as config_lib
 
 import jax  # isort: skip  (after qkjax, which sets the XLA flags)
 
@@ -33,10 +34,10 @@ ATTENTION = {f"blocks/attention/{name}/kernel" for name in ("query", "key", "val
 
 def small(optimizer_name, qk_norm, words="tiny", **fields):
     """A small config; `fields` are dotted names with '__' for the dot."""
-    given = config.base(optimizer_name, qk_norm, words)
+    given = config_lib.base(optimizer_name, qk_norm, words)
     changes = {name.replace("__", "."): value for name, value in fields.items()}
     given.update_from_flattened_dict(SMALL | changes)
-    return config.resolve(given).for_platform("cpu")
+    return config_lib.resolve(given).for_platform("cpu")
 
 
 def by_name(tree):

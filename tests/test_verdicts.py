@@ -11,7 +11,8 @@ import pytest
 import synthetic_study
 from synthetic_study import AA, LOGIT, LOSS, PR, PR_BEFORE
 
-from qkjax import config, probes
+from qkjax import config as config_lib
+from qkjax import probes
 from qkjax.study import (
     clauses,
     hypotheses,
@@ -189,8 +190,9 @@ def test_negligible_effect(judge: Judge):
 def test_noisy_study_says_how_many_seeds_it_needs(judge: Judge):
     judged = judge(
         synthetic_study.arms(adamw_qk={PR: 35.0}, muon_qk={PR: 35.0}),
-        noise={**QUIET, PR: 8.0}, random_seed=2,
-    )  # fmt: skip
+        noise={**QUIET, PR: 8.0},
+        random_seed=2,
+    )
     found = clause(judged, "H1 post-RoPE")
     assert judged.verdict("H1").status == found.status == INCONCLUSIVE
     assert found.pooled[0] < 0 < 3.2 < found.pooled[1]
@@ -223,9 +225,14 @@ def test_a_pooled_verdict_that_the_pairs_do_not_share_is_said(judge: Judge):
     judged = judge(CLAIMED, noise=noise, **LONG)
     found = clause(judged, "H4 PR against Muon+QK")
     assert found.paired[1] - found.paired[0] < (found.pooled[1] - found.pooled[0]) / 3
-    wide = clause(judge(changed(adamw_noqk={PR: 21.0}, muon_noqk={**MUON_BEST, PR: 43.0}),
-                        noise={**QUIET, PR: {**noise[PR], "adamw_qk": 9.0}}, **LONG),
-                  "H1 post-RoPE")  # fmt: skip
+    wide = clause(
+        judge(
+            changed(adamw_noqk={PR: 21.0}, muon_noqk={**MUON_BEST, PR: 43.0}),
+            noise={**QUIET, PR: {**noise[PR], "adamw_qk": 9.0}},
+            **LONG,
+        ),
+        "H1 post-RoPE",
+    )
     other = clauses.decide(wide.estimate, wide.paired, wide.sesoi, wide.kind)
     assert (other[0] != wide.status) == any("would say" in note for note in wide.notes)
 
@@ -350,10 +357,15 @@ def test_h2_needs_the_axes_too(judge: Judge):
 def test_h2_whose_interactions_disagree_in_sign(judge: Judge):
     """20 to 12 is more in logarithms, 50 to 38 more in PR."""
     judged = judge(
-        changed(adamw_noqk={PR: 20.0}, adamw_qk={PR: 12.0, AA: 0.5},
-                muon_noqk={PR: 50.0}, muon_qk={PR: 38.0, AA: 0.1}),
-        noise={**QUIET, PR: 0.2}, **LONG,
-    )  # fmt: skip
+        changed(
+            adamw_noqk={PR: 20.0},
+            adamw_qk={PR: 12.0, AA: 0.5},
+            muon_noqk={PR: 50.0},
+            muon_qk={PR: 38.0, AA: 0.1},
+        ),
+        noise={**QUIET, PR: 0.2},
+        **LONG,
+    )
     found = clause(judged, "H2 interaction")
     assert found.estimate > 0.1 and clause(judged, "H2 additive interaction").estimate < -3
     assert found.status == judged.verdict("H2").status == INCONCLUSIVE
@@ -391,9 +403,11 @@ def test_h3_in_the_seed_recipe_counts_the_same_steps(judge: Judge):
     fields = {"train__tokens": 26_000_000}  # 6,347 steps of 4,096; 25M tokens are 6,103
     courses = {LOSS: {244: 4.0, 6347: 3.5}, PR: {6103: 30.0, 6347: 20.0}}
     arms = synthetic_study.arms(
-        adamw_qk=courses, muon_qk={LOSS: {244: 4.0, 6347: 3.5}},
-        adamw_noqk={LOSS: {244: 4.1, 6347: 3.5}}, muon_noqk={LOSS: {244: 4.1, 6347: 3.5}},
-    )  # fmt: skip
+        adamw_qk=courses,
+        muon_qk={LOSS: {244: 4.0, 6347: 3.5}},
+        adamw_noqk={LOSS: {244: 4.1, 6347: 3.5}},
+        muon_noqk={LOSS: {244: 4.1, 6347: 3.5}},
+    )
     judged = judge(arms, scale="full", recipe="seed", seeds=(42, 43), fields=fields)
     assert clause(judged, "H3(a)").estimate == pytest.approx(0.1, abs=0.01)
     lead_at_25m = 60 - 20 * 6103 / 6347 - 30
@@ -413,8 +427,10 @@ def test_h4_spikes(judge: Judge, step: int, height: float, status: str):
     if status == REFUTED:
         assert found.reason == "broken by seed 43"
         assert max(found.per_seed, key=found.per_seed.get) == 43
-    assert clause(judge(CLAIMED, spikes={("muon_qk", 43): (step, height)}, **LONG),
-                  "H4 spikes").status == SUPPORTED  # fmt: skip
+    assert (
+        clause(judge(CLAIMED, spikes={("muon_qk", 43): (step, height)}, **LONG), "H4 spikes").status
+        == SUPPORTED
+    )
 
 
 @pytest.mark.parametrize(
@@ -437,8 +453,13 @@ def test_h4_logits(judge: Judge, course: Any, logits: str, rise: str):
 def test_h4_rise_is_a_least_squares_line(judge: Judge):
     course = {305: 20.0, 457: 35.0, 458: 21.0, 610: 21.0}  # one high evaluation in the middle
     judged = judge(changed(muon_noqk={**MUON_BEST, LOGIT: course}), noise={}, **LONG)
-    steps = [s for s in synthetic_study.make_config("muon_noqk", 42, "full",
-             train__tokens=40_000_000).eval.steps if s >= 305]  # fmt: skip
+    steps = [
+        s
+        for s in synthetic_study.make_config(
+            "muon_noqk", 42, "full", train__tokens=40_000_000
+        ).eval.steps
+        if s >= 305
+    ]
     logits = np.interp(steps, list(course), list(course.values()))
     slope, _ = np.polyfit(steps, logits, 1)
     assert len(steps) >= 3
@@ -530,9 +551,11 @@ def test_what_decay_explains(judge: Judge):
 def test_the_arms_that_serve_are_named(judge: Judge):
     fixed = judge(with_controls(frozen=47.0, decayed=20.0)).attributions[1]
     assert fixed.roles == {
-        "none": "muon_noqk", "frozen": "muon_qk_frozen", "undecayed": "muon_qk",
+        "none": "muon_noqk",
+        "frozen": "muon_qk_frozen",
+        "undecayed": "muon_qk",
         "decayed": "muon_qk_decayed",
-    }  # fmt: skip
+    }
     arms = with_controls(47.0, 20.0, "seed", ("adamw",))
     seed = judge(arms, recipe="seed", seeds=(42, 43)).attributions[0]
     assert (seed.roles["undecayed"], seed.roles["decayed"]) == ("adamw_qk_undecayed", "adamw_qk")
@@ -717,4 +740,4 @@ def test_resolved_configs_are_those_of_the_presets():
     """The helper's arms are what the configs call them."""
     for arm in (*synthetic_study.ARMS, "adamw_qk_frozen", "muon_qk_decayed", "muon_noqk_merged"):
         found = synthetic_study.make_config(arm, 42)
-        assert isinstance(found, config.Config) and found.arm == arm
+        assert isinstance(found, config_lib.Config) and found.arm == arm

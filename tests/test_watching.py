@@ -61,8 +61,10 @@ def test_a_run_is_running_while_the_process_that_locked_it_lives(directory):
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(directory)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "locked\n"
     assert watching.is_running(directory)
     process.kill()

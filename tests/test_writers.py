@@ -478,9 +478,11 @@ def test_tensorboard_reads_hparams_texts_images_and_histograms(tmp_path):
     content = reader.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     hparams = metadata.parse_session_start_info_plugin_data(content).hparams
     assert {name: value.WhichOneof("kind") for name, value in hparams.items()} == {
-        "lr": "number_value", "arm": "string_value", "frozen": "bool_value",
+        "lr": "number_value",
+        "arm": "string_value",
+        "frozen": "bool_value",
         "steps": "string_value",
-    }  # fmt: skip
+    }
     assert hparams["lr"].number_value == 0.5 and hparams["arm"].string_value == "muon_qk"
     (text,) = reader.Tensors("note/text_summary")
     assert (text.step, text.tensor_proto.string_val[0]) == (3, b"two words")
@@ -594,9 +596,12 @@ def test_arrays_are_float32_or_integers_and_need_no_pickle(tmp_path):
         np.testing.assert_array_equal(stored["key"], np.asarray(arrays["key"], np.float32))
         assert stored["num_tokens"] == 7 and np.isnan(stored["nan"]).all()
     assert kinds == {
-        "key": "float32", "wide": "float32", "count": "int32", "num_tokens": "int64",
+        "key": "float32",
+        "wide": "float32",
+        "count": "int32",
+        "num_tokens": "int64",
         "nan": "float32",
-    }  # fmt: skip
+    }
     for wrong in (np.array([{}]), "text", np.array([1j])):
         with pytest.raises(TypeError, match="wrong has dtype"):
             writers.write_arrays(path, {"wrong": wrong})

@@ -13,9 +13,11 @@ from qkjax import command_line, run_directory
 from qkjax.study import drawing, quantities, run_spectra
 
 _MEASURE = flags.DEFINE_enum(
-    "measure", "pr", [*quantities.MEASURES, *quantities.SAVED],
+    "measure",
+    "pr",
+    [*quantities.MEASURES, *quantities.SAVED],
     "Of singular values, or an array that is saved per head.",
-)  # fmt: skip
+)
 _VECTORS = flags.DEFINE_enum(
     "vectors", None, quantities.VECTORS, "Whose singular values; wqk is W_q^T W_k. Default: key."
 )

@@ -26,9 +26,10 @@ _WEIGHT = flags.DEFINE_multi_float(
     "weight", [], "Share of the training tokens, one for every --source, in order."
 )
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", "", "train:SIZE (byte-level BPE on the training documents), a tokenizer.json, or "
-    "hf:NAME."
-)  # fmt: skip
+    "tokenizer",
+    "",
+    "train:SIZE (byte-level BPE on the training documents), a tokenizer.json, or hf:NAME.",
+)
 _OUT = flags.DEFINE_string("out", "", "Directory to make; new or empty.")
 _SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Predicted tokens of a record.")
 _TRAIN_TOKENS = flags.DEFINE_integer(
@@ -63,12 +64,19 @@ def main() -> None:
     workers = len(os.sched_getaffinity(0)) if _WORKERS.value is None else _WORKERS.value
     if workers < 1:
         raise errors.UsageError(f"--workers: expected at least 1, found {workers}. See --help.")
-    options: dict[str, Any] = {"sources": _SOURCE, "weights": _WEIGHT, "tokenizer": _TOKENIZER,
-        "sequence_length": _SEQUENCE_LENGTH, "train_tokens": _TRAIN_TOKENS,
-        "validation_tokens": _VALIDATION_TOKENS, "end_of_text": _END_OF_TEXT,
-        "eos_token": _EOS_TOKEN, "max_bad_lines": _MAX_BAD_LINES,
-        "benchmark_dir": _BENCHMARK_DIR, "decontaminate": _DECONTAMINATE,
-    }  # fmt: skip
+    options: dict[str, Any] = {
+        "sources": _SOURCE,
+        "weights": _WEIGHT,
+        "tokenizer": _TOKENIZER,
+        "sequence_length": _SEQUENCE_LENGTH,
+        "train_tokens": _TRAIN_TOKENS,
+        "validation_tokens": _VALIDATION_TOKENS,
+        "end_of_text": _END_OF_TEXT,
+        "eos_token": _EOS_TOKEN,
+        "max_bad_lines": _MAX_BAD_LINES,
+        "benchmark_dir": _BENCHMARK_DIR,
+        "decontaminate": _DECONTAMINATE,
+    }
     given = {
         name: tuple(flag.value) if isinstance(flag.value, list) else flag.value
         for name, flag in options.items()

@@ -31,9 +31,11 @@ _DEVICES = flags.DEFINE_list(
 _STATUS = flags.DEFINE_bool("status", False, "Show how far every step is, and end.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show steps and costs; write nothing.")
 _RATE = flags.DEFINE_float(
-    "tokens_per_second", None, "For the time of --dry_run, instead of what runs have measured.",
+    "tokens_per_second",
+    None,
+    "For the time of --dry_run, instead of what runs have measured.",
     lower_bound=1e-9,
-)  # fmt: skip
+)
 _PRINT_COMMANDS = flags.DEFINE_bool(
     "print_commands", False, "Print one shell line a step, for a scheduler; run nothing."
 )

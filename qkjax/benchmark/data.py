@@ -109,18 +109,23 @@ def _prepare(
     request: Request, tokenizer: pathlib.Path, text: pathlib.Path, out: pathlib.Path
 ) -> float:
     """Tokens/s of the whole command, start of the processes and all; per token of the text."""
-    from qkjax.data import manifest
+    from qkjax.data import manifest as manifest_lib
 
     # A sixtieth of the text, as in the study: 5M of 300M.
     validation = max(1, request.characters // 4 // 60)
     start = time.perf_counter()
     _checked(
-        [_ROOT / "tools" / "prepare_data.py", f"--source=jsonl:{text}",
-         f"--tokenizer={tokenizer}", f"--sequence_length={request.sequence_length}",
-         f"--validation_tokens={validation}", f"--out={out}"]
-    )  # fmt: skip
+        [
+            _ROOT / "tools" / "prepare_data.py",
+            f"--source=jsonl:{text}",
+            f"--tokenizer={tokenizer}",
+            f"--sequence_length={request.sequence_length}",
+            f"--validation_tokens={validation}",
+            f"--out={out}",
+        ]
+    )
     seconds = time.perf_counter() - start
-    splits = manifest.load(out).splits.values()
+    splits = manifest_lib.load(out).splits.values()
     return sum(split.num_tokens for split in splits) / seconds
 
 

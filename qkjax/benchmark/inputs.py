@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from qkjax import checkpoint, config, model, muon
+from qkjax import checkpoint, model, muon
+from qkjax import config as config_lib
 
 
 def main(path: str, values: dict[str, Any]) -> None:
-    settings = config.from_dict(values)
+    settings = config_lib.from_dict(values)
     params = jax.jit(model.init, static_argnums=1)(jax.random.key(0), settings.model)
     named = dict(zip(checkpoint.leaf_names(params), jax.tree.leaves(params), strict=True))
     shape = (settings.train.sequences_per_step, settings.model.sequence_length + 1)

@@ -7,7 +7,6 @@ from typing import Any
 from qkjax import (
     attention,
     checkpoint,
-    config,
     eval_step,
     losses,
     model,
@@ -16,6 +15,7 @@ from qkjax import (
     startup,
     train_step,
 )
+from qkjax import config as config_lib
 from qkjax.benchmark import arrays
 from qkjax.config import Config
 
@@ -43,7 +43,7 @@ class Step(JaxWork):
     """`train_step` as a run compiles it: forward, backward, clipping, optimiser, checks."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        settings = self.settle(config.from_dict(spec["config"]))
+        settings = self.settle(config_lib.from_dict(spec["config"]))
         mesh = sharding.make_mesh()
         params, tokens = self.load(settings, spec)
         transformation = self.transformation(settings, params)
@@ -133,7 +133,7 @@ class _Attention(_Gradient):
     implementation: str
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        settings = config.from_dict(spec["config"])
+        settings = config_lib.from_dict(spec["config"])
         dtype = jnp.dtype(settings.model.dtype)
         *vectors, weight = arrays.attention_inputs(settings)
         self._inputs = (*(jnp.asarray(x, dtype) for x in vectors), jnp.asarray(weight))
@@ -161,7 +161,7 @@ class ChunkedLoss(_Gradient):
     """The loss and its gradients by hidden states and table."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        settings = config.from_dict(spec["config"])
+        settings = config_lib.from_dict(spec["config"])
         hidden, table, targets = arrays.loss_inputs(settings)
         dtype = jnp.dtype(settings.model.dtype)
         self._inputs = (jnp.asarray(hidden, dtype), jnp.asarray(table), jnp.asarray(targets))
@@ -187,7 +187,7 @@ class LossEvaluation(JaxWork):
     """The validation loss of one batch, without any other measure."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        settings = config.from_dict(spec["config"])
+        settings = config_lib.from_dict(spec["config"])
         inputs = np.load(spec["inputs"])
         self._mesh = sharding.make_mesh()
         self._params = jax.device_put(_params(settings, inputs), sharding.replicated(self._mesh))

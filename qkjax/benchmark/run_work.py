@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from qkjax import config, model, train
+from qkjax import config as config_lib
+from qkjax import model, train
 from qkjax.benchmark import jax_work
 from qkjax.config import Config
-from qkjax.data import dataset, pipeline
+from qkjax.data import dataset as dataset_lib
+from qkjax.data import pipeline
 
 STEPS = 153
 _EVALUATED = 0.1  # tokens, of those trained in between
@@ -27,7 +29,7 @@ class Steps(jax_work.Step):
     """The run's program on its first batch, again and again."""
 
     def load(self, settings: Config, spec: dict[str, Any]) -> tuple[model.Params, np.ndarray]:
-        data = dataset.open_dataset(settings)
+        data = dataset_lib.open_dataset(settings)
         loader = pipeline.TrainLoader(
             data.directory,
             data.manifest,
@@ -45,7 +47,7 @@ class Run(jax_work.JaxWork):
     """`train_and_evaluate` in a fresh run directory, from its first line to its summary."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        self._settings = config.from_dict(spec["config"])
+        self._settings = config_lib.from_dict(spec["config"])
         self._folder = pathlib.Path(spec["inputs"]).parent
 
     def first(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ that module alone, so that no variant pays for another's libraries.
 import dataclasses
 from typing import Any
 
-from qkjax import config as configs
+from qkjax import config as config_lib
 from qkjax import errors
 from qkjax.config import Config
 
@@ -93,9 +93,14 @@ SHAPES = ("tiny", "small", "full")
 ARMS = tuple(f"{optimizer}_{qk}" for optimizer in ("adamw", "muon") for qk in ("qk", "noqk"))
 # Between tiny and full, for CPUs: heads and T of a real size, a step of two seconds.
 _SMALL = {
-    "num_layers": 6, "d_model": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64,
-    "d_ff": 704, "sequence_length": 512,
-}  # fmt: skip
+    "num_layers": 6,
+    "d_model": 256,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+    "d_ff": 704,
+    "sequence_length": 512,
+}
 # Sequences of a step unless given: the study's 65,536 tokens do not fit a CPU's patience.
 _SEQUENCES = {"tiny": 8, "small": 8, "full": 1}
 _GPU_SEQUENCES = {"tiny": 8, "small": 8, "full": 32}
@@ -135,7 +140,7 @@ def make_config(
     """
     optimizer, _, qk = arm.partition("_")
     words = "full" if shape == "full" else "tiny"
-    values = configs.base(optimizer, "learned" if qk == "qk" else "none", words)
+    values = config_lib.base(optimizer, "learned" if qk == "qk" else "none", words)
     if shape == "small":
         values.model.update(_SMALL)
     default = (_GPU_SEQUENCES if platform == "gpu" else _SEQUENCES)[shape]
@@ -143,7 +148,7 @@ def make_config(
     values.train.microbatch_sequences = 0
     values.data.dir = data_dir
     values.optimizer.warmup_fraction = values.optimizer.decay_fraction = 0.0
-    return configs.resolve(values).for_platform(platform)
+    return config_lib.resolve(values).for_platform(platform)
 
 
 def work_class(name: str, variant: str) -> tuple[str, str]:

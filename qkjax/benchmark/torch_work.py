@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qkjax import config
+from qkjax import config as config_lib
 from qkjax.benchmark import arrays, torch_model
 from qkjax.benchmark.torch_muon import Muon
 
@@ -42,7 +42,7 @@ class Step(_Work):
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.torch_device = prepare(spec["platform"])
-        self.config = config.from_dict(spec["config"])
+        self.config = config_lib.from_dict(spec["config"])
         inputs = np.load(spec["inputs"])
         self.model = torch_model.Decoder(self.config.model)
         prefix = "params/"
@@ -201,7 +201,7 @@ class Attention(_Gradient):
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.torch_device = prepare(spec["platform"])
-        settings = config.from_dict(spec["config"])
+        settings = config_lib.from_dict(spec["config"])
         dtype = getattr(torch, settings.model.dtype)
         *vectors, weight = (torch.from_numpy(x) for x in arrays.attention_inputs(settings))
         self.leaves = [x.to(self.torch_device, dtype).requires_grad_() for x in vectors]
@@ -226,7 +226,7 @@ class Loss(_Gradient):
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.torch_device = prepare(spec["platform"])
-        settings = config.from_dict(spec["config"])
+        settings = config_lib.from_dict(spec["config"])
         hidden, table, targets = (torch.from_numpy(x) for x in arrays.loss_inputs(settings))
         dtype = getattr(torch, settings.model.dtype)
         self.leaves = [

@@ -1,8 +1,8 @@
 """Proves that a dataset is what its manifest says, and that nothing held out is trained on."""
 
+import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Report:
     extra_files: list[str]
 
 
-def check(directory: str | Path, *, progress: Callable[[str], None] = print) -> Report:
+def check(directory: str | pathlib.Path, *, progress: Callable[[str], None] = print) -> Report:
     """Checks every promise of a dataset directory, reading all of it.
 
     Sizes and digests; record counts and lengths; ids below the vocabulary; neighbouring records
@@ -42,7 +42,7 @@ def check(directory: str | Path, *, progress: Callable[[str], None] = print) -> 
 
     Raises: UsageError that names the file, record or document.
     """
-    folder = Path(directory)
+    folder = pathlib.Path(directory)
     manifest = manifest_lib.load(folder)
     extra = manifest_lib.verify_files(manifest, folder)
     progress(f"{folder}: digests")
@@ -90,7 +90,7 @@ def summary(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _load_documents(manifest: manifest_lib.Manifest, folder: Path, split: str) -> Documents:
+def _load_documents(manifest: manifest_lib.Manifest, folder: pathlib.Path, split: str) -> Documents:
     record = manifest.documents.get(split)
     if record is None:
         raise errors.UsageError(
@@ -113,7 +113,7 @@ def _load_documents(manifest: manifest_lib.Manifest, folder: Path, split: str) -
 
 
 def _check_tables(
-    manifest: manifest_lib.Manifest, folder: Path, tables: dict[str, Documents]
+    manifest: manifest_lib.Manifest, folder: pathlib.Path, tables: dict[str, Documents]
 ) -> None:
     """The documents of a split fill its stream without gaps, on the right side of the rule."""
     for name, table in tables.items():
@@ -147,7 +147,7 @@ class _SplitChecker:
     def __init__(
         self,
         manifest: manifest_lib.Manifest,
-        folder: Path,
+        folder: pathlib.Path,
         split: str,
         tokenizer: tokenizer_lib.Tokenizer,
         table: Documents,

@@ -7,7 +7,7 @@ from absl import logging
 
 from qkjax import errors
 from qkjax.config import Config
-from qkjax.data import manifest as manifests
+from qkjax.data import manifest as manifest_lib
 from qkjax.data import prepare, request, staging
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -18,7 +18,7 @@ class Dataset:
     """A directory of shards and what is in it."""
 
     directory: pathlib.Path
-    manifest: manifests.Manifest
+    manifest: manifest_lib.Manifest
 
 
 def require_directory(config: Config) -> None:
@@ -55,8 +55,8 @@ def open_dataset(config: Config) -> Dataset:
         directory = prepare.prepare_embedded(
             _REPOSITORY / "data" / name, end_of_text=config.data.end_of_text
         )
-    manifest = manifests.load(directory)
-    foreign = manifests.verify_files(manifest, directory)
+    manifest = manifest_lib.load(directory)
+    foreign = manifest_lib.verify_files(manifest, directory)
     if foreign:
         logging.warning("%s: not in dataset.json, so not read: %s", directory, ", ".join(foreign))
     where = directory / "dataset.json"
@@ -82,6 +82,6 @@ def open_dataset(config: Config) -> Dataset:
     return Dataset(directory, manifest)
 
 
-def passes_over_data(config: Config, manifest: manifests.Manifest, steps: int) -> float:
+def passes_over_data(config: Config, manifest: manifest_lib.Manifest, steps: int) -> float:
     """How often `steps` steps go through the training split."""
     return steps * config.train.sequences_per_step / manifest.splits["train"].num_sequences

@@ -7,12 +7,12 @@ without a download. The text follows the versions that are installed: they are r
 import ast
 import hashlib
 import importlib.metadata
+import pathlib
 import platform
 import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 from qkjax import errors
 
@@ -79,7 +79,7 @@ def documents() -> Iterator[tuple[str, str]]:
     yield from pieces
 
 
-def modules() -> list[tuple[str, Path]]:
+def modules() -> list[tuple[str, pathlib.Path]]:
     """(dotted module name, file) of every module that is read, sorted by name."""
     result = _standard_library() + [
         pair for name, folder in _DISTRIBUTIONS for pair in _distribution(name, folder)
@@ -87,8 +87,8 @@ def modules() -> list[tuple[str, Path]]:
     return sorted((_dotted(parts), path) for parts, path in result)
 
 
-def _standard_library() -> list[tuple[tuple[str, ...], Path]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
+def _standard_library() -> list[tuple[tuple[str, ...], pathlib.Path]]:
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     names = sys.stdlib_module_names - _OPTIONAL_STANDARD
     files = [root / f"{name}.py" for name in names]
     for name in names:
@@ -100,14 +100,14 @@ def _standard_library() -> list[tuple[tuple[str, ...], Path]]:
     ]
 
 
-def _distribution(name: str, folder: str) -> list[tuple[tuple[str, ...], Path]]:
+def _distribution(name: str, folder: str) -> list[tuple[tuple[str, ...], pathlib.Path]]:
     files = importlib.metadata.distribution(name).files
     if not files:
         raise errors.UsageError(
             f"docstrings: {name} does not list its files. Install it again with pip."
         )
     return [
-        (file.parts, Path(str(file.locate())))
+        (file.parts, pathlib.Path(str(file.locate())))
         for file in files
         if file.parts[0] == folder and file.suffix == ".py" and not _is_test(file.parts)
     ]
@@ -147,7 +147,7 @@ def _module_documents() -> Iterator[tuple[str, str]]:
             yield f"{module}#{number}", "".join(piece)
 
 
-def _docstrings(module: str, path: Path) -> Iterator[tuple[str, str]]:
+def _docstrings(module: str, path: pathlib.Path) -> Iterator[tuple[str, str]]:
     """(qualified name, docstring) of the module and of what it defines, in source order."""
     try:
         with warnings.catch_warnings():

@@ -2,8 +2,8 @@
 
 import abc
 import itertools
+import pathlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -43,10 +43,10 @@ class Source(abc.ABC):
 class FileSource(Source):
     """Files that are read one after the other."""
 
-    def __init__(self, name: str, files: list[Path]) -> None:
+    def __init__(self, name: str, files: list[pathlib.Path]) -> None:
         super().__init__(name)
         self._files = files
-        self._before: dict[Path, int] = {}  # bytes of the files before this one
+        self._before: dict[pathlib.Path, int] = {}  # bytes of the files before this one
         self._total = 0
         for path in files:
             self._before[path] = self._total
@@ -64,12 +64,12 @@ class FileSource(Source):
             self._count(path, 0)
             yield from self._read(path)
 
-    def _count(self, path: Path, read_bytes: int) -> None:
+    def _count(self, path: pathlib.Path, read_bytes: int) -> None:
         """Sets `fraction` when `read_bytes` of the file `path` are read."""
         self.fraction = (self._before[path] + read_bytes) / max(self._total, 1)
 
     @abc.abstractmethod
-    def _read(self, path: Path) -> Iterator[Document]: ...
+    def _read(self, path: pathlib.Path) -> Iterator[Document]: ...
 
 
 def text_of_row(value: Any, column: str) -> str:

@@ -7,8 +7,8 @@ be reached is reported at once, with the way to bring the files from another mac
 import itertools
 import json
 import logging
+import pathlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from qkjax import errors
@@ -38,7 +38,7 @@ class HubDataset(documents.Source):
             ) from None
         datasets.disable_progress_bars()
         logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it raises
-        self._folder = Path(self._dataset) if Path(self._dataset).is_dir() else None
+        self._folder = pathlib.Path(self._dataset) if pathlib.Path(self._dataset).is_dir() else None
         self._revision = None if self._folder else _revision(name, self._dataset)
         try:
             self._rows = datasets.load_dataset(
@@ -103,7 +103,7 @@ def fetch_tokenizer(spec: str, name: str) -> tuple[bytes, str]:
     names none).
     Raises: UsageError where it cannot be had; `spec` is what the user wrote.
     """
-    folder = Path(name)
+    folder = pathlib.Path(name)
     if not folder.is_dir():
         folder = _download_tokenizer(spec, name)
     path = folder / "tokenizer.json"
@@ -119,12 +119,12 @@ def fetch_tokenizer(spec: str, name: str) -> tuple[bytes, str]:
     return path.read_bytes(), token if isinstance(token, str) else ""
 
 
-def _download_tokenizer(spec: str, name: str) -> Path:
+def _download_tokenizer(spec: str, name: str) -> pathlib.Path:
     import huggingface_hub as hub
     from huggingface_hub import errors as hub_errors
 
-    def get(file: str, local: bool) -> Path:
-        return Path(hub.hf_hub_download(name, file, local_files_only=local)).parent
+    def get(file: str, local: bool) -> pathlib.Path:
+        return pathlib.Path(hub.hf_hub_download(name, file, local_files_only=local)).parent
 
     offline = None
     try:  # the download itself would try for half a minute before it says that there is no network

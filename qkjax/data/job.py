@@ -4,8 +4,8 @@ import dataclasses
 import importlib.metadata
 import math
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ class Job:
         request: Request,
         opened: Sequence[sources.Source],
         tokenizer: tokenizer_lib.Tokenizer | None,
-        work: Path,
+        work: pathlib.Path,
         progress: Callable[[str], None],
     ) -> None:
         self._request = request

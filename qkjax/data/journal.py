@@ -8,7 +8,7 @@ another version is of no use; it is refused where training shards would be lost 
 import hashlib
 import json
 import os
-from pathlib import Path
+import pathlib
 from typing import Any
 
 from qkjax import errors
@@ -24,7 +24,7 @@ def identity(description: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load(work: Path, wanted: str) -> dict[str, Any] | None:
+def load(work: pathlib.Path, wanted: str) -> dict[str, Any] | None:
     """The journal of the preparation with the identity `wanted`; None where there is none.
 
     Raises:
@@ -46,7 +46,7 @@ def load(work: Path, wanted: str) -> dict[str, Any] | None:
     return None
 
 
-def save(work: Path, content: dict[str, Any]) -> None:
+def save(work: pathlib.Path, content: dict[str, Any]) -> None:
     """Replaces the journal; what it speaks of must be on the disk already."""
     temporary = work / f"{FILE_NAME}.new"
     with open(temporary, "w", encoding="utf-8") as file:

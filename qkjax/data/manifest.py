@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from pathlib import Path
+import pathlib
 from typing import Any
 
 from qkjax import errors
@@ -98,13 +98,13 @@ class Manifest:
         return (self.sequence_length + 1) * ITEM_BYTES[self.dtype]
 
 
-def load(directory: str | Path) -> Manifest:
+def load(directory: str | pathlib.Path) -> Manifest:
     """Reads and checks dataset.json of `directory`; the shards themselves are not opened.
 
     Raises UsageError where it is missing, not JSON, of another format_version, lacks a field or
     contradicts itself; the message names the file and how to rebuild it.
     """
-    path = Path(directory) / FILE_NAME
+    path = pathlib.Path(directory) / FILE_NAME
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -124,9 +124,9 @@ def load(directory: str | Path) -> Manifest:
     return result
 
 
-def write(manifest: Manifest, directory: str | Path) -> None:
+def write(manifest: Manifest, directory: str | pathlib.Path) -> None:
     """Writes dataset.json atomically: it is either absent or whole."""
-    folder = Path(directory)
+    folder = pathlib.Path(directory)
     temporary = folder / f".{FILE_NAME}.{os.getpid()}"
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(_as_json(manifest), file, indent=1, ensure_ascii=False)
@@ -137,13 +137,13 @@ def write(manifest: Manifest, directory: str | Path) -> None:
     sync_directory(folder)
 
 
-def verify_files(manifest: Manifest, directory: str | Path) -> list[str]:
+def verify_files(manifest: Manifest, directory: str | pathlib.Path) -> list[str]:
     """Checks that every listed shard exists with its recorded size, without reading it.
 
     Returns the names of *.array_record files that the manifest does not list: nothing reads them.
     Raises UsageError that lists all missing shards, or names the first of another size.
     """
-    folder = Path(directory)
+    folder = pathlib.Path(directory)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     missing = [shard.file for shard in shards if not (folder / shard.file).is_file()]
     if missing:
@@ -163,12 +163,12 @@ def verify_files(manifest: Manifest, directory: str | Path) -> list[str]:
     return sorted(p.name for p in folder.glob("*.array_record") if p.name not in listed)
 
 
-def verify_digests(manifest: Manifest, directory: str | Path) -> None:
+def verify_digests(manifest: Manifest, directory: str | pathlib.Path) -> None:
     """Checks the sha256 of every shard, of the tokenizer and of the document tables.
 
     Raises UsageError that names the first file that is missing or differs.
     """
-    folder = Path(directory)
+    folder = pathlib.Path(directory)
     verify_files(manifest, folder)
     expected = {manifest.tokenizer.file: manifest.tokenizer.sha256}
     expected |= {record.file: record.sha256 for record in manifest.documents.values()}
@@ -183,7 +183,7 @@ def verify_digests(manifest: Manifest, directory: str | Path) -> None:
             raise errors.UsageError(f"{path}: expected sha256 {digest}, found {found}. {_REBUILD}")
 
 
-def file_sha256(path: str | Path) -> str:
+def file_sha256(path: str | pathlib.Path) -> str:
     """sha256 of a file's bytes, hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -192,7 +192,7 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def sync_directory(directory: str | Path) -> None:
+def sync_directory(directory: str | pathlib.Path) -> None:
     """Makes renames inside `directory` survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -208,7 +208,7 @@ def _as_json(manifest: Manifest) -> dict[str, Any]:
 class _Reader:
     """Turns the parsed JSON into a Manifest; every complaint names the file and the field."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: pathlib.Path) -> None:
         self._path = path
 
     def error(self, problem: str) -> errors.UsageError:

@@ -10,9 +10,9 @@ files that all worker processes share; training documents stream past.
 
 import itertools
 import json
+import pathlib
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,7 +106,7 @@ class Index:
         return counts
 
 
-def build(hashes_by_name: Mapping[str, np.ndarray], folder: Path) -> None:
+def build(hashes_by_name: Mapping[str, np.ndarray], folder: pathlib.Path) -> None:
     """Writes an index of hashes, uint64 [n] for some of NAMES, for `load` to open."""
     every = np.concatenate([*hashes_by_name.values(), np.zeros(0, np.uint64)])
     hashes = _distinct(every)
@@ -121,18 +121,20 @@ def build(hashes_by_name: Mapping[str, np.ndarray], folder: Path) -> None:
         np.save(folder / _FILES[name], array)
 
 
-def load(folder: str | Path) -> Index:
+def load(folder: str | pathlib.Path) -> Index:
     """Opens the index that `build` wrote; its memory is shared with other processes."""
-    hashes, labels, bits = (np.load(Path(folder) / file, mmap_mode="r") for file in _FILES.values())
+    hashes, labels, bits = (
+        np.load(pathlib.Path(folder) / file, mmap_mode="r") for file in _FILES.values()
+    )
     return Index(hashes, labels, bits)
 
 
-def benchmark_files(folder: str | Path) -> dict[str, list[Path]]:
+def benchmark_files(folder: str | pathlib.Path) -> dict[str, list[pathlib.Path]]:
     """The files NAME*.jsonl of each benchmark, in `folder` or below; [] where there is none.
 
     Raises: UsageError where there is none of any benchmark.
     """
-    found = {name: sorted(Path(folder).rglob(f"{name}*.jsonl")) for name in BENCHMARKS}
+    found = {name: sorted(pathlib.Path(folder).rglob(f"{name}*.jsonl")) for name in BENCHMARKS}
     if not any(found.values()):
         raise errors.UsageError(
             f"--benchmark_dir={folder}: no {' or '.join(f'{n}*.jsonl' for n in BENCHMARKS)} in it. "
@@ -141,7 +143,7 @@ def benchmark_files(folder: str | Path) -> dict[str, list[Path]]:
     return found
 
 
-def benchmark_ngrams(files: Sequence[Path]) -> np.ndarray:
+def benchmark_ngrams(files: Sequence[pathlib.Path]) -> np.ndarray:
     """uint64 [n]: the n-grams of a benchmark's items; a context is joined with each ending."""
     parts = [np.zeros(0, np.uint64)]
     items = itertools.chain.from_iterable(map(_items, files))
@@ -150,7 +152,7 @@ def benchmark_ngrams(files: Sequence[Path]) -> np.ndarray:
     return _distinct(np.concatenate(parts))
 
 
-def _items(path: Path) -> Iterator[str]:
+def _items(path: pathlib.Path) -> Iterator[str]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:

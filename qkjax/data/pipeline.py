@@ -9,8 +9,8 @@ checked against the vocabulary here, on the host: on devices a wrong one would b
 import bisect
 import hashlib
 import itertools
+import pathlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -51,7 +51,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | pathlib.Path,
         manifest: manifest_lib.Manifest,
         *,
         seed: int,
@@ -74,7 +74,7 @@ class TrainLoader:
                 share equally; while iterating, also damaged records and ids outside the vocabulary.
         """
         self._local_sequences = _share("train.tokens_per_step", sequences_per_step, process_count)
-        self._shards = _Shards(Path(directory), manifest, "train")
+        self._shards = _Shards(pathlib.Path(directory), manifest, "train")
         self._sequences_per_step = sequences_per_step
         self._step = start_step
         dataset = (
@@ -159,7 +159,7 @@ def num_validation_sequences(manifest: manifest_lib.Manifest, num_tokens: int) -
 
 
 def read_validation(
-    directory: str | Path,
+    directory: str | pathlib.Path,
     manifest: manifest_lib.Manifest,
     *,
     num_tokens: int,
@@ -179,7 +179,7 @@ def read_validation(
     """
     rows = _share("sequences_per_batch", sequences_per_batch, process_count)
     total = num_validation_sequences(manifest, num_tokens)
-    shards = _Shards(Path(directory), manifest, "validation")
+    shards = _Shards(pathlib.Path(directory), manifest, "validation")
     try:
         for first in range(process_index * rows, process_index * rows + total, sequences_per_batch):
             ids = range(first, min(first + rows, total))
@@ -203,7 +203,9 @@ def _share(field: str, sequences: int, process_count: int) -> int:
 class _Shards:
     """The records of one split by position, decoded and checked. Reading is thread-safe."""
 
-    def __init__(self, directory: Path, manifest: manifest_lib.Manifest, split: str) -> None:
+    def __init__(
+        self, directory: pathlib.Path, manifest: manifest_lib.Manifest, split: str
+    ) -> None:
         manifest_lib.verify_files(manifest, directory)
         shards = manifest.splits[split].shards
         self._manifest = manifest
@@ -256,7 +258,7 @@ class _Shards:
         return errors.UsageError(f"{self._paths[shard]} record {number}: {problem}. {_REBUILD}")
 
 
-def _open(path: Path, num_records: int) -> array_record_module.ArrayRecordReader:
+def _open(path: pathlib.Path, num_records: int) -> array_record_module.ArrayRecordReader:
     try:
         reader = array_record_module.ArrayRecordReader(
             str(path), options=_READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER_BYTES

@@ -1,8 +1,8 @@
 """Text to a dataset directory: whole-document hold-out, tokens, shards, manifest."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from qkjax import errors
 from qkjax.data import journal, sources, staging
@@ -14,7 +14,7 @@ from qkjax.data.request import Request
 
 def prepare(
     request: Request,
-    directory: str | Path,
+    directory: str | pathlib.Path,
     *,
     workers: int = 1,
     wait: bool = False,
@@ -34,7 +34,7 @@ def prepare(
     files in `directory`; StorageError for the disk.
     """
     staging.require_local("--out", directory)
-    folder = Path(directory)
+    folder = pathlib.Path(directory)
     opened = [
         sources.open_source(spec, max_bad_lines=request.max_bad_lines) for spec in request.sources
     ]
@@ -66,21 +66,21 @@ def prepare(
 
 
 def prepare_embedded(
-    directory: str | Path,
+    directory: str | pathlib.Path,
     *,
     sequence_length: int = 256,
     vocab_size: int = 4096,
     validation_tokens: int = 100_000,
     end_of_text: bool = True,
     progress: Callable[[str], None] = print,
-) -> Path:
+) -> pathlib.Path:
     """The embedded corpus as a dataset in `directory`: made when absent, reused when present.
 
     A dataset that was made with other versions of the libraries is still reused, so that an
     upgrade does not take the data away from under the runs that are compared on it.
     Several processes may ask at once: one makes it, the others wait.
     """
-    folder = Path(directory)
+    folder = pathlib.Path(directory)
     request = Request(
         sources=("docstrings",),
         tokenizer=f"train:{vocab_size}",
@@ -93,7 +93,7 @@ def prepare_embedded(
     return folder
 
 
-def _find_finished(request: Request, folder: Path) -> manifest_lib.Manifest | None:
+def _find_finished(request: Request, folder: pathlib.Path) -> manifest_lib.Manifest | None:
     """The finished dataset in `folder`, None where there is none; UsageError for another one."""
     if not (folder / manifest_lib.FILE_NAME).exists():
         return None
@@ -117,7 +117,7 @@ def _find_finished(request: Request, folder: Path) -> manifest_lib.Manifest | No
 
 def _check_same_origin(
     found: manifest_lib.Manifest,
-    folder: Path,
+    folder: pathlib.Path,
     opened: Sequence[sources.Source],
     tokenizer: tokenizer_lib.Tokenizer | None,
 ) -> None:

@@ -7,9 +7,9 @@ is predicted once; the tail that fills no record is dropped.
 import base64
 import dataclasses
 import os
+import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class SplitWriter:
 
     def __init__(
         self,
-        directory: Path,
+        directory: pathlib.Path,
         split: str,
         *,
         sequence_length: int,
@@ -252,7 +252,7 @@ class SplitWriter:
         )
         self._open_records = 0
 
-    def _staged_path(self, index: int) -> Path:
+    def _staged_path(self, index: int) -> pathlib.Path:
         return self._directory / f"{self._split}-{index:05d}.unfinished"
 
     def _storage_error(self, error: Exception) -> errors.StorageError:
@@ -267,7 +267,7 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def check_finished(path: Path, sha256: str) -> None:
+def check_finished(path: pathlib.Path, sha256: str) -> None:
     """Refuses to go on behind a shard that is not the one that was finished: StorageError."""
     if not path.exists() or manifest_lib.file_sha256(path) != sha256:
         raise errors.StorageError(
@@ -277,7 +277,7 @@ def check_finished(path: Path, sha256: str) -> None:
 
 
 def read_records(
-    manifest: manifest_lib.Manifest, directory: Path, split: str
+    manifest: manifest_lib.Manifest, directory: pathlib.Path, split: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (shard file, ids [n, T+1]) of every shard of a split, in order.
 

@@ -10,9 +10,9 @@ import gzip
 import itertools
 import json
 import lzma
+import pathlib
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
 
 from qkjax import errors
@@ -73,9 +73,9 @@ def _split_column(rest: str) -> tuple[str, str]:
     return rest.removesuffix(":"), "text"
 
 
-def _files(spec: str, pattern: str) -> list[Path]:
+def _files(spec: str, pattern: str) -> list[pathlib.Path]:
     # Sorted as strings: the order of documents must not depend on the file system.
-    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    found = [pathlib.Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
     files = [path for path in found if path.is_file()]
     if not files:
         raise errors.UsageError(
@@ -109,7 +109,7 @@ class _Docstrings(Source):
 class _LineSource(FileSource):
     """Files of lines, plain or compressed."""
 
-    def _lines(self, path: Path) -> Iterator[bytes]:
+    def _lines(self, path: pathlib.Path) -> Iterator[bytes]:
         """The lines; a damaged archive is named with the last good line."""
         number = 0
         try:
@@ -128,7 +128,7 @@ class _LineSource(FileSource):
 class _Text(_LineSource):
     """Every file is one document."""
 
-    def _read(self, path: Path) -> Iterator[Document]:
+    def _read(self, path: pathlib.Path) -> Iterator[Document]:
         data = b"".join(self._lines(path)).removeprefix(_BYTE_ORDER_MARK)
         if b"\0" in data:
             line = data.count(b"\n", 0, data.index(b"\0")) + 1
@@ -150,12 +150,14 @@ class _Text(_LineSource):
 class _JsonLines(_LineSource):
     """Every line is a JSON object with the text in one field."""
 
-    def __init__(self, name: str, files: list[Path], field: str, max_bad_lines: int) -> None:
+    def __init__(
+        self, name: str, files: list[pathlib.Path], field: str, max_bad_lines: int
+    ) -> None:
         super().__init__(name, files)
         self._field = field
         self._max_bad_lines = max_bad_lines
 
-    def _read(self, path: Path) -> Iterator[Document]:
+    def _read(self, path: pathlib.Path) -> Iterator[Document]:
         number = 0
         for number, line in enumerate(self._lines(path), start=1):
             if number == 1:
@@ -202,7 +204,7 @@ class _JsonLines(_LineSource):
 class _Parquet(FileSource):
     """Every row is a document; null counts as empty text."""
 
-    def __init__(self, name: str, files: list[Path], column: str) -> None:
+    def __init__(self, name: str, files: list[pathlib.Path], column: str) -> None:
         super().__init__(name, files)
         self._column = column
         self._row = 0
@@ -214,13 +216,13 @@ class _Parquet(FileSource):
                 yield from self._read(path, start)
             start = max(0, start - num_rows)
 
-    def _num_rows(self, path: Path) -> int:
+    def _num_rows(self, path: pathlib.Path) -> int:
         import pyarrow.parquet
 
         with self._named(path), pyarrow.parquet.ParquetFile(path) as file:
             return file.metadata.num_rows
 
-    def _read(self, path: Path, start: int = 0) -> Iterator[Document]:
+    def _read(self, path: pathlib.Path, start: int = 0) -> Iterator[Document]:
         import pyarrow.parquet
 
         self._count(path, 0)
@@ -242,7 +244,7 @@ class _Parquet(FileSource):
                         yield Document(value.as_py() or "", f"{path} row {self._row}")
 
     @contextlib.contextmanager
-    def _named(self, path: Path) -> Iterator[None]:
+    def _named(self, path: pathlib.Path) -> Iterator[None]:
         """Says which file pyarrow could not read, and how far it came."""
         import pyarrow
 
@@ -255,7 +257,7 @@ class _Parquet(FileSource):
                 "The file is truncated or damaged: bring it again."
             ) from None
 
-    def _check_column(self, path: Path, schema: Any) -> None:
+    def _check_column(self, path: pathlib.Path, schema: Any) -> None:
         import pyarrow
 
         if self._column not in schema.names:
@@ -273,7 +275,7 @@ class _Parquet(FileSource):
 
 
 @contextlib.contextmanager
-def _unpacked(path: Path, raw: IO[bytes]) -> Iterator[Any]:
+def _unpacked(path: pathlib.Path, raw: IO[bytes]) -> Iterator[Any]:
     """`raw` decompressed as the suffix of `path` says."""
     if path.suffix == ".gz":
         yield gzip.open(raw, "rb")
@@ -285,7 +287,7 @@ def _unpacked(path: Path, raw: IO[bytes]) -> Iterator[Any]:
         yield raw
 
 
-def _zstd_lines(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
+def _zstd_lines(path: pathlib.Path, raw: IO[bytes]) -> Iterator[bytes]:
     """Lines of zstd frames. The library's own reader takes a truncated file for a whole one."""
     try:
         import zstandard

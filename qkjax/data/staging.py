@@ -9,11 +9,11 @@ import contextlib
 import fcntl
 import json
 import os
+import pathlib
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import IO
 
 from qkjax import errors
@@ -26,7 +26,7 @@ _MOVED = "moved.json"
 
 @contextlib.contextmanager
 def locked(
-    directory: Path, *, wait: bool, progress: Callable[[str], None] = print
+    directory: pathlib.Path, *, wait: bool, progress: Callable[[str], None] = print
 ) -> Iterator[None]:
     """Creates `directory` where needed and holds its lock; the lock dies with the process.
 
@@ -48,7 +48,7 @@ def locked(
         lock.close()
 
 
-def require_local(field: str, directory: str | Path) -> None:
+def require_local(field: str, directory: str | pathlib.Path) -> None:
     """Refuses a bucket: ArrayRecord reads and writes local files only. UsageError."""
     if "://" in str(directory):
         raise errors.UsageError(
@@ -57,7 +57,7 @@ def require_local(field: str, directory: str | Path) -> None:
         )
 
 
-def begin(directory: Path) -> Path:
+def begin(directory: pathlib.Path) -> pathlib.Path:
     """The folder to work in, under the lock, with whatever an interrupted run left there.
 
     Raises: UsageError where the directory holds anything that no run of ours left.
@@ -75,7 +75,7 @@ def begin(directory: Path) -> Path:
     return work
 
 
-def publish(directory: Path, manifest: manifest_lib.Manifest) -> None:
+def publish(directory: pathlib.Path, manifest: manifest_lib.Manifest) -> None:
     """Moves the manifest's files out of the work folder; the manifest makes them a dataset."""
     work = directory / _WORK
     names = [manifest.tokenizer.file, *(record.file for record in manifest.documents.values())]
@@ -100,12 +100,12 @@ def publish(directory: Path, manifest: manifest_lib.Manifest) -> None:
     discard(directory)
 
 
-def discard(directory: Path) -> None:
+def discard(directory: pathlib.Path) -> None:
     """Removes the work folder, which holds only what a run wrote itself."""
     shutil.rmtree(directory / _WORK, ignore_errors=True)
 
 
-def _take_back(directory: Path, names: list[str]) -> None:
+def _take_back(directory: pathlib.Path, names: list[str]) -> None:
     """Undoes a move that was cut short: without its manifest no file belongs outside."""
     for name in names:
         with contextlib.suppress(FileNotFoundError):
@@ -113,7 +113,7 @@ def _take_back(directory: Path, names: list[str]) -> None:
     (directory / _WORK / _MOVED).unlink(missing_ok=True)
 
 
-def _lock(directory: Path, wait: bool, progress: Callable[[str], None]) -> IO[str]:
+def _lock(directory: pathlib.Path, wait: bool, progress: Callable[[str], None]) -> IO[str]:
     path = directory / _LOCK
     told = False
     while True:

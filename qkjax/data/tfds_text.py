@@ -6,9 +6,9 @@ the directory that holds dataset_info.json.
 """
 
 import os
+import pathlib
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from qkjax import errors
@@ -99,7 +99,7 @@ def _builder(name: str, dataset: str) -> Any:
     import tensorflow_datasets as tfds
 
     try:
-        if Path(dataset).is_dir():
+        if pathlib.Path(dataset).is_dir():
             return tfds.builder_from_directory(dataset)
         return tfds.builder(dataset)
     except Exception as error:

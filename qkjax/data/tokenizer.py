@@ -5,9 +5,9 @@ characters that it is.
 """
 
 import hashlib
+import pathlib
 import string
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -107,7 +107,7 @@ class Tokenizer:
             )
 
 
-def load(path: str | Path, *, eos_token: str = "") -> Tokenizer:
+def load(path: str | pathlib.Path, *, eos_token: str = "") -> Tokenizer:
     """The tokenizer of a tokenizer.json file or of `hf:NAME`; UsageError where it cannot be used.
 
     Args:
@@ -118,7 +118,7 @@ def load(path: str | Path, *, eos_token: str = "") -> Tokenizer:
         content, named = hub.fetch_tokenizer(str(path), str(path).removeprefix(_HUB))
         return Tokenizer(content, eos_token=eos_token or named, name=str(path))
     try:
-        content = Path(path).read_bytes()
+        content = pathlib.Path(path).read_bytes()
     except FileNotFoundError:
         raise errors.UsageError(
             f"{path}: no such tokenizer file. Tokenizers are: {' or '.join(KINDS)}."
@@ -126,10 +126,10 @@ def load(path: str | Path, *, eos_token: str = "") -> Tokenizer:
     return Tokenizer(content, eos_token=eos_token, name=str(path))
 
 
-def of_dataset(manifest: manifest_lib.Manifest, directory: str | Path) -> Tokenizer:
+def of_dataset(manifest: manifest_lib.Manifest, directory: str | pathlib.Path) -> Tokenizer:
     """The tokenizer of a dataset; UsageError where it is not the one that made its tokens."""
     record = manifest.tokenizer
-    path = Path(directory) / record.file
+    path = pathlib.Path(directory) / record.file
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -202,7 +202,7 @@ def trained_size(spec: str) -> int | None:
         return int(rest)
     if kind == "hf" and rest:
         return None
-    if not spec or (colon and "/" not in kind and not Path(spec).exists()):
+    if not spec or (colon and "/" not in kind and not pathlib.Path(spec).exists()):
         raise errors.UsageError(
             f"--tokenizer={spec}: unknown tokenizer. Known are: {', '.join(KINDS)}."
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qkjax import errors
-from qkjax.data import manifest as manifests
+from qkjax.data import manifest as manifest_lib
 
 _FEWSHOT_SEED = 1234  # lm-eval's default
 _ORIGIN_FILE, _EXACT_FIELD = "hellaswag_val.origin.json", "exact_vs_lm_eval"
@@ -129,7 +129,7 @@ def read(benchmark: Benchmark, data_dir: pathlib.Path) -> Files:
     for split, pattern in benchmark.splits.items():
         path = _only_file(folder, pattern)
         rows[split] = _read_rows(path, benchmark)
-        digests[path.name] = manifests.file_sha256(path)
+        digests[path.name] = manifest_lib.file_sha256(path)
         needed = 1 if split == benchmark.scored_split else benchmark.num_fewshot
         if len(rows[split]) < needed:
             raise errors.UsageError(
@@ -139,7 +139,7 @@ def read(benchmark: Benchmark, data_dir: pathlib.Path) -> Files:
     is_exact = None
     if benchmark.name == "hellaswag" and (folder / _ORIGIN_FILE).is_file():
         is_exact = _read_exactness(folder / _ORIGIN_FILE, len(rows[benchmark.scored_split]))
-        digests[_ORIGIN_FILE] = manifests.file_sha256(folder / _ORIGIN_FILE)
+        digests[_ORIGIN_FILE] = manifest_lib.file_sha256(folder / _ORIGIN_FILE)
     return Files(rows, digests, is_exact)
 
 

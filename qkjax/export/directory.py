@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Callable
 
 from qkjax import errors, run_directory
-from qkjax.data import manifest as manifests
-from qkjax.data import tokenizer as tokenizers
+from qkjax.data import manifest as manifest_lib
+from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.export import card, hf, trained_run, verify
 from qkjax.export.trained_run import TrainedRun
 
@@ -99,12 +99,12 @@ def write(run: TrainedRun, out: pathlib.Path, dtype: str = "float32") -> None:
             (temporary / hf.WEIGHTS_FILE).chmod(usual)  # safetensors makes it the owner's alone
             for path in temporary.iterdir():
                 _sync(path)
-            manifests.sync_directory(temporary)
+            manifest_lib.sync_directory(temporary)
             temporary.rename(out)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        manifests.sync_directory(out.parent)
+        manifest_lib.sync_directory(out.parent)
     except OSError as error:
         raise run_directory.storage_error(out, error) from error
 
@@ -122,7 +122,7 @@ def _tokenizer_files(run: TrainedRun) -> dict[str, bytes]:
     if "add_prefix_space" in pre_tokenizer:  # transformers would set its own default instead
         config["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
     return {
-        tokenizers.FILE_NAME: run.tokenizer.content,
+        tokenizer_lib.FILE_NAME: run.tokenizer.content,
         "tokenizer_config.json": _json(config),
     }
 

@@ -22,8 +22,14 @@ from qkjax.export.benchmarks import Benchmark, Files
 
 BACKENDS = ("hf", "jax")
 _RUN_FIELDS = (
-    "arm", "seed", "step", "params_sha256", "dataset_fingerprint", "scale", "recipe",
-)  # fmt: skip
+    "arm",
+    "seed",
+    "step",
+    "params_sha256",
+    "dataset_fingerprint",
+    "scale",
+    "recipe",
+)
 _PACKAGES = {
     "hf": ("qkjax", "lm_eval", "datasets", "tokenizers", "transformers", "torch"),
     "jax": ("qkjax", "lm_eval", "datasets", "tokenizers", "jax", "jaxlib"),

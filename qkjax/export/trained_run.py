@@ -11,9 +11,9 @@ import numpy as np
 
 from qkjax import checkpoint, errors, model, run_directory
 from qkjax.config import Config
-from qkjax.data import dataset as datasets
-from qkjax.data import manifest as manifests
-from qkjax.data import tokenizer as tokenizers
+from qkjax.data import dataset as dataset_lib
+from qkjax.data import manifest as manifest_lib
+from qkjax.data import tokenizer as tokenizer_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class TrainedRun:
     step: int  # updates done
     params: model.Params  # numpy, float32, finite
     params_sha256: str
-    dataset: datasets.Dataset
-    tokenizer: tokenizers.Tokenizer
+    dataset: dataset_lib.Dataset
+    tokenizer: tokenizer_lib.Tokenizer
     environment: dict[str, Any]  # environment.json
     summary: dict[str, Any] | None  # summary.json; None: the run is not finished
 
@@ -76,7 +76,7 @@ def open_run(
             "Run its qkjax.main command again until it is done."
         )
     dataset = _open_dataset(workdir, config, data_dir, data_flag)
-    tokenizer = tokenizers.of_dataset(dataset.manifest, dataset.directory)
+    tokenizer = tokenizer_lib.of_dataset(dataset.manifest, dataset.directory)
     if tokenizer.vocab_size != config.model.vocab_size:
         raise errors.UsageError(
             f"{dataset.directory}: its tokenizer has {tokenizer.vocab_size} tokens, and the model "
@@ -99,16 +99,16 @@ def open_run(
 
 def _open_dataset(
     workdir: pathlib.Path, config: Config, data_dir: str | None, data_flag: str
-) -> datasets.Dataset:
+) -> dataset_lib.Dataset:
     directory = config.data.dir if data_dir is None else data_dir
     if not directory:
-        return datasets.open_dataset(config)  # the embedded corpus, made where it is missing
-    if not pathlib.Path(directory, manifests.FILE_NAME).is_file():
+        return dataset_lib.open_dataset(config)  # the embedded corpus, made where it is missing
+    if not pathlib.Path(directory, manifest_lib.FILE_NAME).is_file():
         raise errors.UsageError(
             f"{directory}: no dataset.json there, expected the dataset of {workdir}. "
             f"Where it has moved, give {data_flag}=DIR."
         )
-    return datasets.Dataset(pathlib.Path(directory), manifests.load(directory))
+    return dataset_lib.Dataset(pathlib.Path(directory), manifest_lib.load(directory))
 
 
 def _environment(workdir: pathlib.Path) -> dict[str, Any]:

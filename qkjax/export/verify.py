@@ -20,9 +20,9 @@ import numpy as np
 
 from qkjax import errors, model
 from qkjax.config import ModelConfig
-from qkjax.data import manifest as manifests
+from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
-from qkjax.data import tokenizer as tokenizers
+from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.export import hf
 from qkjax.export.trained_run import TrainedRun
 
@@ -178,8 +178,8 @@ def _check_tokenizer(directory: pathlib.Path, run: TrainedRun, records_NT: np.nd
     """The dataset's file; and AutoTokenizer reads the text of the records as training did."""
     import transformers
 
-    path = directory / tokenizers.FILE_NAME
-    if not path.is_file() or manifests.file_sha256(path) != run.tokenizer.sha256:
+    path = directory / tokenizer_lib.FILE_NAME
+    if not path.is_file() or manifest_lib.file_sha256(path) != run.tokenizer.sha256:
         return Check("tokenizer", "tokenizer.json is not the dataset's", passed=False)
     try:
         stock = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -4,16 +4,22 @@ from typing import NamedTuple
 
 _OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 _CONTROLS = {
-    "frozen": "γ frozen", "decayed": "γ decayed", "undecayed": "γ undecayed",
+    "frozen": "γ frozen",
+    "decayed": "γ decayed",
+    "undecayed": "γ undecayed",
     "merged": "QKVO merged",
-}  # fmt: skip
+}
 # Okabe & Ito (2008); the first two are the study's optimisers.
 HUES = {"adamw": "#0072B2", "muon": "#D55E00"}
 _MORE_HUES = ("#009E73", "#CC79A7", "#E69F00")
 _LINES = {
-    "qk": ("-", "o"), "noqk": ("--", "s"), "frozen": (":", "^"), "decayed": ("-.", "v"),
-    "undecayed": ((0, (5, 1, 1, 1, 1, 1)), "D"), "merged": ((0, (8, 3)), "P"),
-}  # fmt: skip
+    "qk": ("-", "o"),
+    "noqk": ("--", "s"),
+    "frozen": (":", "^"),
+    "decayed": ("-.", "v"),
+    "undecayed": ((0, (5, 1, 1, 1, 1, 1)), "D"),
+    "merged": ((0, (8, 3)), "P"),
+}
 
 
 class Look(NamedTuple):

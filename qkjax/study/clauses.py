@@ -100,9 +100,20 @@ def by_contrast(
         unavailable: why the quantity cannot be had of these runs, if so.
     """
     clause = Clause(
-        name, text, INCONCLUSIVE, "", None, None, None, None, sesoi, unit, None,
-        per_seed=_per_seed(panel.study, measure, weights, offset), kind=kind,
-    )  # fmt: skip
+        name,
+        text,
+        INCONCLUSIVE,
+        "",
+        None,
+        None,
+        None,
+        None,
+        sesoi,
+        unit,
+        None,
+        per_seed=_per_seed(panel.study, measure, weights, offset),
+        kind=kind,
+    )
     unavailable = unavailable or panel.missing(list(weights))
     if unavailable:
         return dataclasses.replace(clause, reason=unavailable)
@@ -241,13 +252,23 @@ def by_rule(
     ]
     worst = max(known.values(), default=math.nan)
     clause = Clause(
-        name, text, INCONCLUSIVE, "", worst if math.isfinite(worst) else None, None, None, None,
-        limit, unit, None, kind=RULE,
+        name,
+        text,
+        INCONCLUSIVE,
+        "",
+        worst if math.isfinite(worst) else None,
+        None,
+        None,
+        None,
+        limit,
+        unit,
+        None,
+        kind=RULE,
         per_seed={
             seed: value if value is not None and math.isfinite(value) else None
             for seed, value in per_seed.items()
         },
-    )  # fmt: skip
+    )
     if broken:
         seeds = " and ".join(f"seed {seed}" for seed in broken)
         alone = " (by rule, one seed)" if len(per_seed) == 1 else ""

@@ -79,15 +79,19 @@ def constraint_trap(panel: Panel) -> Verdict:
     weights = {"adamw_noqk": 0.5, "adamw_qk": -0.5, "muon_noqk": 0.5, "muon_qk": -0.5}
     after, before = (
         by_contrast(
-            panel, name,
+            panel,
+            name,
             f"Without QK-Norm the {what} PR of keys ends higher, on average over the optimisers.",
-            _value(metric), weights, sesoi=_sesoi_pr(panel), unit="PR",
+            _value(metric),
+            weights,
+            sesoi=_sesoi_pr(panel),
+            unit="PR",
         )
         for name, what, metric in (
             ("H1 post-RoPE", "post-RoPE raw", PR),
             ("H1 pre-RoPE", "pre-RoPE centred", PR_BEFORE),
         )
-    )  # fmt: skip
+    )
     only = after.status == SUPPORTED and before.status != SUPPORTED
     return combine(
         "H1",
@@ -111,14 +115,21 @@ def attribute(panel: Panel, optimizer: str) -> Attribution:
 
     def clause(name: str, text: str, more: str, less: str) -> Clause:
         return by_contrast(
-            panel, f"{label}: {name}", text, _value(PR), {more: 1.0, less: -1.0},
-            sesoi=_sesoi_pr(panel), unit="PR",
-        )  # fmt: skip
+            panel,
+            f"{label}: {name}",
+            text,
+            _value(PR),
+            {more: 1.0, less: -1.0},
+            sesoi=_sesoi_pr(panel),
+            unit="PR",
+        )
 
     total = clause(
-        "A", f"Under {label}, QK-Norm with gamma decayed at the original's tau costs PR.",
-        none, decayed,
-    )  # fmt: skip
+        "A",
+        f"Under {label}, QK-Norm with gamma decayed at the original's tau costs PR.",
+        none,
+        decayed,
+    )
     parts = (
         clause("normalisation", "Normalising keys with gamma fixed at 1 costs PR.", none, frozen),
         clause("learned gamma", "Learning gamma, without decay, costs PR.", frozen, undecayed),
@@ -156,8 +167,11 @@ def _roles(panel: Panel, optimizer: str) -> dict[str, str]:
     elif decayed not in panel.arms and _has_pilot_tau(panel.study.of_arm(parent)):
         decayed = parent
     return {
-        "none": none, "frozen": f"{parent}_frozen", "undecayed": undecayed, "decayed": decayed,
-    }  # fmt: skip
+        "none": none,
+        "frozen": f"{parent}_frozen",
+        "undecayed": undecayed,
+        "decayed": decayed,
+    }
 
 
 def _has_pilot_tau(runs: Sequence[RunResult]) -> bool:
@@ -180,13 +194,23 @@ def optimizer_behaviour(panel: Panel) -> Verdict:
     weights = {"adamw_noqk": 1.0, "adamw_qk": -1.0, "muon_noqk": -1.0, "muon_qk": 1.0}
     text = "QK-Norm costs AdamW a larger {} of its PR than Muon."
     ratio = by_contrast(
-        panel, "H2 interaction", text.format("share"), _log, weights,
-        sesoi=SESOI_LOG_RATIO, unit="ln PR",
-    )  # fmt: skip
+        panel,
+        "H2 interaction",
+        text.format("share"),
+        _log,
+        weights,
+        sesoi=SESOI_LOG_RATIO,
+        unit="ln PR",
+    )
     additive = by_contrast(
-        panel, "H2 additive interaction", text.format("amount"), _value(PR), weights,
-        sesoi=_sesoi_pr(panel), unit="PR",
-    )  # fmt: skip
+        panel,
+        "H2 additive interaction",
+        text.format("amount"),
+        _value(PR),
+        weights,
+        sesoi=_sesoi_pr(panel),
+        unit="PR",
+    )
     if (ratio.estimate or 0.0) * (additive.estimate or 0.0) < 0:
         ratio = dataclasses.replace(
             ratio,
@@ -196,10 +220,14 @@ def optimizer_behaviour(panel: Panel) -> Verdict:
             f"against {ratio.estimate:+.3g} ln PR); without it: {ratio.status}, {ratio.reason}",
         )
     axes = by_contrast(
-        panel, "H2 axes",
+        panel,
+        "H2 axes",
         "With QK-Norm, keys are aligned with the axes more under AdamW than under Muon.",
-        _value(AXES), {"adamw_qk": 1.0, "muon_qk": -1.0}, sesoi=SESOI_AXES, unit="aa",
-    )  # fmt: skip
+        _value(AXES),
+        {"adamw_qk": 1.0, "muon_qk": -1.0},
+        sesoi=SESOI_AXES,
+        unit="aa",
+    )
     return combine(
         "H2",
         "Optimiser behaviour",
@@ -216,23 +244,36 @@ def optimizer_behaviour(panel: Panel) -> Verdict:
 def reversal(panel: Panel) -> Verdict:
     """H3: QK-Norm wins the short run, and loses PR in the long one."""
     early = by_contrast(
-        panel, "H3(a)",
+        panel,
+        "H3(a)",
         f"After {SHORT_RUN_STEP} steps QK-Norm has the lower validation loss.",
         lambda run: run.at_step(LOSS, SHORT_RUN_STEP),
         {"adamw_noqk": 0.5, "adamw_qk": -0.5, "muon_noqk": 0.5, "muon_qk": -0.5},
-        sesoi=SESOI_LOSS, unit="nat",
+        sesoi=SESOI_LOSS,
+        unit="nat",
         unavailable=_too_short(panel, lambda run: SHORT_RUN_STEP),
-    )  # fmt: skip
+    )
     weights = {"muon_noqk": 1.0, "adamw_qk": -1.0}
     double = by_contrast(
-        panel, "H3(b)", "PR of Muon ends above twice that of AdamW+QK.",
-        _log, weights, sesoi=0.0, unit="ln PR", offset=math.log(2),
-    )  # fmt: skip
+        panel,
+        "H3(b)",
+        "PR of Muon ends above twice that of AdamW+QK.",
+        _log,
+        weights,
+        sesoi=0.0,
+        unit="ln PR",
+        offset=math.log(2),
+    )
     growth = by_contrast(
-        panel, "H3(c)", "The lead in PR of Muon over AdamW+QK grows from 25M tokens to the end.",
-        _growth, weights, sesoi=_sesoi_pr(panel), unit="PR",
+        panel,
+        "H3(c)",
+        "The lead in PR of Muon over AdamW+QK grows from 25M tokens to the end.",
+        _growth,
+        weights,
+        sesoi=_sesoi_pr(panel),
+        unit="PR",
         unavailable=_too_short(panel, _pilot_step),
-    )  # fmt: skip
+    )
     return combine(
         "H3",
         "The reversal",
@@ -271,51 +312,79 @@ def muon_alternative(panel: Panel) -> Verdict:
     rules = [
         _finishes(study, muon),
         by_rule(
-            study, muon, "H4 spikes",
+            study,
+            muon,
+            "H4 spikes",
             f"After 2% of training no loss is {MAX_SPIKE} nat above the median of the 100 steps "
             "before.",
-            stability.highest_spike, limit=MAX_SPIKE, unit="nat", reaches=True,
+            stability.highest_spike,
+            limit=MAX_SPIKE,
+            unit="nat",
+            reaches=True,
             too_short="budget too short: no step after 2% of training",
         ),
         by_rule(
-            study, muon, "H4 logits",
+            study,
+            muon,
+            "H4 logits",
             f"No attention logit of the {LOGIT_SEQUENCES} sequences that every evaluation looks at "
             f"reaches {MAX_LOGIT:g}.",
-            stability.highest_logit, limit=MAX_LOGIT, unit="",
+            stability.highest_logit,
+            limit=MAX_LOGIT,
+            unit="",
             too_short="no evaluation measured attention/max_logit",
         ),
         by_rule(
-            study, muon, "H4 rise",
+            study,
+            muon,
+            "H4 rise",
             f"The largest logit of these sequences rises by less than {MAX_RISE:g} over the last "
             "half.",
-            stability.logit_rise, limit=MAX_RISE, unit="",
+            stability.logit_rise,
+            limit=MAX_RISE,
+            unit="",
             too_short="budget too short: fewer than two evaluations in the last half",
         ),
-    ]  # fmt: skip
+    ]
     others = {"adamw_qk": "AdamW+QK", "muon_qk": "Muon+QK"}
     ranks = [
         by_contrast(
-            panel, f"H4 PR against {label}", f"PR of Muon ends above that of {label}.",
-            _value(PR), {muon: 1.0, other: -1.0}, sesoi=_sesoi_pr(panel), unit="PR",
+            panel,
+            f"H4 PR against {label}",
+            f"PR of Muon ends above that of {label}.",
+            _value(PR),
+            {muon: 1.0, other: -1.0},
+            sesoi=_sesoi_pr(panel),
+            unit="PR",
         )
         for other, label in others.items()
-    ]  # fmt: skip
+    ]
     losses, second_halves = [], []
     for other, label in others.items():
         weights = {muon: 1.0, other: -1.0}
         loss = by_contrast(
-            panel, f"H4 loss against {label}",
+            panel,
+            f"H4 loss against {label}",
             f"Validation loss of Muon is at most {SESOI_LOSS} nat above that of {label}.",
-            _value(LOSS), weights, sesoi=SESOI_LOSS, unit="nat", kind=NON_INFERIORITY,
-        )  # fmt: skip
+            _value(LOSS),
+            weights,
+            sesoi=SESOI_LOSS,
+            unit="nat",
+            kind=NON_INFERIORITY,
+        )
         losses.append(dataclasses.replace(loss, notes=loss.notes + _by_sequence(panel, other)))
         second_halves.append(
             by_contrast(
-                panel, f"H4 loss against {label}, second half",
+                panel,
+                f"H4 loss against {label}, second half",
                 "The same on the second half of the sequences, which chose no learning rate.",
-                _second_half, weights, sesoi=SESOI_LOSS, unit="nat", kind=NON_INFERIORITY,
+                _second_half,
+                weights,
+                sesoi=SESOI_LOSS,
+                unit="nat",
+                kind=NON_INFERIORITY,
             )
-        )  # fmt: skip
+        )
     return combine(
         "H4",
         "The Muon alternative",
@@ -327,9 +396,14 @@ def muon_alternative(panel: Panel) -> Verdict:
 
 def _finishes(study: Study, arm: str) -> Clause:
     found = by_rule(
-        study, arm, "H4 finishes", "Every run of Muon without QK-Norm finishes.",
-        stability.divergences, limit=1.0, unit="",
-    )  # fmt: skip
+        study,
+        arm,
+        "H4 finishes",
+        "Every run of Muon without QK-Norm finishes.",
+        stability.divergences,
+        limit=1.0,
+        unit="",
+    )
     reason = "every run finished" if found.status == SUPPORTED else found.reason
     return dataclasses.replace(found, reason=reason, sesoi=None)  # a limit would say nothing
 

@@ -37,25 +37,44 @@ class _Question(NamedTuple):
 
 ACCURACIES = (
     _Question(
-        "H5 HellaSwag acc_norm", "hellaswag", lambda item: float(item["acc_norm"]), 100.0,
-        SESOI_POINTS, "points", "Muon answers more HellaSwag items right than AdamW+QK.",
+        "H5 HellaSwag acc_norm",
+        "hellaswag",
+        lambda item: float(item["acc_norm"]),
+        100.0,
+        SESOI_POINTS,
+        "points",
+        "Muon answers more HellaSwag items right than AdamW+QK.",
     ),
     _Question(
-        "H5 LAMBADA acc", "lambada", lambda item: float(item["acc"]), 100.0,
-        SESOI_POINTS, "points", "Muon predicts more last words of LAMBADA than AdamW+QK.",
+        "H5 LAMBADA acc",
+        "lambada",
+        lambda item: float(item["acc"]),
+        100.0,
+        SESOI_POINTS,
+        "points",
+        "Muon predicts more last words of LAMBADA than AdamW+QK.",
     ),
-)  # fmt: skip
+)
 LIKELIHOODS = (
     _Question(
-        "H5 LAMBADA log-perplexity", "lambada", lambda item: float(item["log_likelihood"]), 1.0,
-        SESOI_NAT, "nat", "Muon gives the last words of LAMBADA a lower log-perplexity.",
+        "H5 LAMBADA log-perplexity",
+        "lambada",
+        lambda item: float(item["log_likelihood"]),
+        1.0,
+        SESOI_NAT,
+        "nat",
+        "Muon gives the last words of LAMBADA a lower log-perplexity.",
     ),
     _Question(
-        "H5 HellaSwag gold endings", "hellaswag",
-        lambda item: float(item["log_likelihoods"][int(item["gold"])]), 1.0,
-        SESOI_NAT, "nat", "Muon gives the right endings of HellaSwag a higher likelihood.",
+        "H5 HellaSwag gold endings",
+        "hellaswag",
+        lambda item: float(item["log_likelihoods"][int(item["gold"])]),
+        1.0,
+        SESOI_NAT,
+        "nat",
+        "Muon gives the right endings of HellaSwag a higher likelihood.",
     ),
-)  # fmt: skip
+)
 
 
 def is_sample(downstream: Mapping[str, Any] | None) -> bool:
@@ -74,9 +93,19 @@ def clauses(panel: Panel) -> tuple[list[Clause], list[Clause]]:
 
 def _compare(study: Study, question: _Question) -> Clause:
     clause = Clause(
-        question.name, question.text, INCONCLUSIVE, "", None, None, None, None,
-        question.sesoi, question.unit, None, per_seed={},
-    )  # fmt: skip
+        question.name,
+        question.text,
+        INCONCLUSIVE,
+        "",
+        None,
+        None,
+        None,
+        None,
+        question.sesoi,
+        question.unit,
+        None,
+        per_seed={},
+    )
     pairs, why = _paired_scores(study, question)
     if not pairs:
         return dataclasses.replace(clause, reason=why)
@@ -114,9 +143,12 @@ def _compare(study: Study, question: _Question) -> Clause:
             f"({other[1]})",
         )
     return dataclasses.replace(
-        clause, status=status, paired=over_seeds, reason=f"{words}: {said} over items",
+        clause,
+        status=status,
+        paired=over_seeds,
+        reason=f"{words}: {said} over items",
         notes=notes,
-    )  # fmt: skip
+    )
 
 
 def _over_seeds(per_seed: np.ndarray) -> tuple[float, float]:
@@ -199,9 +231,18 @@ def _correlate(panel: Panel, question: _Question, optimizer: str, label: str) ->
     clause = Clause(
         f"{question.name} with PR, {label}",
         f"Among runs of {label}, those of higher PR score higher.",
-        INCONCLUSIVE, "", None, None, None, None, 0.0, "correlation", None, per_seed={},
+        INCONCLUSIVE,
+        "",
+        None,
+        None,
+        None,
+        None,
+        0.0,
+        "correlation",
+        None,
+        per_seed={},
         notes=(f"n = {found.num_runs} runs",),
-    )  # fmt: skip
+    )
     if found.interval is None or not math.isfinite(found.pearson):
         words = "no result" if not points else "too few runs, or none that differ"
         return dataclasses.replace(clause, reason=f"{words} (n = {found.num_runs})")

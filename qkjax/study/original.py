@@ -21,36 +21,70 @@ OTHER_RESULTS = (
 )
 # What, in the original, here. README.md shows the same table.
 DEVIATIONS: tuple[tuple[str, str, str], ...] = (
-    ("RoPE", "interleaved pairs",
-     "rotate-half, as Llama and Qwen3: equal in distribution from a random start"),
-    ("positions", "predicts 2,047 of 2,048",
-     "records of T+1 tokens, all T positions, in both recipes"),
-    ("documents", "concatenated",
-     "`fixed`: an end-of-text token after each; `seed`: concatenated"),
-    ("validation set", "drawn from the training rows",
-     "whole documents, held out by hash, proved by `check_data.py`"),
-    ("activations under bfloat16", "autocast: residual stream in float32",
-     "residual stream in bfloat16; norms, softmax, loss and spectra float32"),
-    ("MLP", "ReLU^2 (its text says SwiGLU)",
-     "`fixed`: SwiGLU of 1344; `seed`: ReLU^2 of 2048"),
-    ("batch, schedule, clipping", "4,096 tokens (certain for its AdamW arms only), constant, none",
-     "`fixed`: 65,536 tokens, 2% warm-up, 20% decay, 1.0; `seed`: as the original"),
-    ("AdamW", "betas .9 .999, decay 0.2 on everything",
-     "`fixed`: .9 .95, 0.1 on block matrices only; `seed`: as the original"),
-    ("Muon", "Q, K, V, O as one matrix, no decay",
-     "`fixed`: four matrices, decay 0.01; `seed`: as the original"),
-    ("learning rates",
-     "AdamW 6e-3 (25M pilot), 6e-4 (300M plan); Muon 0.024, 0.02 (in its 20M study 0.012), "
-     "auxiliary 6e-3, never swept",
-     "`fixed`: swept around 1.2e-3; Muon around 0.012, auxiliary 3e-3 with it; `seed`: original's"),
-    ("Newton-Schulz", "bfloat16",
-     "`fixed`: bfloat16 on accelerators, float32 on CPU; `seed`: as the original"),
+    (
+        "RoPE",
+        "interleaved pairs",
+        "rotate-half, as Llama and Qwen3: equal in distribution from a random start",
+    ),
+    (
+        "positions",
+        "predicts 2,047 of 2,048",
+        "records of T+1 tokens, all T positions, in both recipes",
+    ),
+    ("documents", "concatenated", "`fixed`: an end-of-text token after each; `seed`: concatenated"),
+    (
+        "validation set",
+        "drawn from the training rows",
+        "whole documents, held out by hash, proved by `check_data.py`",
+    ),
+    (
+        "activations under bfloat16",
+        "autocast: residual stream in float32",
+        "residual stream in bfloat16; norms, softmax, loss and spectra float32",
+    ),
+    ("MLP", "ReLU^2 (its text says SwiGLU)", "`fixed`: SwiGLU of 1344; `seed`: ReLU^2 of 2048"),
+    (
+        "batch, schedule, clipping",
+        "4,096 tokens (certain for its AdamW arms only), constant, none",
+        "`fixed`: 65,536 tokens, 2% warm-up, 20% decay, 1.0; `seed`: as the original",
+    ),
+    (
+        "AdamW",
+        "betas .9 .999, decay 0.2 on everything",
+        "`fixed`: .9 .95, 0.1 on block matrices only; `seed`: as the original",
+    ),
+    (
+        "Muon",
+        "Q, K, V, O as one matrix, no decay",
+        "`fixed`: four matrices, decay 0.01; `seed`: as the original",
+    ),
+    (
+        "learning rates",
+        "AdamW 6e-3 (25M pilot), 6e-4 (300M plan); Muon 0.024, 0.02 (in its 20M study 0.012), "
+        "auxiliary 6e-3, never swept",
+        "`fixed`: swept around 1.2e-3; Muon around 0.012, auxiliary 3e-3 with it; `seed`: "
+        "original's",
+    ),
+    (
+        "Newton-Schulz",
+        "bfloat16",
+        "`fixed`: bfloat16 on accelerators, float32 on CPU; `seed`: as the original",
+    ),
     ("RMSNorm eps", "1.19e-7", "`fixed`: 1e-6; `seed`: as the original"),
-    ("decay of gamma_q and gamma_k", "0.2, as of everything",
-     "`fixed`: 0; `seed`: 0.2; the controls `decayed` and `undecayed` set it"),
-    ("precision", "float32 weights, bfloat16 autocast",
-     "bfloat16 on accelerators; on CPUs float32, in both recipes"),
-    ("text", "FineWeb-Edu and Cosmopedia",
-     "the same by `--preset`; embedded docstrings at `tiny`; else what `--source` names"),
+    (
+        "decay of gamma_q and gamma_k",
+        "0.2, as of everything",
+        "`fixed`: 0; `seed`: 0.2; the controls `decayed` and `undecayed` set it",
+    ),
+    (
+        "precision",
+        "float32 weights, bfloat16 autocast",
+        "bfloat16 on accelerators; on CPUs float32, in both recipes",
+    ),
+    (
+        "text",
+        "FineWeb-Edu and Cosmopedia",
+        "the same by `--preset`; embedded docstrings at `tiny`; else what `--source` names",
+    ),
     ("seeds", "one", "several, in pairs: arms of a seed share data order and initial values"),
-)  # fmt: skip
+)

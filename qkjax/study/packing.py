@@ -18,14 +18,25 @@ from qkjax import errors, run_directory
 MEBIBYTE = 2**20
 # Of a study, and of every run; sizes are those of an 88M run: 3 MB, of which half is spectra.
 _STUDY_FILES = (
-    "study.json", "study.*.json", "dataset.json", "sweep/learning_rates.json", "logs/**/*.json",
-    "report/*", "report/figures/*",
-)  # fmt: skip
+    "study.json",
+    "study.*.json",
+    "dataset.json",
+    "sweep/learning_rates.json",
+    "logs/**/*.json",
+    "report/*",
+    "report/figures/*",
+)
 _SCORE_FILES = ("*.json", "*.items.jsonl")  # of every arm in downstream/
 _RUN_FILES = (
-    "config.json", "environment.json", "parameters.txt", "summary.json", "metrics.jsonl",
-    "checkpoints/*/meta/metadata", "spectra/*.npz", "validation/*.npz",
-)  # fmt: skip
+    "config.json",
+    "environment.json",
+    "parameters.txt",
+    "summary.json",
+    "metrics.jsonl",
+    "checkpoints/*/meta/metadata",
+    "spectra/*.npz",
+    "validation/*.npz",
+)
 _MAX_ROUNDING = 2.0**-10  # relative; an array that float16 would change by more stays float32
 
 

@@ -12,15 +12,22 @@ from typing import Any
 
 import ml_collections
 
-from qkjax import config as configs
+from qkjax import config as config_lib
 from qkjax import errors, run_directory
 from qkjax.study import plan_arms, plan_config
 from qkjax.study.plan_arms import Arm
 from qkjax.study.plan_config import StudyConfig
 
 DATASET, SWEEP, EXTENSION, CHOICE, RUN, EXPORT, DOWNSTREAM, REPORT = KINDS = (
-    "dataset", "sweep", "extension", "choice", "run", "export", "downstream", "report",
-)  # fmt: skip
+    "dataset",
+    "sweep",
+    "extension",
+    "choice",
+    "run",
+    "export",
+    "downstream",
+    "report",
+)
 TRAINING = (SWEEP, EXTENSION, RUN)  # kinds that train
 
 
@@ -80,7 +87,7 @@ class Plan:
         """The step that chooses the learning rate of an arm or control; None without a sweep."""
         return f"sweep/{self.arms[arm].parent}/choice" if self.study.sweep.tokens else None
 
-    def run_config(self, step: Step, learning_rate: float | None) -> configs.Config:
+    def run_config(self, step: Step, learning_rate: float | None) -> config_lib.Config:
         """The config of a training step; None keeps the arm's own rates."""
         fields = self._fields(step, learning_rate)
         return plan_arms.run_config(self.study, self.arms[step.arm], fields)
@@ -119,26 +126,28 @@ class Plan:
             "grids": {arm: self.grid(arm) for arm in study.arms},
             "extend": study.sweep.extend,
         }
-        return run_directory.plain({
-            "format_version": 1,
-            "scale": study.scale,
-            "recipe": study.recipe,
-            "words": ",".join([study.scale, study.recipe, *(["quick"] if study.quick else [])]),
-            "quick": study.quick,
-            "arms": list(study.arms),
-            "controls": [name for name in self.arms if name not in study.arms],
-            "left_out": self.left_out,
-            "parents": {n: arm.parent for n, arm in self.arms.items() if n not in study.arms},
-            "seeds": list(study.seeds),
-            "tuning_seed": study.sweep.seed,
-            "tokens": study.tokens,
-            "sweep": sweep if study.sweep.tokens else None,
-            "overrides": list(study.overrides),
-            "export": study.export,
-            "downstream": {"": "none", "hub": "hub"}.get(study.downstream, "folder"),
-            "steps": [dataclasses.asdict(step) for step in self.steps],
-            "fingerprint": self.fingerprint,
-        })  # fmt: skip
+        return run_directory.plain(
+            {
+                "format_version": 1,
+                "scale": study.scale,
+                "recipe": study.recipe,
+                "words": ",".join([study.scale, study.recipe, *(["quick"] if study.quick else [])]),
+                "quick": study.quick,
+                "arms": list(study.arms),
+                "controls": [name for name in self.arms if name not in study.arms],
+                "left_out": self.left_out,
+                "parents": {n: arm.parent for n, arm in self.arms.items() if n not in study.arms},
+                "seeds": list(study.seeds),
+                "tuning_seed": study.sweep.seed,
+                "tokens": study.tokens,
+                "sweep": sweep if study.sweep.tokens else None,
+                "overrides": list(study.overrides),
+                "export": study.export,
+                "downstream": {"": "none", "hub": "hub"}.get(study.downstream, "folder"),
+                "steps": [dataclasses.asdict(step) for step in self.steps],
+                "fingerprint": self.fingerprint,
+            }
+        )
 
 
 def _fits(step: Step, wanted: str) -> bool:
@@ -162,9 +171,14 @@ def _steps(plan: Plan) -> Iterator[Step]:
     made: dict[str, Step] = {}
 
     def step(
-        name: str, kind: str, arm: str = "", seed: int | None = None,
-        rate: float | None = None, needs: Sequence[str] = (), inputs: Any = None,
-    ) -> Step:  # fmt: skip
+        name: str,
+        kind: str,
+        arm: str = "",
+        seed: int | None = None,
+        rate: float | None = None,
+        needs: Sequence[str] = (),
+        inputs: Any = None,
+    ) -> Step:
         bare = Step(name, kind, arm, seed, rate, tuple(needs), "")
         if kind in TRAINING:
             inputs = plan_arms.identity(plan.run_config(bare, rate))

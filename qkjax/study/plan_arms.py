@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from qkjax import config as configs
+from qkjax import config as config_lib
 from qkjax import config_flag, errors, presets, run_directory
 from qkjax.study.plan_config import StudyConfig
 
@@ -29,7 +29,7 @@ class Arm:
     words: str  # after the file's colon
     base_rate: float  # of the grid
     auxiliary_rate: float | None  # of Muon's auxiliary AdamW at the base rate
-    config: configs.Config  # of a run with the first seed, at the recipe's own rate
+    config: config_lib.Config  # of a run with the first seed, at the recipe's own rate
 
 
 def make_arms(study: StudyConfig) -> tuple[dict[str, Arm], dict[str, str]]:
@@ -81,7 +81,7 @@ def _arm(study: StudyConfig, name: str) -> Arm:
     words = ",".join([study.scale, study.recipe, *controls])
     file = f"configs/{stem}.py"
     fields = {"train.tokens": study.tokens, "seed": study.seeds[0]}
-    run = configs.resolve(_values(study, file, words, fields))
+    run = config_lib.resolve(_values(study, file, words, fields))
     if run.arm != name:
         raise errors.UsageError(
             f"{file}: trains the arm {run.arm}, but the study calls it {name}. Rename the file, "
@@ -111,13 +111,13 @@ def _train_the_same(one: Arm, other: Arm) -> bool:
 # The config of a run.
 
 
-def run_config(study: StudyConfig, arm: Arm, fields: dict[str, Any]) -> configs.Config:
+def run_config(study: StudyConfig, arm: Arm, fields: dict[str, Any]) -> config_lib.Config:
     """The resolved config of a run of the arm: overrides of the study, then `fields`.
 
     Raises:
         UsageError: an override of a field that there is not, or of a wrong value.
     """
-    return configs.resolve(_values(study, arm.file, arm.words, fields))
+    return config_lib.resolve(_values(study, arm.file, arm.words, fields))
 
 
 def flags(study: StudyConfig, arm: Arm, fields: dict[str, Any]) -> list[str]:
@@ -129,7 +129,7 @@ def flags(study: StudyConfig, arm: Arm, fields: dict[str, Any]) -> list[str]:
     ]
 
 
-def identity(config: configs.Config) -> dict[str, Any]:
+def identity(config: config_lib.Config) -> dict[str, Any]:
     """Everything that a run's result depends on but for its data: all fields that matter."""
     values = run_directory.flatten(run_directory.plain(config.to_dict()))
     return {name: v for name, v in values.items() if name not in run_directory.FREE_FIELDS}

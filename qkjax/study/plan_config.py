@@ -11,8 +11,12 @@ SCALES = ("tiny", "pilot", "full")
 _NAMES = ("arms", "controls", "optional_controls")  # on the command line separated by commas
 # What the plan itself sets in every run: an override would make the plan untrue.
 _OWN_FIELDS = (
-    "seed", "data.dir", "train.tokens", "optimizer.learning_rate", "optimizer.adam_learning_rate",
-)  # fmt: skip
+    "seed",
+    "data.dir",
+    "train.tokens",
+    "optimizer.learning_rate",
+    "optimizer.adam_learning_rate",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +101,10 @@ def _mistakes(study: StudyConfig) -> Iterator[str]:
         yield "arms is empty, it must name files of configs/"
     names = (*study.arms, *study.controls)
     for field, items in (
-        ("arms and controls", names), ("seeds", study.seeds), ("sweep.factors", study.sweep.factors)
-    ):  # fmt: skip
+        ("arms and controls", names),
+        ("seeds", study.seeds),
+        ("sweep.factors", study.sweep.factors),
+    ):
         if len(set(items)) < len(items):
             yield f"{field} has an entry twice: {', '.join(map(str, items))}"
     if not study.seeds or not all(isinstance(seed, int) and seed >= 0 for seed in study.seeds):

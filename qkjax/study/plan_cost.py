@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qkjax import config as configs
+from qkjax import config as config_lib
 from qkjax import flops, presets, run_directory
 from qkjax.study import plan_arms
 from qkjax.study.plan import EXPORT, EXTENSION, TRAINING, Plan, Step
@@ -14,8 +14,12 @@ from qkjax.study.plan_config import StudyConfig
 
 # What a config derives from tokens, tokens_per_step and the fractions of the schedule.
 _DERIVED = (
-    "schedule.", "train.num_steps", "train.sequences_per_step", "eval.steps", "checkpoint.steps",
-)  # fmt: skip
+    "schedule.",
+    "train.num_steps",
+    "train.sequences_per_step",
+    "eval.steps",
+    "checkpoint.steps",
+)
 _CHECKPOINTS = 4  # most that a run has at one time: step 0, two kept, one being written
 
 
@@ -176,7 +180,7 @@ def recipe_differences(study: StudyConfig) -> list[tuple[str, Any, Any, str]]:
     ]
 
 
-def _settings(run: configs.Config) -> dict[str, Any]:
+def _settings(run: config_lib.Config) -> dict[str, Any]:
     unused = ("muon.",) if run.optimizer.name != "muon" else ()
     left_out = ("arm", "recipe", *_DERIVED, *unused)
     return {

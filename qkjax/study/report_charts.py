@@ -54,10 +54,15 @@ def common_scale(
     Args:
         low: where it begins; None is just below the lowest value.
     """
-    values = np.concatenate([
-        curve.values[curve.tokens >= after]
-        for curves in groups for runs in curves.values() for curve in runs
-    ] or [np.zeros(0)])  # fmt: skip
+    values = np.concatenate(
+        [
+            curve.values[curve.tokens >= after]
+            for curves in groups
+            for runs in curves.values()
+            for curve in runs
+        ]
+        or [np.zeros(0)]
+    )
     values = values[np.isfinite(values)]
     if not values.size:
         return Scale(label, low)
@@ -121,9 +126,15 @@ def _draw_arm(axes: "Axes", arm: str, runs: Sequence[Curve], after: int) -> None
         axes.fill_between(tokens, low, high, color=hue, alpha=0.18, lw=0)
     every = max(1, len(tokens) // 8)
     axes.plot(  # without a common evaluation no line, but a name
-        tokens, values.mean(axis=0), color=hue, ls=line, marker=marker, lw=1.6, label=name,
+        tokens,
+        values.mean(axis=0),
+        color=hue,
+        ls=line,
+        marker=marker,
+        lw=1.6,
+        label=name,
         markevery=every,
-    )  # fmt: skip
+    )
 
 
 def _together(runs: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
@@ -187,10 +198,16 @@ def sweep(by_arm: Mapping[str, Sequence[SweepPoint]], scale: Scale) -> "Figure":
             if point.loss is None:
                 diverged = True
                 axes.plot(
-                    point.rate, 1.03, color=hue, marker="x", ms=8, mew=2,
-                    transform=axes.get_xaxis_transform(), ls="none",
+                    point.rate,
+                    1.03,
+                    color=hue,
+                    marker="x",
+                    ms=8,
+                    mew=2,
+                    transform=axes.get_xaxis_transform(),
+                    ls="none",
                     clip_on=False,
-                )  # fmt: skip
+                )
             elif point.chosen:
                 axes.plot(point.rate, point.loss, color=hue, marker="o", ms=11, mfc="none", mew=1.6)
     axes.set_xscale("log", base=2)

@@ -32,8 +32,11 @@ def results_csv(material: Material) -> str:
     """The file's text."""
     study = material.study
     rows = [
-        *_runs(study), *_sweep(study), *_downstream(study), *_verdicts(material),
-    ]  # fmt: skip
+        *_runs(study),
+        *_sweep(study),
+        *_downstream(study),
+        *_verdicts(material),
+    ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -121,9 +124,14 @@ def _verdicts(material: Material) -> Iterator[Row]:
 
 def _clause(clause: Clause) -> Iterator[Row]:
     values: dict[str, Any] = {
-        "status": clause.status, "kind": clause.kind, "estimate": clause.estimate, "p": clause.p,
-        "sesoi": clause.sesoi, "unit": clause.unit, "seeds_needed": clause.seeds_needed,
-    }  # fmt: skip
+        "status": clause.status,
+        "kind": clause.kind,
+        "estimate": clause.estimate,
+        "p": clause.p,
+        "sesoi": clause.sesoi,
+        "unit": clause.unit,
+        "seeds_needed": clause.seeds_needed,
+    }
     for name, ends in (("pooled", clause.pooled), ("paired", clause.paired)):
         low, high = ends or (None, None)
         values |= {f"{name}_low": low, f"{name}_high": high}

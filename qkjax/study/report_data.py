@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from qkjax import config as configs
+from qkjax import config as config_lib
 from qkjax import presets
 from qkjax.study import arms, results, run_spectra, verdicts
 from qkjax.study.judgement import Judgement
@@ -157,7 +157,7 @@ def _more_warnings(study: Study) -> Iterator[str]:
         )
     backends = {place: found.get("backend") for place, found in study.downstream.items()}
     yield from _mixed(backends, "scored downstream tasks by different backends")
-    for field in dataclasses.fields(configs.ModelConfig):
+    for field in dataclasses.fields(config_lib.ModelConfig):
         if field.name not in ("qk_norm", "unroll"):
             values = {
                 place: getattr(run.config.model, field.name) for place, run in study.runs.items()

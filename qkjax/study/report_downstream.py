@@ -40,20 +40,33 @@ def downstream(material: Material) -> Section:
             "(downstream/<arm>/seed_<n>.json)."
         )
         return Section("downstream", title, (Text(text), *_skipped(material)))
-    blocks: list[Block] = [*_skipped(material), Text(
-        "Final checkpoints. Chance is 25% on HellaSwag and about 0% on LAMBADA. ± is one standard "
-        "error over items; differences are between the two arms of one seed, item by item."
-    )]  # fmt: skip
+    blocks: list[Block] = [
+        *_skipped(material),
+        Text(
+            "Final checkpoints. Chance is 25% on HellaSwag and about 0% on LAMBADA. ± is one "
+            "standard "
+            "error over items; differences are between the two arms of one seed, item by item."
+        ),
+    ]
     for byte_exact in (False, True):
         if rows := _score_rows(study, byte_exact):
-            blocks.append(Table(
-                "The items that are known to be the original's byte for byte."
-                if byte_exact else "Scores of every run; a sample decides nothing.",
-                ("Configuration", "Seed", *(heading for _, _, heading, _, _ in _SCORES), "Items"),
-                tuple(rows), words=2,
-                strong=tuple(i for i, row in enumerate(rows) if row[0] == "Difference"),
-                notes=() if byte_exact else (_conditions(study),),
-            ))  # fmt: skip
+            blocks.append(
+                Table(
+                    "The items that are known to be the original's byte for byte."
+                    if byte_exact
+                    else "Scores of every run; a sample decides nothing.",
+                    (
+                        "Configuration",
+                        "Seed",
+                        *(heading for _, _, heading, _, _ in _SCORES),
+                        "Items",
+                    ),
+                    tuple(rows),
+                    words=2,
+                    strong=tuple(i for i, row in enumerate(rows) if row[0] == "Difference"),
+                    notes=() if byte_exact else (_conditions(study),),
+                )
+            )
     return Section("downstream", title, tuple(blocks))
 
 
@@ -66,10 +79,12 @@ def _skipped(material: Material) -> Iterator[Notes]:
             runs.setdefault(why, []).append(f"{arms.label(arm)}, seed {seed}")
     if runs:
         every = len(material.study.runs)
-        yield Notes(tuple(
-            f"Skipped of {'every run' if len(names) == every else '; '.join(names)}: {why}."
-            for why, names in runs.items()
-        ))  # fmt: skip
+        yield Notes(
+            tuple(
+                f"Skipped of {'every run' if len(names) == every else '; '.join(names)}: {why}."
+                for why, names in runs.items()
+            )
+        )
 
 
 def _score_rows(study: Study, byte_exact: bool) -> list[tuple[str, ...]]:
@@ -136,9 +151,12 @@ def _conditions(study: Study) -> str:
     truncated = sum(int(task.get("truncated") or 0) for _, task in tasks)
     backends = sorted({str(found.get("backend")) for found in study.downstream.values()})
     rules = sorted({_rule(found["bos"]) for found in study.downstream.values() if found.get("bos")})
-    said = [", ".join(shots), f"backend {' and '.join(backends)}",
-            f"first token: {' and '.join(rules)}" if rules else "",
-            f"prompts cut to the context: {truncated:,}"]  # fmt: skip
+    said = [
+        ", ".join(shots),
+        f"backend {' and '.join(backends)}",
+        f"first token: {' and '.join(rules)}" if rules else "",
+        f"prompts cut to the context: {truncated:,}",
+    ]
     return "; ".join(filter(None, said)) + (
         f". Difference: {arms.label(_PAIR[0])} minus {arms.label(_PAIR[1])}, in points; "
         "that of log-perplexity stands under H5."

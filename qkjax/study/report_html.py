@@ -189,15 +189,19 @@ def _(block: Box) -> list[ET.Element]:
     return [
         _element(
             "article",
-            _element("header", _element("h3", f"{verdict.name} · {verdict.title}"),
-                     _status(verdict.qualifier or verdict.status)),
+            _element(
+                "header",
+                _element("h3", f"{verdict.name} · {verdict.title}"),
+                _status(verdict.qualifier or verdict.status),
+            ),
             _element("p", verdict.question, cls="question"),
             _element("p", *_words(_sentence(verdict.reason)), cls="reason"),
             _element("p", " · ".join(filter(None, facts)), cls="facts"),
             *clauses,
-            cls=f"verdict {verdict.status}", id=verdict.name.lower(),
+            cls=f"verdict {verdict.status}",
+            id=verdict.name.lower(),
         )
-    ]  # fmt: skip
+    ]
 
 
 def _sentence(text: str) -> str:

@@ -84,17 +84,24 @@ def _trajectories(material: Material) -> Iterator[Block]:
     charts = []
     scale = report_charts.Scale(
         f"participation ratio of keys\n(directions of {material.head_dim})",
-        0.0, float(material.head_dim),
-    )  # fmt: skip
+        0.0,
+        float(material.head_dim),
+    )
     axes_scale = report_charts.common_scale(
         "axis alignment of keys\n(0 random, 1 axes)", [by_metric[AXES]]
     )
     for names, stem, words in material.groups(by_metric[PR]):
         for metric, name, title in _VIEWS:
-            charts.append(_over_tokens(material, metric, names, f"{name}_{stem}",
-                                       f"PR {title}: {words}", scale))  # fmt: skip
-        charts.append(_over_tokens(material, AXES, names, f"axes_{stem}",
-                                   f"Axis alignment: {words}", axes_scale))  # fmt: skip
+            charts.append(
+                _over_tokens(
+                    material, metric, names, f"{name}_{stem}", f"PR {title}: {words}", scale
+                )
+            )
+        charts.append(
+            _over_tokens(
+                material, AXES, names, f"axes_{stem}", f"Axis alignment: {words}", axes_scale
+            )
+        )
     if charts:
         yield Charts(
             "Participation ratio of keys over training, on one scale, and their alignment with "
@@ -105,13 +112,19 @@ def _trajectories(material: Material) -> Iterator[Block]:
 
 
 def _over_tokens(
-    material: Material, metric: str, names: list[str], stem: str, title: str,
+    material: Material,
+    metric: str,
+    names: list[str],
+    stem: str,
+    title: str,
     scale: report_charts.Scale,
-) -> report_charts.Chart:  # fmt: skip
+) -> report_charts.Chart:
     return report_charts.chart(
-        stem, title, f"{metric} over training tokens; at the end: {material.said(metric, names)}.",
+        stem,
+        title,
+        f"{metric} over training tokens; at the end: {material.said(metric, names)}.",
         report_charts.over_tokens(material.curves(metric, names), scale),
-    )  # fmt: skip
+    )
 
 
 def _heat_maps(material: Material) -> Iterator[Block]:
@@ -123,11 +136,14 @@ def _heat_maps(material: Material) -> Iterator[Block]:
         ends = {arm: material.ends[arm] for arm in names}
         for array, title in _ARRAYS:
             shown = quantity("pr", "key", *array.removeprefix("key_").rsplit("_", 1))
-            charts.append(report_charts.chart(
-                f"heat_maps_{array}_{stem}", f"PR {title}, by layer and head: {words}",
-                f"Participation ratio of every layer and kv head at the end, {title}.",
-                report_spectra.heat_maps(ends, shown, material.head_dim),
-            ))  # fmt: skip
+            charts.append(
+                report_charts.chart(
+                    f"heat_maps_{array}_{stem}",
+                    f"PR {title}, by layer and head: {words}",
+                    f"Participation ratio of every layer and kv head at the end, {title}.",
+                    report_spectra.heat_maps(ends, shown, material.head_dim),
+                )
+            )
     yield Charts(
         f"Layer by head at the end, mean over seeds; every map runs from 1 to {material.head_dim}. "
         f"{_LAST}",
@@ -148,11 +164,14 @@ def _spectra(material: Material) -> Iterator[Block]:
             continue
         count = len(first[array])
         for layer in sorted({0, count // 2, count - 1}):
-            charts.append(report_charts.chart(
-                f"spectra_{array}_layer_{layer}", f"Spectrum of layer {layer}, {title}",
-                f"Singular values of keys over the largest, layer {layer} of {count}, {title}.",
-                report_spectra.spectra(ends, array, layer, min(lows)),
-            ))  # fmt: skip
+            charts.append(
+                report_charts.chart(
+                    f"spectra_{array}_layer_{layer}",
+                    f"Spectrum of layer {layer}, {title}",
+                    f"Singular values of keys over the largest, layer {layer} of {count}, {title}.",
+                    report_spectra.spectra(ends, array, layer, min(lows)),
+                )
+            )
     yield Charts(
         "Singular values of the keys of the first, middle and last layer at the end, divided by "
         f"the largest; mean over heads and seeds. One scale. {_LAST}",
@@ -165,15 +184,24 @@ def _attention(material: Material) -> Iterator[Block]:
     charts = []
     logits = material.curves(LOGIT)
     for names, stem, words in material.groups(logits):
-        scale = report_charts.common_scale("largest attention logit\n(dimensionless)", [logits],
-                                           low=0.0)  # fmt: skip
+        scale = report_charts.common_scale(
+            "largest attention logit\n(dimensionless)", [logits], low=0.0
+        )
         if (scale.high or 0.0) > MAX_LOGIT / 2:  # near the limit of H4: then it is in the picture
             scale = scale._replace(
                 high=max(scale.high or 0.0, 1.05 * MAX_LOGIT),
                 reference=(MAX_LOGIT, f"limit of H4: {MAX_LOGIT:g}"),
             )
-        charts.append(_over_tokens(material, LOGIT, names, f"max_logit_{stem}",
-                                   f"Largest attention logit: {words}", scale))  # fmt: skip
+        charts.append(
+            _over_tokens(
+                material,
+                LOGIT,
+                names,
+                f"max_logit_{stem}",
+                f"Largest attention logit: {words}",
+                scale,
+            )
+        )
     if charts:
         yield Charts(
             "Largest attention logit of all heads and layers, after 1/√head_dim, causal pairs "
@@ -208,7 +236,8 @@ def _gammas(material: Material) -> Iterator[report_charts.Chart]:
                 f"{array}, {words}\n(dimensionless)", list(by_array.values()), low=0.0
             )
             yield report_charts.chart(
-                f"{array}_{name}", f"{array}: {words}",
+                f"{array}_{name}",
+                f"{array}: {words}",
                 f"{array} of the arms with QK-Norm over training, {words}.",
                 report_charts.over_tokens(curves_, scale),
-            )  # fmt: skip
+            )

@@ -67,22 +67,25 @@ def _charts(material: Material, curves: report_charts.Curves) -> Iterator[Chart]
     for names, stem, title in groups:
         chosen = {arm: curves[arm] for arm in names}
         yield report_charts.chart(
-            f"loss_{stem}", f"Validation loss: {title}",
+            f"loss_{stem}",
+            f"Validation loss: {title}",
             f"Validation loss over training; at the end: {material.said(LOSS, names, 3)}.",
             report_charts.over_tokens(chosen, whole),
-        )  # fmt: skip
+        )
         yield report_charts.chart(
-            f"loss_{stem}_late", "From a quarter of the tokens on",
+            f"loss_{stem}_late",
+            "From a quarter of the tokens on",
             "The same from a quarter of the tokens on, on a linear axis.",
             report_charts.over_tokens(chosen, end, late),
-        )  # fmt: skip
+        )
         against = arms.label(BASELINE) if stem == "arms" else "the arm that it changes"
         shown = {arm: runs for arm, runs in lower[stem].items() if runs}
         yield report_charts.chart(
-            f"loss_{stem}_difference", f"Minus {against}, same seed",
+            f"loss_{stem}_difference",
+            f"Minus {against}, same seed",
             f"Difference in validation loss to {against} within each seed.",
             report_charts.over_tokens(shown, less, late),
-        )  # fmt: skip
+        )
 
 
 def _reference(material: Material, arm: str) -> str:
@@ -112,31 +115,55 @@ def _loss_table(study: Study) -> Table:
         for run in runs:
             halves = (float("nan"),) * 2 if run.diverged else run.half_losses()
             against = study.runs.get((BASELINE, run.seed))
-            rows.append((
-                arms.label(arm), str(run.seed), number(run.value(LOSS), 4),
-                *(number(half, 4) for half in halves), _difference(run, against),
-                "diverged" if run.diverged else ABSENT,
-            ))  # fmt: skip
+            rows.append(
+                (
+                    arms.label(arm),
+                    str(run.seed),
+                    number(run.value(LOSS), 4),
+                    *(number(half, 4) for half in halves),
+                    _difference(run, against),
+                    "diverged" if run.diverged else ABSENT,
+                )
+            )
         if len(runs) > 1:
             values = [run.value(LOSS) for run in runs]
             sound = [run.half_losses() for run in runs if not run.diverged]
             means = [mean([pair[i] for pair in sound]) for i in (0, 1)]
             strong.append(len(rows))
             fewer = f" (halves: of {len(sound)})" if 0 < len(sound) < len(runs) else ""
-            rows.append((
-                arms.label(arm), f"mean of {len(runs)}{fewer}", number(mean(values), 4),
-                *(number(value, 4) for value in means), ABSENT, ABSENT,
-            ))  # fmt: skip
-    return without_empty(Table(
-        "Validation loss at the end (nat per token).",
-        ("Configuration", "Seed", "Val loss", "first half", "second half",
-         f"minus {arms.label(BASELINE)}, same seed", "Remark"),
-        tuple(rows), words=2, strong=tuple(strong),
-        notes=((_CHOSEN if study.learning_rates else "") +
-               (_DIVERGED if any(run.diverged for run in study.runs.values()) else "") +
-               "± is the standard error over validation sequences, in pairs: it holds for these "
-               "trained models, and leaves the spread between seeds out.",),
-    ))  # fmt: skip
+            rows.append(
+                (
+                    arms.label(arm),
+                    f"mean of {len(runs)}{fewer}",
+                    number(mean(values), 4),
+                    *(number(value, 4) for value in means),
+                    ABSENT,
+                    ABSENT,
+                )
+            )
+    return without_empty(
+        Table(
+            "Validation loss at the end (nat per token).",
+            (
+                "Configuration",
+                "Seed",
+                "Val loss",
+                "first half",
+                "second half",
+                f"minus {arms.label(BASELINE)}, same seed",
+                "Remark",
+            ),
+            tuple(rows),
+            words=2,
+            strong=tuple(strong),
+            notes=(
+                (_CHOSEN if study.learning_rates else "")
+                + (_DIVERGED if any(run.diverged for run in study.runs.values()) else "")
+                + "± is the standard error over validation sequences, in pairs: it holds for these "
+                "trained models, and leaves the spread between seeds out.",
+            ),
+        )
+    )
 
 
 def _difference(run: RunResult, against: RunResult | None) -> str:

@@ -100,13 +100,34 @@ def _(block: Box) -> str:
 def _clauses(caption: str, clauses: tuple[Clause, ...]) -> Table:
     return Table(
         caption,
-        ("Clause", "Prediction", "Status", "Reason", "Estimate", "Unit", "Pooled 95%",
-         "Paired 95%", "p", "SESOI, margin or limit", "Per seed"),
+        (
+            "Clause",
+            "Prediction",
+            "Status",
+            "Reason",
+            "Estimate",
+            "Unit",
+            "Pooled 95%",
+            "Paired 95%",
+            "p",
+            "SESOI, margin or limit",
+            "Per seed",
+        ),
         tuple(
-            (clause.name, clause.text, clause.status, clause.reason,
-             short(clause.estimate, signed=True), clause.unit, interval(clause.pooled),
-             interval(clause.paired), p_value(clause.p), short(clause.sesoi), per_seed(clause))
+            (
+                clause.name,
+                clause.text,
+                clause.status,
+                clause.reason,
+                short(clause.estimate, signed=True),
+                clause.unit,
+                interval(clause.pooled),
+                interval(clause.paired),
+                p_value(clause.p),
+                short(clause.sesoi),
+                per_seed(clause),
+            )
             for clause in clauses
         ),
         words=4,
-    )  # fmt: skip
+    )

@@ -106,16 +106,27 @@ def deviations(material: Material) -> Section:
 def record(material: Material) -> Section:
     """Runs, datasets, environment, commands: what it takes to do this again."""
     study = material.study
-    return Section("record", "Record", (
-        Text(f"Plan: {study.plan.get('words') or study.plan['scale']}, fingerprint "
-             f"`{study.plan.get('fingerprint', ABSENT)}`."),
-        *_left_out(study),
-        *_runs(study), *_environment(study), *_commands(study),
-        Text("results.csv holds the numbers of runs, evaluations, sweep, scores and verdicts, one "
-             "to a row, sorted, without paths, times and rates; equal results give equal bytes. "
-             "Its columns:"),
-        Notes(CSV_COLUMNS),
-    ))  # fmt: skip
+    return Section(
+        "record",
+        "Record",
+        (
+            Text(
+                f"Plan: {study.plan.get('words') or study.plan['scale']}, fingerprint "
+                f"`{study.plan.get('fingerprint', ABSENT)}`."
+            ),
+            *_left_out(study),
+            *_runs(study),
+            *_environment(study),
+            *_commands(study),
+            Text(
+                "results.csv holds the numbers of runs, evaluations, sweep, scores and verdicts, "
+                "one "
+                "to a row, sorted, without paths, times and rates; equal results give equal bytes. "
+                "Its columns:"
+            ),
+            Notes(CSV_COLUMNS),
+        ),
+    )
 
 
 def _left_out(study: Study) -> Iterator[Block]:
@@ -133,19 +144,36 @@ def _runs(study: Study) -> Iterator[Block]:
     for (arm, seed), run in study.runs.items():
         summary = run.summary
         status = f"diverged at step {summary['diverged_step']:,}" if run.diverged else "finished"
-        rows.append((
-            arms.label(arm), str(seed), status, f"runs/{arm}/seed_{seed}", f"{summary['step']:,}",
-            f"{summary['tokens']:,}", number(summary.get("epochs"), 2),
-            number(summary.get("wall_seconds"), 0),
-            f"`{str(summary['params_sha256'])[:16]}`",
-        ))  # fmt: skip
+        rows.append(
+            (
+                arms.label(arm),
+                str(seed),
+                status,
+                f"runs/{arm}/seed_{seed}",
+                f"{summary['step']:,}",
+                f"{summary['tokens']:,}",
+                number(summary.get("epochs"), 2),
+                number(summary.get("wall_seconds"), 0),
+                f"`{str(summary['params_sha256'])[:16]}`",
+            )
+        )
     if rows:
         yield Table(
             "Runs.",
-            ("Configuration", "Seed", "Status", "Directory", "Steps", "Tokens", "Epochs",
-             "Wall time (s)", "params_sha256"),
-            tuple(rows), words=4,
-        )  # fmt: skip
+            (
+                "Configuration",
+                "Seed",
+                "Status",
+                "Directory",
+                "Steps",
+                "Tokens",
+                "Epochs",
+                "Wall time (s)",
+                "params_sha256",
+            ),
+            tuple(rows),
+            words=4,
+        )
         fingerprints = sorted({run.dataset_fingerprint for run in study.runs.values()})
         yield Text(f"Dataset fingerprint of every run: `{'`, `'.join(fingerprints)}`.")
 
@@ -167,13 +195,14 @@ def _facts(environment: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     dirty = " with changes" if git.get("dirty") else ""
     found = {
         "devices": f"{devices.get('count')} × {devices.get('kind')} ({devices.get('platform')})"
-        if devices else "",
+        if devices
+        else "",
         "processes": str(devices.get("process_count", "")),
         "Python": str(environment.get("python", "")),
         **{str(name): str(v) for name, v in (environment.get("versions") or {}).items() if v},
         **{str(name): str(v) for name, v in (environment.get("variables") or {}).items()},
         "source": f"{git['commit']}{dirty}" if git.get("commit") else "",
-    }  # fmt: skip
+    }
     return tuple((name, value) for name, value in found.items() if value)
 
 

@@ -45,9 +45,13 @@ def heat_maps(ends: Mapping[str, Sequence[Arrays]], shown: Quantity, head_dim: i
         axes.set_title(arms.short(arm), fontsize=8.5)
     if mesh is not None:
         figure.colorbar(
-            mesh, ax=panels, label=f"{shown.title} ({shown.unit(head_dim)})",
-            location="bottom", aspect=40, pad=0.02,
-        )  # fmt: skip
+            mesh,
+            ax=panels,
+            label=f"{shown.title} ({shown.unit(head_dim)})",
+            location="bottom",
+            aspect=40,
+            pad=0.02,
+        )
     return figure
 
 

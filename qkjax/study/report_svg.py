@@ -10,9 +10,10 @@ from qkjax.study.report_blocks import Chart, interval, short
 _XLINK = "{http://www.w3.org/1999/xlink}href"
 # Colours that a page may set for its theme; everything else in a chart keeps its own.
 _THEMED = {
-    "#000000": "currentColor", "#dddddd": "var(--grid)",
+    "#000000": "currentColor",
+    "#dddddd": "var(--grid)",
     **{hue.lower(): f"var(--{name})" for name, hue in arms.HUES.items()},
-}  # fmt: skip
+}
 _FONT = re.compile(r"font: (?:[a-z]+ )?([\d.]+)px [^;]*")
 
 
@@ -83,16 +84,29 @@ def interval_figure(clause: Clause) -> ET.Element | None:
         share = (min(max(value, low), high) - low) / span
         return f"{_EDGE + share * (_WIDTH - 2 * _EDGE):.1f}"
 
-    root = ET.Element("svg", {
-        "viewBox": f"0 0 {_WIDTH:g} {_HEIGHT:g}", "class": "interval", "role": "img",
-        "aria-label": f"estimate {short(clause.estimate, signed=True)} {clause.unit}, "
-        f"pooled {interval(clause.pooled)}, paired {interval(clause.paired)}",
-    })  # fmt: skip
+    root = ET.Element(
+        "svg",
+        {
+            "viewBox": f"0 0 {_WIDTH:g} {_HEIGHT:g}",
+            "class": "interval",
+            "role": "img",
+            "aria-label": f"estimate {short(clause.estimate, signed=True)} {clause.unit}, "
+            f"pooled {interval(clause.pooled)}, paired {interval(clause.paired)}",
+        },
+    )
 
     def line(kind: str, begin: str, end: str, top: float, bottom: float) -> None:
-        ET.SubElement(root, "line", {
-            "class": kind, "x1": begin, "x2": end, "y1": f"{top:g}", "y2": f"{bottom:g}",
-        })  # fmt: skip
+        ET.SubElement(
+            root,
+            "line",
+            {
+                "class": kind,
+                "x1": begin,
+                "x2": end,
+                "y1": f"{top:g}",
+                "y2": f"{bottom:g}",
+            },
+        )
 
     line("zero", x(0.0), x(0.0), 3, 31)
     if clause.sesoi:

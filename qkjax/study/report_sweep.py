@@ -25,20 +25,27 @@ def sweep(material: Material) -> Section:
     plan = study.plan.get("sweep")
     blocks: list[Block] = []
     if not rates:
-        blocks.append(Text(
-            "Not there yet: no arm has a chosen learning rate (sweep/learning_rates.json)."
-            if plan else
-            "This study has no sweep: every arm runs at the rate of its recipe, given below."
-        ))  # fmt: skip
+        blocks.append(
+            Text(
+                "Not there yet: no arm has a chosen learning rate (sweep/learning_rates.json)."
+                if plan
+                else "This study has no sweep: every arm runs at the rate of its recipe, given "
+                "below."
+            )
+        )
     else:
         missing = [arms.label(arm) for arm in study.plan["arms"] if arm not in rates]
         seed = study.plan.get("tuning_seed")
         tokens = f"{drawing.count(plan['tokens'])} tokens" if plan else "equal budgets"
-        blocks.append(Text(
-            f"Short runs of {tokens} each, seed {seed}, which no reported run has. The rate of the "
-            "lowest final validation loss on the first half of the validation sequences is taken; "
-            "results are also reported on the second half, which chose nothing."
-        ))  # fmt: skip
+        blocks.append(
+            Text(
+                f"Short runs of {tokens} each, seed {seed}, which no reported run has. The rate "
+                "of the "
+                "lowest final validation loss on the first half of the validation sequences is "
+                "taken; "
+                "results are also reported on the second half, which chose nothing."
+            )
+        )
         if missing:
             blocks.append(Notes((f"Not finished: {', '.join(missing)}.",)))
         blocks += [_best(study, rates), *_charts(rates), _every_run(study, rates)]
@@ -62,16 +69,28 @@ def _best(study: Study, rates: Mapping[str, Any]) -> Table:
             "grid extended" if entry.get("extended") else "",
             f"diverged at {', '.join(diverged)}" if diverged else "",
         ]
-        rows.append((
-            arms.label(arm), ABSENT if entry["chosen"] is None else f"{entry['chosen']:g}",
-            number(best.get("loss"), 4), number(best.get("loss_whole"), 4),
-            number(entry.get("sensitivity"), 4), str(len(entry["runs"])),
-            "; ".join(filter(None, remarks)) or ABSENT,
-        ))  # fmt: skip
+        rows.append(
+            (
+                arms.label(arm),
+                ABSENT if entry["chosen"] is None else f"{entry['chosen']:g}",
+                number(best.get("loss"), 4),
+                number(best.get("loss_whole"), 4),
+                number(entry.get("sensitivity"), 4),
+                str(len(entry["runs"])),
+                "; ".join(filter(None, remarks)) or ABSENT,
+            )
+        )
     return Table(
         "Best learning rate of every configuration.",
-        ("Configuration", "Best LR", "Sweep val loss, first half (nat)",
-         "whole split (nat)", "LR sensitivity (nat)", "Runs", "Remarks"),
+        (
+            "Configuration",
+            "Best LR",
+            "Sweep val loss, first half (nat)",
+            "whole split (nat)",
+            "LR sensitivity (nat)",
+            "Runs",
+            "Remarks",
+        ),
         tuple(rows),
         notes=(
             "LR sensitivity (after Wortsman et al. 2023): mean over the original grid of "
@@ -80,7 +99,7 @@ def _best(study: Study, rates: Mapping[str, Any]) -> Table:
             "end with a longer pass). Their grid spans a factor of 1,000, ours one of 16 or less: "
             "not comparable with their figures.",
         ),
-    )  # fmt: skip
+    )
 
 
 def _charts(rates: Mapping[str, Any]) -> Iterator[Charts]:
@@ -105,27 +124,41 @@ def _charts(rates: Mapping[str, Any]) -> Iterator[Charts]:
         "Final validation loss of the sweep runs. The chosen rate is ringed. One vertical scale.",
         tuple(
             report_charts.chart(
-                f"sweep_{name}", f"Sweep, {arms.family(name)}",
-                "Validation loss against learning rate: " + "; ".join(
-                    f"{arms.label(arm)} " + ", ".join(
+                f"sweep_{name}",
+                f"Sweep, {arms.family(name)}",
+                "Validation loss against learning rate: "
+                + "; ".join(
+                    f"{arms.label(arm)} "
+                    + ", ".join(
                         f"{p.rate:g}: {'diverged' if p.loss is None else f'{p.loss:.3f}'}"
                         for p in points
-                    ) for arm, points in group.items()
+                    )
+                    for arm, points in group.items()
                 ),
                 report_charts.sweep(group, scale),
             )
             for name, group in groups.items()
         ),
-    )  # fmt: skip
+    )
 
 
 def _every_run(study: Study, rates: Mapping[str, Any]) -> Table:
     rows = [
-        (arms.label(arm), f"{run['learning_rate']:g}", number(run["loss"], 4),
-         number(run["loss_whole"], 4), "diverged" if run["diverged"] else
-         "chosen" if run["learning_rate"] == rates[arm]["chosen"] else ABSENT)
-        for arm in study.plan["arms"] if arm in rates for run in rates[arm]["runs"]
-    ]  # fmt: skip
+        (
+            arms.label(arm),
+            f"{run['learning_rate']:g}",
+            number(run["loss"], 4),
+            number(run["loss_whole"], 4),
+            "diverged"
+            if run["diverged"]
+            else "chosen"
+            if run["learning_rate"] == rates[arm]["chosen"]
+            else ABSENT,
+        )
+        for arm in study.plan["arms"]
+        if arm in rates
+        for run in rates[arm]["runs"]
+    ]
     return Table(
         "Every run of the sweep.",
         ("Configuration", "Learning rate", "Val loss, first half (nat)", "whole split (nat)", ""),
@@ -143,16 +176,26 @@ def _used_rates(study: Study) -> Iterator[Table]:
         parent = (study.plan.get("parents") or {}).get(arm)
         chosen = chosen_rate(study, arm)
         origin = "recipe" if chosen is None else "sweep of its parent" if parent else "sweep"
-        rows.append((
-            arms.label(arm), f"{optimizer.learning_rate:g}",
-            ABSENT if auxiliary is None else f"{auxiliary:g}",
-            f"{runs[0].config.train.num_steps:,}",
-            f"{runs[0].config.train.tokens_per_step:,}", origin,
-        ))  # fmt: skip
+        rows.append(
+            (
+                arms.label(arm),
+                f"{optimizer.learning_rate:g}",
+                ABSENT if auxiliary is None else f"{auxiliary:g}",
+                f"{runs[0].config.train.num_steps:,}",
+                f"{runs[0].config.train.tokens_per_step:,}",
+                origin,
+            )
+        )
     if rows:
         yield Table(
             "Rates and budgets of the reported runs.",
-            ("Configuration", "Learning rate", "Auxiliary AdamW", "Steps", "Tokens a step",
-             "Rate from"),
+            (
+                "Configuration",
+                "Learning rate",
+                "Auxiliary AdamW",
+                "Steps",
+                "Tokens a step",
+                "Rate from",
+            ),
             tuple(rows),
-        )  # fmt: skip
+        )

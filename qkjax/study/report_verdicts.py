@@ -138,12 +138,16 @@ def seeds_listed(seeds: list[int]) -> str:
 
 def attribution(material: Material) -> Section:
     """What the PR that QK-Norm costs is made of, for each optimiser."""
-    blocks: list[Block] = [Text(
-        "The PR that QK-Norm costs under one optimiser, A = none - decayed, is cut into "
-        "normalisation (none - frozen), the learned gamma (frozen - undecayed) and the decay of "
-        "gamma (undecayed - decayed). It is attributed only where A itself is supported; a decay "
-        "of half of A or more reads “explained by decay at the original's tau”."
-    )]  # fmt: skip
+    blocks: list[Block] = [
+        Text(
+            "The PR that QK-Norm costs under one optimiser, A = none - decayed, is cut into "
+            "normalisation (none - frozen), the learned gamma (frozen - undecayed) and the decay "
+            "of "
+            "gamma (undecayed - decayed). It is attributed only where A itself is supported; a "
+            "decay "
+            "of half of A or more reads “explained by decay at the original's tau”."
+        )
+    ]
     for found in material.judgement.attributions:
         blocks.append(Text(f"{arms.family(found.optimizer)}: {found.reason}."))
         if any(clause.per_seed for clause in (found.total, *found.parts)):
@@ -157,14 +161,21 @@ def _attribution_table(found: Attribution) -> Table:
         f"{arms.family(found.optimizer)}: parts of the loss in post-RoPE raw PR.",
         ("Part", "Status", "Estimate (PR)", "Pooled 95%", "Paired 95%", "p", "Per seed"),
         tuple(
-            (clause.name.partition(": ")[2], clause.status, short(clause.estimate, signed=True),
-             interval(clause.pooled), interval(clause.paired), p_value(clause.p),
-             per_seed(clause))
+            (
+                clause.name.partition(": ")[2],
+                clause.status,
+                short(clause.estimate, signed=True),
+                interval(clause.pooled),
+                interval(clause.paired),
+                p_value(clause.p),
+                per_seed(clause),
+            )
             for clause in clauses
         ),
-        words=2, strong=(len(clauses) - 1,),
+        words=2,
+        strong=(len(clauses) - 1,),
         notes=("; ".join(f"{role}: {arms.label(arm)}" for role, arm in found.roles.items()) + ".",),
-    )  # fmt: skip
+    )
 
 
 def per_seed(clause: Clause) -> str:
@@ -193,14 +204,26 @@ def at_the_end(material: Material) -> Section:
         "end",
         "At the end of training",
         (
-            without_empty(Table(
-                f"Means over seeds; PR of {material.head_dim} directions, loss in nat per token.",
-                ("Configuration", "Runs", "Val loss", "PR post-RoPE raw", "PR pre-RoPE centred",
-                 "Axis alignment", "Max logit", "Remark"),
-                tuple(rows), notes=(material.passes,) if material.passes else (),
-            )),
+            without_empty(
+                Table(
+                    f"Means over seeds; PR of {material.head_dim} directions, loss in nat per "
+                    "token.",
+                    (
+                        "Configuration",
+                        "Runs",
+                        "Val loss",
+                        "PR post-RoPE raw",
+                        "PR pre-RoPE centred",
+                        "Axis alignment",
+                        "Max logit",
+                        "Remark",
+                    ),
+                    tuple(rows),
+                    notes=(material.passes,) if material.passes else (),
+                )
+            ),
         ),
-    )  # fmt: skip
+    )
 
 
 _BESIDE = (("pr/key/pre_rope/centred", 2), ("aa/key", 3), ("attention/max_logit", 1))

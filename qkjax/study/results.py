@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qkjax import config as configs
+from qkjax import config as config_lib
 from qkjax import errors, run_directory
 from qkjax.study import scores, study_files
 
@@ -37,7 +37,7 @@ class RunResult:
     arm: str
     seed: int
     workdir: pathlib.Path
-    config: configs.Config
+    config: config_lib.Config
     dataset_fingerprint: str
     environment: dict[str, Any]  # environment.json
     summary: dict[str, Any]  # summary.json

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from qkjax import errors, run_directory, signals
-from qkjax.data import dataset as datasets
+from qkjax.data import dataset as dataset_lib
 from qkjax.study import plan_arms, states, study_files, sweep
 from qkjax.study.plan import (
     CHOICE,
@@ -87,7 +87,7 @@ def _settle_dataset(plan: Plan, directory: pathlib.Path) -> None:
         print("dataset: the embedded corpus; made now where it is missing", flush=True)
     first = next(step for step in plan.steps if step.kind == RUN)
     try:
-        dataset = datasets.open_dataset(plan.run_config(first, None))
+        dataset = dataset_lib.open_dataset(plan.run_config(first, None))
     except errors.UsageError as error:  # the study's flag has another name than a run's
         text = str(error).replace("--config.data.dir", "--config.data_dir")
         raise errors.UsageError(text) from error
@@ -260,9 +260,13 @@ class _Executor:
         folder = pathlib.Path(source).expanduser().absolute()
         data = [] if source == "hub" else [f"--data_dir={folder}"]
         return [
-            "tools/eval_downstream.py", run, "--backend=jax", "--tasks=hellaswag,lambada", *data,
+            "tools/eval_downstream.py",
+            run,
+            "--backend=jax",
+            "--tasks=hellaswag,lambada",
+            *data,
             f"--out={result}",
-        ]  # fmt: skip
+        ]
 
     def _end(self, child: _Child) -> None:
         step, code = child.step, child.process.returncode

@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-from qkjax import config as configs
+from qkjax import config as config_lib
 from qkjax import errors, run_directory
 from qkjax.study import plan_arms, study_files, sweep, watching
 from qkjax.study.plan import (
@@ -24,8 +24,15 @@ from qkjax.study.plan import (
 )
 
 DONE, DIVERGED, SKIPPED, RUNNING, UNFINISHED, FAILED, REFUSED, OPEN = (
-    "done", "diverged", "skipped", "running", "unfinished", "failed", "refused", "open",
-)  # fmt: skip
+    "done",
+    "diverged",
+    "skipped",
+    "running",
+    "unfinished",
+    "failed",
+    "refused",
+    "open",
+)
 SETTLED = (DONE, DIVERGED, SKIPPED)  # nothing is left to do
 NO_DATA = "no data"
 PAGE = pathlib.Path("report", "index.html")
@@ -160,7 +167,9 @@ class StudyFiles:
         return page.exists() and page.stat().st_mtime_ns >= newest
 
 
-def _check_config(directory: pathlib.Path, found: configs.Config, planned: configs.Config) -> None:
+def _check_config(
+    directory: pathlib.Path, found: config_lib.Config, planned: config_lib.Config
+) -> None:
     """Refuses a run directory that another plan has made.
 
     Raises:

@@ -103,8 +103,10 @@ def choose(plan: Plan, workdir: pathlib.Path, arm: str) -> dict[str, Any]:
         "grid": list(grid),
         "runs": [
             {
-                "learning_rate": run.learning_rate, "loss": run.loss,
-                "loss_whole": run.loss_whole, "diverged": run.diverged,
+                "learning_rate": run.learning_rate,
+                "loss": run.loss,
+                "loss_whole": run.loss_whole,
+                "diverged": run.diverged,
                 "directory": run.directory,
             }
             for run in runs
@@ -115,7 +117,7 @@ def choose(plan: Plan, workdir: pathlib.Path, arm: str) -> dict[str, Any]:
         "sensitivity": sensitivity,
         "loss_at_init": initial,
         "fingerprint": plan.step(f"sweep/{arm}/choice").fingerprint,
-    }  # fmt: skip
+    }
     with study_files.locked(workdir):
         run_directory.write_json(_path(workdir), {**recorded(workdir), arm: entry})
     if winner is None:
