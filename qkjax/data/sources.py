@@ -246,11 +246,11 @@ class _Parquet(FileSource):
     @contextlib.contextmanager
     def _named(self, path: pathlib.Path) -> Iterator[None]:
         """Says which file pyarrow could not read, and how far it came."""
-        import pyarrow
+        import pyarrow as pa
 
         try:
             yield
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise errors.UsageError(
                 f"{path}: no readable parquet, stopped after row {self._row} ({reason}). "
@@ -258,7 +258,7 @@ class _Parquet(FileSource):
             ) from None
 
     def _check_column(self, path: pathlib.Path, schema: Any) -> None:
-        import pyarrow
+        import pyarrow as pa
 
         if self._column not in schema.names:
             raise errors.UsageError(
@@ -266,7 +266,7 @@ class _Parquet(FileSource):
                 f"Name it: parquet:{path}:COLUMN."
             )
         kind = schema.field(self._column).type
-        types = pyarrow.types
+        types = pa.types
         value = kind.value_type if types.is_dictionary(kind) else kind
         if not (types.is_string(value) or types.is_large_string(value)):
             raise errors.UsageError(
