@@ -7,7 +7,8 @@ import json
 
 from absl import flags
 
-from qkjax import command_line, config_flag, errors
+from qkjax import errors
+from qkjax.cli import command_line, config_flag
 from qkjax.config import Config
 
 _CONFIG = config_flag.define()

@@ -16,7 +16,8 @@ from collections.abc import Callable
 import pytest
 import synthetic_study
 
-from qkjax import config_flag, errors, run_directory, signals
+from qkjax import errors, run_directory, signals
+from qkjax.cli import config_flag
 from qkjax.data import dataset as dataset_lib
 from qkjax.study import devices, plan, run, states, table
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import synthetic_study
 
-from qkjax import config_flag, errors
+from qkjax import errors
+from qkjax.cli import config_flag
 from qkjax.study import plan, sweep
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -17,8 +17,9 @@ import tempfile
 
 from absl import flags
 
-from qkjax import command_line, errors
+from qkjax import errors
 from qkjax.benchmark import data, interleave, subjects, table
+from qkjax.cli import command_line
 
 _SHAPE = flags.DEFINE_enum("shape", "tiny", subjects.SHAPES, "Of the model.")
 _ARM = flags.DEFINE_enum("arm", "adamw_qk", subjects.ARMS, "Of the study.")

@@ -3,7 +3,7 @@
 python tools/check_data.py DIR
 """
 
-from qkjax import command_line
+from qkjax.cli import command_line
 
 
 def main(directory: str) -> None:

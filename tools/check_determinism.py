@@ -14,7 +14,8 @@ import pathlib
 
 from absl import flags
 
-from qkjax import command_line, config_flag, errors
+from qkjax import errors
+from qkjax.cli import command_line, config_flag
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the three runs.")

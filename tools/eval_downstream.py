@@ -13,7 +13,8 @@ import pathlib
 
 from absl import flags
 
-from qkjax import command_line, errors
+from qkjax import errors
+from qkjax.cli import command_line
 
 _MODEL = flags.DEFINE_string("model", None, "A directory of tools/export_hf.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Or the run directory, of a finished run.")

@@ -8,7 +8,8 @@ path of the page last.
 
 from absl import flags
 
-from qkjax import command_line, errors
+from qkjax import errors
+from qkjax.cli import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Study directory, of tools/run_study.py.")
 _OUT = flags.DEFINE_string("out", "", "Directory for the report. Default: STUDY/report.")

@@ -9,7 +9,8 @@ import pathlib
 
 from absl import flags
 
-from qkjax import command_line, errors
+from qkjax import errors
+from qkjax.cli import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Study or run directory.")
 _OUT = flags.DEFINE_string("out", None, "Where the archives go; made where it is missing.")

@@ -10,7 +10,8 @@ import pathlib
 
 from absl import flags
 
-from qkjax import command_line, errors
+from qkjax import errors
+from qkjax.cli import command_line
 from qkjax.study import drawing, quantities, run_spectra
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run directory.")

@@ -16,7 +16,8 @@ from typing import Any
 
 from absl import flags
 
-from qkjax import command_line, errors
+from qkjax import errors
+from qkjax.cli import command_line
 
 _PRESET = flags.DEFINE_string(
     "preset", "", "study (300M training tokens of smollm-corpus) or pilot (25M); flags override it."

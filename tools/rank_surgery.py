@@ -13,7 +13,8 @@ import pathlib
 
 from absl import flags
 
-from qkjax import command_line, errors
+from qkjax import errors
+from qkjax.cli import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; the latest unless given.")

@@ -13,7 +13,8 @@ import sys
 
 from absl import flags
 
-from qkjax import command_line, config_flag, errors
+from qkjax import errors
+from qkjax.cli import command_line, config_flag
 from qkjax.study import devices, plan, plan_cost, plan_lines, run, states, table
 
 _EXAMPLE = "configs/study.py:tiny,quick"

@@ -4,19 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from qkjax import (
-    attention,
-    checkpoint,
-    eval_step,
-    losses,
-    model,
-    optimizer,
-    sharding,
-    startup,
-    train_step,
-)
+from qkjax import attention, checkpoint, eval_step, losses, model, optimizer, sharding, train_step
 from qkjax import config as config_lib
 from qkjax.benchmark import arrays
+from qkjax.cli import startup
 from qkjax.config import Config
 
 import jax  # isort: skip  (after qkjax, which sets the XLA flags)

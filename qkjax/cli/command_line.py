@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from qkjax import errors, startup
+from qkjax import errors
+from qkjax.cli import startup
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 _BROKEN_PIPE = 141  # as of a program that SIGPIPE has ended
