@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qkjax import losses, model, probes, sharding, spectral
+from qkjax import losses, model, sharding
 from qkjax.config import Config
+from qkjax.measures import probes, spectral
 
 
 class Spectra(NamedTuple):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import small_run
 
-from qkjax import spectral, train
+from qkjax import train
+from qkjax.measures import spectral
 from qkjax.study import drawing, figures, quantities, run_spectra
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")

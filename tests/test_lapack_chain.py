@@ -11,7 +11,8 @@ import pytest
 import small_run
 from jax.extend.core import Literal
 
-from qkjax import eval_step, model, probes, sharding
+from qkjax import eval_step, model, sharding
+from qkjax.measures import probes
 
 _LAPACK = {"geqrf", "qr", "householder_product", "svd", "eigh", "lu", "cholesky"}
 

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from qkjax import spectral
+from qkjax.measures import spectral
 
 import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip

@@ -12,7 +12,7 @@ import synthetic_study
 from synthetic_study import AA, LOGIT, LOSS, PR, PR_BEFORE
 
 from qkjax import config as config_lib
-from qkjax import probes
+from qkjax.measures import probes
 from qkjax.study import (
     clauses,
     hypotheses,

@@ -1,7 +1,7 @@
 """Numbers per layer and head, by name: measures of singular values, and saved arrays.
 
 Measures are computed here, in numpy, from the singular values that a run saves, so that any of
-them can be had of any run that is on the disk. The formulas are those of `qkjax.spectral`.
+them can be had of any run that is on the disk. The formulas are those of `qkjax.measures.spectral`.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 
 from qkjax import errors
 
-_HOLDS, _TIE = 0.9, 1e-6  # of r90, as in qkjax.spectral
+_HOLDS, _TIE = 0.9, 1e-6  # of r90, as in qkjax.measures.spectral
 
 
 def _pr(s: np.ndarray) -> np.ndarray:
@@ -52,7 +52,7 @@ _WQK = "wqk_singular_values"
 
 
 def measure(name: str, sigma_S: np.ndarray) -> np.ndarray:
-    """A measure of MEASURES of singular values, as `qkjax.spectral.MEASURES` defines it.
+    """A measure of MEASURES of singular values, as `qkjax.measures.spectral.MEASURES` defines it.
 
     Args:
         sigma_S: [..., S] singular values, any order, non-negative.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qkjax import spectral
+from qkjax.measures import spectral
 
 
 class Moments(NamedTuple):

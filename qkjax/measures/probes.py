@@ -10,8 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qkjax import model, moments, spectral
+from qkjax import model
 from qkjax.config import Config, ModelConfig
+from qkjax.measures import moments, spectral
 
 STAGES = {  # name in arrays -> its field of model.HeadVectors
     "key_pre_rope": "key_pre_BTGK",

@@ -1,0 +1,1 @@
+"""What is measured of queries, keys, values, logits and weights."""
