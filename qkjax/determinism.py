@@ -3,7 +3,7 @@
 Three runs, each a process of its own as users start them: `first`; `again`, the same command; and
 `resumed`, which goes on from a checkpoint of the first: in the middle of those that a finished run
 keeps between its start and its end (the latest alone, unless checkpoint.keep_all is set). What is
-compared is the sha256 of every leaf of the last checkpoint, which `qkjax.checkpoint` records.
+compared is the sha256 of every leaf of the last checkpoint, which `qkjax.runs.checkpoint` records.
 """
 
 import contextlib
@@ -17,8 +17,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qkjax import errors, run_directory, signals
+from qkjax import errors
 from qkjax.config import Config
+from qkjax.runs import directory as run_directory
+from qkjax.runs import signals
 
 FIRST, AGAIN, RESUMED = "first", "again", "resumed"
 _LEFT_OUT = ("summary*.json", "run.lock", "events.out.*", "final.npz")  # by the copy that resumes
@@ -127,7 +129,7 @@ def _checkpoint_steps(run: pathlib.Path) -> list[int]:
 
 
 def _difference(workdir: pathlib.Path, name: str, last: int) -> Difference | None:
-    from qkjax import checkpoint
+    from qkjax.runs import checkpoint
 
     metas = []
     for run in (FIRST, name):

@@ -52,7 +52,8 @@ def main() -> None:
 def _show_costs(config: Config) -> None:
     import jax
 
-    from qkjax import attention_check, model, optimizer, resources, sharding
+    from qkjax import model, optimizer, sharding
+    from qkjax.runs import attention_check, resources
 
     platform = jax.default_backend()
     config = attention_check.settle(config.for_platform(platform), platform)

@@ -9,7 +9,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from qkjax import errors, run_directory
+from qkjax import errors
+from qkjax.runs import directory as run_directory
 
 KINDS = ("top", "random")
 ALL = "all"  # every layer's keys are projected, instead of one layer's

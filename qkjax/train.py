@@ -12,24 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qkjax import (
-    attention_check,
-    checkpoint,
-    errors,
-    evaluation,
-    model,
-    optimizer,
-    progress,
-    resources,
-    run_directory,
-    sharding,
-    signals,
-    train_step,
-    writers,
-)
+from qkjax import errors, evaluation, model, optimizer, sharding, train_step
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import pipeline
+from qkjax.runs import attention_check, checkpoint, progress, resources, signals, writers
+from qkjax.runs import directory as run_directory
 
 
 def train_and_evaluate(

@@ -8,10 +8,12 @@ import numpy as np
 import reference_model
 import small_run
 
-from qkjax import checkpoint, model, run_directory
 from qkjax import config as config_lib
+from qkjax import model
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
+from qkjax.runs import checkpoint
+from qkjax.runs import directory as run_directory
 
 STEP = small_run.STEPS
 

@@ -82,7 +82,7 @@ def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 def identity(workdir: pathlib.Path, step: int = STEPS) -> tuple[str, str]:
     """Digests of parameters and optimiser state of a checkpoint."""
-    from qkjax import checkpoint
+    from qkjax.runs import checkpoint
 
     meta = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).meta(step)
     return meta["params_sha256"], meta["opt_state_sha256"]
@@ -95,7 +95,7 @@ def run_with_signals(
     at_steps: Sequence[int],
 ) -> dict[str, Any]:
     """The run, stopped by SIGTERM when each of `at_steps` asks for its batch, and started again."""
-    from qkjax import signals
+    from qkjax.runs import signals
 
     original = pipeline.TrainLoader.__next__
     for step in at_steps:

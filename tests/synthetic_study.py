@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qkjax import config as config_lib
-from qkjax import run_directory
+from qkjax.runs import directory as run_directory
 
 LOSS, PR, PR_BEFORE, AA = (
     "val/loss",

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from qkjax import attention, attention_check, errors
+from qkjax import attention, errors
 from qkjax import config as config_lib
+from qkjax.runs import attention_check
 
 
 def make_config(wanted: str, dtype: str = "bfloat16") -> config_lib.Config:

@@ -62,7 +62,8 @@ def parameters(work) -> dict[str, np.ndarray]:
     """The project's parameters by name; the peer's likewise, stacked and turned."""
     import jax
 
-    from qkjax import checkpoint, model
+    from qkjax import model
+    from qkjax.runs import checkpoint
 
     if hasattr(work, "_state"):
         names = checkpoint.leaf_names(work._state.params)

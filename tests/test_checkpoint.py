@@ -15,8 +15,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from qkjax import checkpoint, errors, model, optimizer, train_step
 from qkjax import config as config_lib
+from qkjax import errors, model, optimizer, train_step
+from qkjax.runs import checkpoint
 
 import jax  # isort: skip  (after qkjax, which sets the XLA flags)
 import jax.numpy as jnp  # isort: skip

@@ -10,7 +10,8 @@ import pytest
 import small_run
 
 from qkjax import config as config_lib
-from qkjax import determinism, errors, run_directory, train
+from qkjax import determinism, errors, train
+from qkjax.runs import directory as run_directory
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZES = (

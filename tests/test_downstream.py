@@ -16,9 +16,10 @@ import random_run
 import small_run
 import synthetic_study
 
-from qkjax import checkpoint, errors
+from qkjax import errors
 from qkjax.data import prepare
 from qkjax.export import benchmarks, directory, downstream, hf
+from qkjax.runs import checkpoint
 from qkjax.study import results, verdicts
 
 pytest.importorskip("lm_eval", reason="tasks are scored with lm-eval")

@@ -16,9 +16,11 @@ from collections.abc import Callable
 import pytest
 import synthetic_study
 
-from qkjax import errors, run_directory, signals
+from qkjax import errors
 from qkjax.cli import config_flag
 from qkjax.data import dataset as dataset_lib
+from qkjax.runs import directory as run_directory
+from qkjax.runs import signals
 from qkjax.study import devices, plan, run, states, table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -13,10 +13,12 @@ import pytest
 import random_run
 import small_run
 
-from qkjax import checkpoint, errors, model, run_directory, train
 from qkjax import config as config_lib
+from qkjax import errors, model, train
 from qkjax.data import prepare
 from qkjax.export import card, directory, hf, trained_run, verify
+from qkjax.runs import checkpoint
+from qkjax.runs import directory as run_directory
 
 safetensors = pytest.importorskip(
     "safetensors", reason="exports are written with safetensors, which is not installed"

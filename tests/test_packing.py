@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import synthetic_study
 
-from qkjax import errors, run_directory
+from qkjax import errors
+from qkjax.runs import directory as run_directory
 from qkjax.study import packing, results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -11,8 +11,9 @@ import ml_collections
 import pytest
 
 from qkjax import config as config_lib
-from qkjax import errors, flops, model, run_directory
+from qkjax import errors, flops, model
 from qkjax.cli import config_flag
+from qkjax.runs import directory as run_directory
 from qkjax.study import plan, plan_cost, plan_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -10,11 +10,12 @@ import small_run
 import test_eval_step
 import test_spectral
 
-from qkjax import attention, eval_step, evaluation, model, run_directory, sharding, train
+from qkjax import attention, eval_step, evaluation, model, sharding, train
 from qkjax import config as config_lib
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
 from qkjax.measures import moments, probes, spectral
+from qkjax.runs import directory as run_directory
 
 import jax  # isort: skip  (after qkjax, which sets the XLA flags)
 import jax.numpy as jnp  # isort: skip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qkjax import config as config_lib
-from qkjax import progress
+from qkjax.runs import progress
 
 
 @pytest.fixture

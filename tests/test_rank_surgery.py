@@ -13,10 +13,12 @@ import pytest
 import reference_model
 import small_run
 
-from qkjax import checkpoint, errors, model, rank_curves, rank_surgery, run_directory, train
 from qkjax import config as config_lib
+from qkjax import errors, model, rank_curves, rank_surgery, train
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
+from qkjax.runs import checkpoint
+from qkjax.runs import directory as run_directory
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEAD_DIM, STEPS = 16, 300

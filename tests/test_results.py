@@ -10,7 +10,8 @@ import pytest
 import synthetic_study
 from synthetic_study import LOSS, PR
 
-from qkjax import errors, run_directory
+from qkjax import errors
+from qkjax.runs import directory as run_directory
 from qkjax.study import results
 
 SEEDS = (42, 43)

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from qkjax import config as config_lib
-from qkjax import environment, errors, run_directory
+from qkjax import errors
+from qkjax.runs import directory as run_directory
+from qkjax.runs import environment
 
 FULL = pathlib.Path("/dev/full")
 needs_dev_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this machine")

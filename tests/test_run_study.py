@@ -152,7 +152,7 @@ def test_a_finished_study_starts_no_process_and_a_second_executor_is_refused(dat
     assert "diverged (at step" in status.stdout and f"{STEPS}/{STEPS}" in status.stdout
     costs = call(*command(dataset, unbroken, "--dry_run"))
     assert "tokens/s: muon_qk " in costs.stdout  # measured by these runs
-    from qkjax import run_directory
+    from qkjax.runs import directory as run_directory
 
     with run_directory.lock(unbroken):
         second = call(*command(dataset, unbroken))

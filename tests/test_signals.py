@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from qkjax import signals
+from qkjax.runs import signals
 
 WAIT = """
 import time

@@ -17,9 +17,11 @@ import pytest
 import small_run
 from tensorboard.backend.event_processing import event_accumulator
 
-from qkjax import checkpoint, errors, evaluation, model, run_directory, signals, train, writers
+from qkjax import errors, evaluation, model, train
 from qkjax.config import Config
 from qkjax.data import pipeline
+from qkjax.runs import checkpoint, signals, writers
+from qkjax.runs import directory as run_directory
 
 ARMS = {
     "adamw_qk": ("adamw", "learned", "tiny"),

@@ -9,8 +9,9 @@ import pytest
 import reference_model
 from compile_options import QUICK
 
-from qkjax import checkpoint, errors, model, optimizer, sharding, train_step
 from qkjax import config as config_lib
+from qkjax import errors, model, optimizer, sharding, train_step
+from qkjax.runs import checkpoint
 
 import jax  # isort: skip  (after qkjax, which sets the XLA flags)
 

@@ -12,7 +12,7 @@ import pytest
 import small_run
 from rich.console import Console
 
-from qkjax import run_directory
+from qkjax.runs import directory as run_directory
 from qkjax.study import plan, states, table, watching
 
 

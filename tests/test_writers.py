@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkjax import errors, tensorboard, writers
+from qkjax import errors
+from qkjax.runs import tensorboard, writers
 
 FULL = pathlib.Path("/dev/full")
 needs_dev_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this machine")

@@ -9,8 +9,8 @@ import pathlib
 
 from absl import flags
 
-from qkjax import run_directory
 from qkjax.cli import command_line
+from qkjax.runs import directory as run_directory
 from qkjax.study import drawing, quantities, run_spectra
 
 _MEASURE = flags.DEFINE_enum(

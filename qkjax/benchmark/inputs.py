@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from qkjax import checkpoint, model, muon
 from qkjax import config as config_lib
+from qkjax import model, muon
+from qkjax.runs import checkpoint
 
 
 def main(path: str, values: dict[str, Any]) -> None:

@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from qkjax import attention, checkpoint, eval_step, losses, model, optimizer, sharding, train_step
+from qkjax import attention, eval_step, losses, model, optimizer, sharding, train_step
 from qkjax import config as config_lib
 from qkjax.benchmark import arrays
 from qkjax.cli import startup
 from qkjax.config import Config
+from qkjax.runs import checkpoint
 
 import jax  # isort: skip  (after qkjax, which sets the XLA flags)
 import jax.numpy as jnp  # isort: skip

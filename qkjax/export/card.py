@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from qkjax import run_directory
 from qkjax.export import hf
 from qkjax.export.trained_run import TrainedRun
+from qkjax.runs import directory as run_directory
 
 NOT_VERIFIED = ("Not verified. Export again with --verify to compare it with its run.",)
 _USE = """\

@@ -7,11 +7,12 @@ import pathlib
 import shutil
 from collections.abc import Callable
 
-from qkjax import errors, run_directory
+from qkjax import errors
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.export import card, hf, trained_run, verify
 from qkjax.export.trained_run import TrainedRun
+from qkjax.runs import directory as run_directory
 
 
 @dataclasses.dataclass(frozen=True)

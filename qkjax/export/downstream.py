@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qkjax import errors, run_directory
+from qkjax import errors
 from qkjax.export import benchmarks, directory, scores, stock_model, trained_run
 from qkjax.export.benchmarks import Benchmark, Files
+from qkjax.runs import directory as run_directory
 
 BACKENDS = ("hf", "jax")
 _RUN_FIELDS = (

@@ -16,8 +16,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from qkjax import checkpoint, errors, model
+from qkjax import errors, model
 from qkjax.config import ModelConfig
+from qkjax.runs import checkpoint
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from qkjax import checkpoint, errors, model, run_directory
+from qkjax import errors, model
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import tokenizer as tokenizer_lib
+from qkjax.runs import checkpoint
+from qkjax.runs import directory as run_directory
 
 
 @dataclasses.dataclass(frozen=True)

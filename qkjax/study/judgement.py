@@ -6,7 +6,7 @@
 import dataclasses
 from typing import Any
 
-from qkjax import run_directory
+from qkjax.runs import directory as run_directory
 
 SUPPORTED, REFUTED, INCONCLUSIVE = "supported", "refuted", "inconclusive"
 # How a clause is decided: its interval against 0 and SESOI, against a margin, or by a rule on

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from qkjax import errors, run_directory
+from qkjax import errors
+from qkjax.runs import directory as run_directory
 
 MEBIBYTE = 2**20
 # Of a study, and of every run; sizes are those of an 88M run: 3 MB, of which half is spectra.

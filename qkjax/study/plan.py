@@ -13,7 +13,8 @@ from typing import Any
 import ml_collections
 
 from qkjax import config as config_lib
-from qkjax import errors, run_directory
+from qkjax import errors
+from qkjax.runs import directory as run_directory
 from qkjax.study import plan_arms, plan_config
 from qkjax.study.plan_arms import Arm
 from qkjax.study.plan_config import StudyConfig

@@ -11,8 +11,9 @@ from typing import Any
 import ml_collections
 
 from qkjax import config as config_lib
-from qkjax import errors, presets, run_directory
+from qkjax import errors, presets
 from qkjax.cli import config_flag
+from qkjax.runs import directory as run_directory
 from qkjax.study.plan_config import StudyConfig
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]

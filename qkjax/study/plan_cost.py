@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qkjax import config as config_lib
-from qkjax import flops, presets, run_directory
+from qkjax import flops, presets
+from qkjax.runs import directory as run_directory
 from qkjax.study import plan_arms
 from qkjax.study.plan import EXPORT, EXTENSION, TRAINING, Plan, Step
 from qkjax.study.plan_config import StudyConfig

@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from qkjax import run_directory
+from qkjax.runs import directory as run_directory
 from qkjax.study import (
     drawing,
     report_downstream,

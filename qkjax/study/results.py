@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qkjax import config as config_lib
-from qkjax import errors, run_directory
+from qkjax import errors
+from qkjax.runs import directory as run_directory
 from qkjax.study import scores, study_files
 
 LOSS, PR = "val/loss", "pr/key/post_rope/raw"

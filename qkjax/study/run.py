@@ -14,8 +14,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from qkjax import errors, run_directory, signals
+from qkjax import errors
 from qkjax.data import dataset as dataset_lib
+from qkjax.runs import directory as run_directory
+from qkjax.runs import signals
 from qkjax.study import plan_arms, states, study_files, sweep
 from qkjax.study.plan import (
     CHOICE,

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qkjax import errors, run_directory
+from qkjax import errors
+from qkjax.runs import directory as run_directory
 from qkjax.study.quantities import Quantity
 
 

@@ -5,7 +5,8 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from qkjax import errors, run_directory
+from qkjax import errors
+from qkjax.runs import directory as run_directory
 from qkjax.study import study_files
 
 _FIELDS = ("backend", "bos", "limit", "run", "sample", "tasks")

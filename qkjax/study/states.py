@@ -9,7 +9,8 @@ import pathlib
 from typing import Any, NamedTuple
 
 from qkjax import config as config_lib
-from qkjax import errors, run_directory
+from qkjax import errors
+from qkjax.runs import directory as run_directory
 from qkjax.study import plan_arms, study_files, sweep, watching
 from qkjax.study.plan import (
     CHOICE,

@@ -7,7 +7,8 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from qkjax import errors, run_directory
+from qkjax import errors
+from qkjax.runs import directory as run_directory
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any] | None:

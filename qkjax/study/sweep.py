@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from qkjax import errors, run_directory
+from qkjax import errors
+from qkjax.runs import directory as run_directory
 from qkjax.study import results, study_files
 from qkjax.study.plan import Plan, extended_rate
 

@@ -6,7 +6,7 @@ import pathlib
 import socket
 from typing import Any, NamedTuple
 
-from qkjax import run_directory
+from qkjax.runs import directory as run_directory
 from qkjax.study.results import LOSS, PR
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from qkjax import run_directory, tensorboard
-from qkjax.run_directory import read_metrics
-from qkjax.tensorboard import MetricWriter
+from qkjax.runs import directory as run_directory
+from qkjax.runs import tensorboard
+from qkjax.runs.directory import read_metrics
+from qkjax.runs.tensorboard import MetricWriter
 
 __all__ = [
     "CompositeWriter",

@@ -20,7 +20,8 @@ import numpy as np
 from absl import logging
 
 from qkjax import config as config_lib
-from qkjax import environment, errors, presets
+from qkjax import errors, presets
+from qkjax.runs import environment
 
 # Differences in these cannot change a result, so a resume does not ask about them.
 FREE_FIELDS = ("checkpoint.keep_all", "data.dir", "log.every_seconds", "profile.steps")
