@@ -10,8 +10,9 @@ import pytest
 import small_run
 
 from qkjax import config as config_lib
-from qkjax import determinism, errors, train
+from qkjax import errors, train
 from qkjax.runs import directory as run_directory
+from qkjax.trained import determinism
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZES = (

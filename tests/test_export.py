@@ -16,9 +16,10 @@ import small_run
 from qkjax import config as config_lib
 from qkjax import errors, model, train
 from qkjax.data import prepare
-from qkjax.export import card, directory, hf, trained_run, verify
+from qkjax.export import card, directory, hf, verify
 from qkjax.runs import checkpoint
 from qkjax.runs import directory as run_directory
+from qkjax.trained import trained_run
 
 safetensors = pytest.importorskip(
     "safetensors", reason="exports are written with safetensors, which is not installed"

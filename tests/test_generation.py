@@ -13,11 +13,12 @@ import random_run
 import small_run
 
 from qkjax import config as config_lib
-from qkjax import decoder, errors, generation, model
+from qkjax import errors, model
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import tokenizer as tokenizer_lib
-from qkjax.export import directory, trained_run
-from qkjax.generation import Sampling
+from qkjax.export import directory
+from qkjax.trained import decoder, generation, trained_run
+from qkjax.trained.generation import Sampling
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KINDS = [("none", "swiglu"), ("learned", "swiglu"), ("none", "relu2"), ("frozen", "relu2")]

@@ -14,11 +14,12 @@ import reference_model
 import small_run
 
 from qkjax import config as config_lib
-from qkjax import errors, model, rank_curves, rank_surgery, train
+from qkjax import errors, model, train
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
 from qkjax.runs import checkpoint
 from qkjax.runs import directory as run_directory
+from qkjax.trained import rank_curves, rank_surgery
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEAD_DIM, STEPS = 16, 300

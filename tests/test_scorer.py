@@ -9,7 +9,7 @@ import random_run
 import reference_model
 import small_run
 
-from qkjax.export import trained_run
+from qkjax.trained import trained_run
 
 pytest.importorskip("lm_eval", reason="the scorer is a model of lm-eval")
 from qkjax.export import scorer

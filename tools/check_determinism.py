@@ -26,7 +26,7 @@ def main() -> None:
     if not _WORKDIR.value:
         raise errors.UsageError("--workdir: missing. Name a directory for the three runs.")
 
-    from qkjax import determinism
+    from qkjax.trained import determinism
 
     outcome = determinism.check(config, config_flag.as_flags(), pathlib.Path(_WORKDIR.value))
     if not outcome["equal"]:

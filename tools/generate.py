@@ -32,7 +32,7 @@ def main() -> None:
     if _PROMPT.value is None:
         raise errors.UsageError('--prompt: missing. Give the text to continue, --prompt="...".')
 
-    from qkjax import generation  # jax and all
+    from qkjax.trained import generation  # jax and all
 
     request = generation.Request(
         workdir=pathlib.Path(_WORKDIR.value).expanduser().absolute(),

@@ -39,7 +39,7 @@ def main() -> None:
         raise errors.UsageError("--workdir: missing. Name the run directory, --workdir=runs/NAME.")
     ranks = None if _RANKS.value is None else tuple(_rank(text) for text in _RANKS.value)
 
-    from qkjax import rank_surgery  # jax and all
+    from qkjax.trained import rank_surgery  # jax and all
 
     request = rank_surgery.Request(
         step=_STEP.value,

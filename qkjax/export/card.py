@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from qkjax.export import hf
-from qkjax.export.trained_run import TrainedRun
 from qkjax.runs import directory as run_directory
+from qkjax.trained.trained_run import TrainedRun
 
 NOT_VERIFIED = ("Not verified. Export again with --verify to compare it with its run.",)
 _USE = """\

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from qkjax import errors
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import tokenizer as tokenizer_lib
-from qkjax.export import card, hf, trained_run, verify
-from qkjax.export.trained_run import TrainedRun
+from qkjax.export import card, hf, verify
 from qkjax.runs import directory as run_directory
+from qkjax.trained import trained_run
+from qkjax.trained.trained_run import TrainedRun
 
 
 @dataclasses.dataclass(frozen=True)

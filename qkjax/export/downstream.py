@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qkjax import errors
-from qkjax.export import benchmarks, directory, scores, stock_model, trained_run
+from qkjax.export import benchmarks, directory, scores, stock_model
 from qkjax.export.benchmarks import Benchmark, Files
 from qkjax.runs import directory as run_directory
+from qkjax.trained import trained_run
 
 BACKENDS = ("hf", "jax")
 _RUN_FIELDS = (

@@ -17,9 +17,10 @@ import lm_eval.api.model
 import numpy as np
 import tqdm
 
-from qkjax import decoder, model
+from qkjax import model
 from qkjax.config import ModelConfig
 from qkjax.data.tokenizer import Tokenizer
+from qkjax.trained import decoder
 
 Request = tuple[Any, list[int], list[int]]  # lm-eval's: texts, tokens of context, of continuation
 Score = tuple[float, bool]  # log-likelihood in nat; whether every token is the most probable one

@@ -24,7 +24,7 @@ from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
 from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.export import hf
-from qkjax.export.trained_run import TrainedRun
+from qkjax.trained.trained_run import TrainedRun
 
 LOGIT_LIMIT = 1e-4  # absolute, float32 tensors
 LOSS_LIMIT = 1e-4  # nat per token, of a sequence

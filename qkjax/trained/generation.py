@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkjax import decoder, errors, model
+from qkjax import errors, model
 from qkjax.config import ModelConfig
 from qkjax.data.tokenizer import Tokenizer
-from qkjax.export import trained_run
+from qkjax.trained import decoder, trained_run
 
 _INCOMPLETE = "\ufffd"  # how a decoder shows bytes that are not a whole character yet
 

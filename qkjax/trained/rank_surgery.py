@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkjax import errors, losses, model, rank_curves, sharding
+from qkjax import errors, losses, model, sharding
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import pipeline
-from qkjax.export import trained_run
 from qkjax.measures import spectral
-from qkjax.rank_curves import ALL, KINDS, Row
 from qkjax.runs import attention_check
 from qkjax.runs import directory as run_directory
+from qkjax.trained import rank_curves, trained_run
+from qkjax.trained.rank_curves import ALL, KINDS, Row
 
 STAGES = {"pre_rope": "pre-RoPE", "post_rope": "post-RoPE"}
 

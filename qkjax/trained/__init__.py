@@ -1,0 +1,1 @@
+"""A finished run, opened: surgery, generation, determinism."""
