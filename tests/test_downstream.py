@@ -18,12 +18,13 @@ import synthetic_study
 
 from qkjax import errors
 from qkjax.data import prepare
-from qkjax.export import benchmarks, directory, downstream, hf
+from qkjax.export import directory, hf
 from qkjax.runs import checkpoint
 from qkjax.study import results, verdicts
+from qkjax.tasks import benchmarks, downstream
 
 pytest.importorskip("lm_eval", reason="tasks are scored with lm-eval")
-from qkjax.export import scorer
+from qkjax.tasks import scorer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 T = 384  # tokens: some of the prompts below are longer

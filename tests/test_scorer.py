@@ -12,7 +12,7 @@ import small_run
 from qkjax.trained import trained_run
 
 pytest.importorskip("lm_eval", reason="the scorer is a model of lm-eval")
-from qkjax.export import scorer
+from qkjax.tasks import scorer
 
 T, EOS, VOCABULARY = 96, 0, small_run.VOCABULARY
 

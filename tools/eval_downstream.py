@@ -33,7 +33,7 @@ def main() -> None:
     if not _OUT.value:
         raise errors.UsageError("--out: missing. Name a new file, --out=results/NAME.json.")
 
-    from qkjax.export import downstream  # jax and all
+    from qkjax.tasks import downstream  # jax and all
 
     def path(value: str | None) -> pathlib.Path | None:
         return pathlib.Path(value).expanduser().absolute() if value else None

@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qkjax import errors
-from qkjax.export import benchmarks, directory, scores, stock_model
-from qkjax.export.benchmarks import Benchmark, Files
+from qkjax.export import directory
 from qkjax.runs import directory as run_directory
+from qkjax.tasks import benchmarks, scores, stock_model
+from qkjax.tasks.benchmarks import Benchmark, Files
 from qkjax.trained import trained_run
 
 BACKENDS = ("hf", "jax")
@@ -163,7 +164,7 @@ def _open(request: Request, backend: str, scratch: pathlib.Path) -> _Subject:
     if backend == "hf":
         directory.write(run, scratch / "model")
         return _open_stock(scratch / "model")
-    from qkjax.export import scorer
+    from qkjax.tasks import scorer
 
     adds_bos = run.dataset.manifest.end_of_text
     lm = scorer.Scorer(run.params, run.config.model, run.tokenizer, add_bos=adds_bos)

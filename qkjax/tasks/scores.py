@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qkjax import errors
-from qkjax.export.benchmarks import Benchmark
+from qkjax.tasks.benchmarks import Benchmark
 
 
 def item(benchmark: Benchmark, sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""HellaSwag and LAMBADA: benchmarks, scores, and the models that lm-eval asks."""
