@@ -20,8 +20,9 @@ from qkjax import errors
 from qkjax.data import prepare
 from qkjax.export import directory, hf
 from qkjax.runs import checkpoint
-from qkjax.study import results, verdicts
 from qkjax.tasks import benchmarks, downstream
+from qkjax.verdicts import judge as verdicts
+from qkjax.verdicts import results
 
 pytest.importorskip("lm_eval", reason="tasks are scored with lm-eval")
 from qkjax.tasks import scorer

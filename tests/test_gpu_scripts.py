@@ -13,7 +13,8 @@ import small_run
 from absl import flags
 from ml_collections import config_flags
 
-from qkjax.study import plan, results
+from qkjax.study import plan
+from qkjax.verdicts import results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OVERRIDES = (

@@ -11,7 +11,8 @@ import synthetic_study
 
 from qkjax import errors
 from qkjax.runs import directory as run_directory
-from qkjax.study import packing, results
+from qkjax.study import packing
+from qkjax.verdicts import results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

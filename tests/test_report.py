@@ -20,16 +20,9 @@ import synthetic_study
 from synthetic_study import LOSS, PR
 
 from qkjax import errors
-from qkjax.study import (
-    original,
-    report,
-    report_csv,
-    report_data,
-    report_record,
-    report_verdicts,
-    results,
-)
+from qkjax.study import original, report, report_csv, report_data, report_record, report_verdicts
 from qkjax.study.report_blocks import Report, Table
+from qkjax.verdicts import results
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from qkjax.study import arms, drawing, report_charts, report_spectra, report_svg
-from qkjax.study.judgement import Clause
 from qkjax.study.quantities import quantity
 from qkjax.study.report_blocks import Chart
 from qkjax.study.report_charts import Curve, Scale, SweepPoint
+from qkjax.verdicts.judgement import Clause
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
 TOKENS = np.array([0, 1_000, 10_000, 40_000])

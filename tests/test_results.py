@@ -12,7 +12,7 @@ from synthetic_study import LOSS, PR
 
 from qkjax import errors
 from qkjax.runs import directory as run_directory
-from qkjax.study import results
+from qkjax.verdicts import results
 
 SEEDS = (42, 43)
 STEPS = 195  # of tiny, without a final pass

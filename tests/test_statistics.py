@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qkjax.study import statistics
+from qkjax.verdicts import statistics
 
 STUDIES = 2_000
 TRAP = (0.5, -0.5, 0.5, -0.5)  # the contrast of H1, of four arms

@@ -9,9 +9,10 @@ import pytest
 import synthetic_study
 from synthetic_study import AA, LOSS, PR, PR_BEFORE
 
-from qkjax.study import hypotheses, results, verdicts
-from qkjax.study.clauses import Panel
-from qkjax.study.judgement import Verdict
+from qkjax.verdicts import hypotheses, results
+from qkjax.verdicts import judge as verdicts
+from qkjax.verdicts.clauses import Panel
+from qkjax.verdicts.judgement import Verdict
 
 STUDIES = 2_000
 MOST = 0.025 + 2 * math.sqrt(0.025 * 0.975 / STUDIES)  # one-sided level, Monte Carlo error

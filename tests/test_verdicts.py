@@ -13,15 +13,8 @@ from synthetic_study import AA, LOGIT, LOSS, PR, PR_BEFORE
 
 from qkjax import config as config_lib
 from qkjax.measures import probes
-from qkjax.study import (
-    clauses,
-    hypotheses,
-    judgement,
-    results,
-    stability,
-    statistics,
-    verdicts,
-)
+from qkjax.verdicts import clauses, hypotheses, judgement, results, stability, statistics
+from qkjax.verdicts import judge as verdicts
 
 SUPPORTED, REFUTED, INCONCLUSIVE = "supported", "refuted", "inconclusive"
 # Long enough for H3: evaluations at steps 244 and 381, the end at 610.

@@ -12,7 +12,6 @@ from qkjax.study import (
     report_record,
     report_sweep,
     report_verdicts,
-    results,
     study_files,
 )
 from qkjax.study.report_blocks import Report
@@ -20,6 +19,7 @@ from qkjax.study.report_csv import results_csv
 from qkjax.study.report_data import Material, gather
 from qkjax.study.report_html import page
 from qkjax.study.report_markdown import markdown
+from qkjax.verdicts import results
 
 TITLE = "Does QK-Norm collapse attention keys?"
 

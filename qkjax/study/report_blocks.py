@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from qkjax.study.judgement import Verdict
+from qkjax.verdicts.judgement import Verdict
 
 ABSENT = "–"  # a number that nobody measured
 

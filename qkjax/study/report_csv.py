@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from qkjax.study.judgement import Clause
 from qkjax.study.report_data import Material
-from qkjax.study.results import Study
+from qkjax.verdicts.judgement import Clause
+from qkjax.verdicts.results import Study
 
 COLUMNS = ("table", "name", "seed", "step", "metric", "value")
 

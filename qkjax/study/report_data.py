@@ -9,12 +9,14 @@ import numpy as np
 
 from qkjax import config as config_lib
 from qkjax import presets
-from qkjax.study import arms, results, run_spectra, verdicts
-from qkjax.study.judgement import Judgement
+from qkjax.study import arms, run_spectra
 from qkjax.study.report_blocks import mean, number
 from qkjax.study.report_charts import Curve
-from qkjax.study.results import RunResult, Study
 from qkjax.study.run_spectra import RunSpectra
+from qkjax.verdicts import judge as verdicts
+from qkjax.verdicts import results
+from qkjax.verdicts.judgement import Judgement
+from qkjax.verdicts.results import RunResult, Study
 
 SKIPPED = "skipped"  # status of a step that tools/run_study.py had no data or no use for
 

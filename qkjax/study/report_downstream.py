@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from qkjax.study import arms, items, statistics
+from qkjax.study import arms
 from qkjax.study.report_blocks import (
     ABSENT,
     Block,
@@ -17,7 +17,8 @@ from qkjax.study.report_blocks import (
     with_error,
 )
 from qkjax.study.report_data import SKIPPED, Material
-from qkjax.study.results import Study
+from qkjax.verdicts import items, statistics
+from qkjax.verdicts.results import Study
 
 _SCORES = (  # task, metric, heading, factor, digits
     ("hellaswag", "acc_norm", "HellaSwag acc_norm (%)", 100.0, 2),

@@ -8,15 +8,6 @@ import re
 import xml.etree.ElementTree as ET
 
 from qkjax.study import report_svg
-from qkjax.study.judgement import (
-    INCONCLUSIVE,
-    NON_INFERIORITY,
-    REFUTED,
-    RULE,
-    SHOWN,
-    SUPPORTED,
-    Clause,
-)
 from qkjax.study.report_blocks import (
     Block,
     Box,
@@ -34,6 +25,15 @@ from qkjax.study.report_blocks import (
 )
 from qkjax.study.report_style import CSS
 from qkjax.study.report_verdicts import holm, per_seed
+from qkjax.verdicts.judgement import (
+    INCONCLUSIVE,
+    NON_INFERIORITY,
+    REFUTED,
+    RULE,
+    SHOWN,
+    SUPPORTED,
+    Clause,
+)
 
 _STATUSES = (SUPPORTED, REFUTED, INCONCLUSIVE)
 _SIGNS = {SUPPORTED: "✓", REFUTED: "✗", INCONCLUSIVE: "?"}

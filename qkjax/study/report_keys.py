@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from qkjax.study import arms, report_charts, report_spectra
-from qkjax.study.hypotheses import AXES, LOGIT_SEQUENCES, MAX_LOGIT, PR_BEFORE
 from qkjax.study.quantities import quantity
 from qkjax.study.report_blocks import Block, Charts, Section, Table, Text, mean, number
 from qkjax.study.report_data import Material
-from qkjax.study.results import PR
-from qkjax.study.stability import MAX_LOGIT as LOGIT
+from qkjax.verdicts.hypotheses import AXES, LOGIT_SEQUENCES, MAX_LOGIT, PR_BEFORE
+from qkjax.verdicts.results import PR
+from qkjax.verdicts.stability import MAX_LOGIT as LOGIT
 
 _VIEWS = (  # metric, stem, title; the published number first
     (PR, "pr_post_rope_raw", "post-RoPE, raw (the published number)"),

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from qkjax.study import arms, report_charts, statistics
+from qkjax.study import arms, report_charts
 from qkjax.study.report_blocks import (
     ABSENT,
     Chart,
@@ -17,7 +17,8 @@ from qkjax.study.report_blocks import (
     without_empty,
 )
 from qkjax.study.report_data import Material
-from qkjax.study.results import LOSS, RunResult, Study
+from qkjax.verdicts import statistics
+from qkjax.verdicts.results import LOSS, RunResult, Study
 
 BASELINE = "adamw_qk"
 _DIVERGED = "The loss of a diverged run counts as that of its start. "

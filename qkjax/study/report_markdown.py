@@ -2,7 +2,6 @@
 
 import functools
 
-from qkjax.study.judgement import Clause
 from qkjax.study.report_blocks import (
     Block,
     Box,
@@ -17,6 +16,7 @@ from qkjax.study.report_blocks import (
     short,
 )
 from qkjax.study.report_verdicts import holm, per_seed
+from qkjax.verdicts.judgement import Clause
 
 
 def markdown(report: Report) -> str:

@@ -18,7 +18,7 @@ from qkjax.study.report_blocks import (
     without_empty,
 )
 from qkjax.study.report_data import Material
-from qkjax.study.results import PR, RunResult, Study
+from qkjax.verdicts.results import PR, RunResult, Study
 
 CSV_COLUMNS = (
     "table: run (the numbers reported), evaluation (one probe of training), sweep, downstream, "

@@ -4,8 +4,8 @@ import re
 import xml.etree.ElementTree as ET
 
 from qkjax.study import arms
-from qkjax.study.judgement import NON_INFERIORITY, RULE, Clause
 from qkjax.study.report_blocks import Chart, interval, short
+from qkjax.verdicts.judgement import NON_INFERIORITY, RULE, Clause
 
 _XLINK = "{http://www.w3.org/1999/xlink}href"
 # Colours that a page may set for its theme; everything else in a chart keeps its own.

@@ -15,7 +15,7 @@ from qkjax.study.report_blocks import (
     number,
 )
 from qkjax.study.report_data import Material, chosen_rate
-from qkjax.study.results import Study
+from qkjax.verdicts.results import Study
 
 
 def sweep(material: Material) -> Section:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 
 from qkjax.study import arms
-from qkjax.study.judgement import REFUTED, RULE, SUPPORTED, Attribution, Clause, Verdict
 from qkjax.study.report_blocks import (
     ABSENT,
     Block,
@@ -19,8 +18,9 @@ from qkjax.study.report_blocks import (
     without_empty,
 )
 from qkjax.study.report_data import SKIPPED, Material
-from qkjax.study.results import LOSS, PR, Study
-from qkjax.study.verdicts import scope
+from qkjax.verdicts.judge import scope
+from qkjax.verdicts.judgement import REFUTED, RULE, SUPPORTED, Attribution, Clause, Verdict
+from qkjax.verdicts.results import LOSS, PR, Study
 
 _QUESTION = (
     "Does QK-Norm (RMSNorm on queries and keys) collapse the dimensionality of attention keys in "

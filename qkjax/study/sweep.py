@@ -11,8 +11,9 @@ import numpy as np
 
 from qkjax import errors
 from qkjax.runs import directory as run_directory
-from qkjax.study import results, study_files
+from qkjax.study import study_files
 from qkjax.study.plan import Plan, extended_rate
+from qkjax.verdicts import results
 
 
 @dataclasses.dataclass(frozen=True)

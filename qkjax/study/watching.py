@@ -7,7 +7,7 @@ import socket
 from typing import Any, NamedTuple
 
 from qkjax.runs import directory as run_directory
-from qkjax.study.results import LOSS, PR
+from qkjax.verdicts.results import LOSS, PR
 
 
 class Glance(NamedTuple):

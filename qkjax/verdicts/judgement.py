@@ -1,6 +1,6 @@
 """What a study says, as data: clauses, verdicts, attributions.
 
-`qkjax.study.verdicts.judge` makes it, the report shows it. Nothing here computes.
+`qkjax.verdicts.judge.judge` makes it, the report shows it. Nothing here computes.
 """
 
 import dataclasses

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qkjax.study import statistics
-from qkjax.study.clauses import Panel, decide, figures, listed
-from qkjax.study.judgement import INCONCLUSIVE, SUPERIORITY, SUPPORTED, Clause
-from qkjax.study.results import PR, Study
+from qkjax.verdicts import statistics
+from qkjax.verdicts.clauses import Panel, decide, figures, listed
+from qkjax.verdicts.judgement import INCONCLUSIVE, SUPERIORITY, SUPPORTED, Clause
+from qkjax.verdicts.results import PR, Study
 
 FIRST, SECOND = "muon_noqk", "adamw_qk"
 SESOI_POINTS, SESOI_NAT = 1.0, 0.01

@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Iterable
 
 from qkjax import presets
-from qkjax.study import hypotheses, items, statistics
-from qkjax.study.clauses import Panel
-from qkjax.study.judgement import (
+from qkjax.verdicts import hypotheses, items, statistics
+from qkjax.verdicts.clauses import Panel
+from qkjax.verdicts.judgement import (
     INCONCLUSIVE,
     SUPPORTED,
     Attribution,
@@ -17,7 +17,7 @@ from qkjax.study.judgement import (
     Judgement,
     Verdict,
 )
-from qkjax.study.results import Study
+from qkjax.verdicts.results import Study
 
 __all__ = ["ALPHA", "Attribution", "Clause", "Judgement", "Verdict", "judge", "scope"]
 

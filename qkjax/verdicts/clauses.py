@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from qkjax import presets
-from qkjax.study import statistics
-from qkjax.study.judgement import (
+from qkjax.verdicts import statistics
+from qkjax.verdicts.judgement import (
     INCONCLUSIVE,
     NON_INFERIORITY,
     REFUTED,
@@ -21,7 +21,7 @@ from qkjax.study.judgement import (
     Clause,
     Interval,
 )
-from qkjax.study.results import RunResult, Study
+from qkjax.verdicts.results import RunResult, Study
 
 Measure = Callable[[RunResult], float]
 _LISTED = 4  # runs named in one line; more are counted

@@ -16,7 +16,8 @@ import numpy as np
 from qkjax import config as config_lib
 from qkjax import errors
 from qkjax.runs import directory as run_directory
-from qkjax.study import scores, study_files
+from qkjax.study import study_files
+from qkjax.verdicts import scores
 
 LOSS, PR = "val/loss", "pr/key/post_rope/raw"
 _PLAN_FIELDS = ("scale", "recipe", "arms", "controls", "seeds")  # of study.json, read here

@@ -5,9 +5,9 @@ import math
 from collections.abc import Sequence
 
 from qkjax import presets
-from qkjax.study import stability, statistics
-from qkjax.study.clauses import Measure, Panel, by_contrast, by_rule
-from qkjax.study.judgement import (
+from qkjax.verdicts import stability, statistics
+from qkjax.verdicts.clauses import Measure, Panel, by_contrast, by_rule
+from qkjax.verdicts.judgement import (
     INCONCLUSIVE,
     NON_INFERIORITY,
     REFUTED,
@@ -17,7 +17,7 @@ from qkjax.study.judgement import (
     Clause,
     Verdict,
 )
-from qkjax.study.results import LOSS, PR, RunResult, Study
+from qkjax.verdicts.results import LOSS, PR, RunResult, Study
 
 PR_BEFORE, AXES = "pr/key/pre_rope/centred", "aa/key"
 SESOI_PR_SHARE, SESOI_LOSS = 0.05, 0.01  # of head_dim; nat

@@ -1,0 +1,1 @@
+"""Results, statistics, clauses and hypotheses: what a study decides, from files alone."""
