@@ -476,7 +476,7 @@ def test_a_page_made_while_a_run_finished_is_made_again(world, monkeypatch):
     # Before `world` replaces processes: matplotlib starts one where it has no list of fonts yet.
     reason = "matplotlib is absent: pip install -e '.[report]'"
     pytest.importorskip("matplotlib.font_manager", reason=reason)
-    from qkjax.study import report
+    from qkjax.report import report
 
     study, workdir, _ = world()
     run.execute(study, workdir)

@@ -17,7 +17,7 @@ import small_run
 
 from qkjax import train
 from qkjax.measures import spectral
-from qkjax.study import drawing, figures, quantities, run_spectra
+from qkjax.report import drawing, figures, quantities, run_spectra
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
 ROOT = pathlib.Path(__file__).resolve().parents[1]

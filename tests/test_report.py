@@ -20,8 +20,12 @@ import synthetic_study
 from synthetic_study import LOSS, PR
 
 from qkjax import errors
-from qkjax.study import original, report, report_csv, report_data, report_record, report_verdicts
-from qkjax.study.report_blocks import Report, Table
+from qkjax.report import csv as report_csv
+from qkjax.report import material as report_data
+from qkjax.report import original, report
+from qkjax.report import sections_record as report_record
+from qkjax.report import sections_verdicts as report_verdicts
+from qkjax.report.blocks import Report, Table
 from qkjax.verdicts import results
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")

@@ -7,10 +7,13 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from qkjax.study import arms, drawing, report_charts, report_spectra, report_svg
-from qkjax.study.quantities import quantity
-from qkjax.study.report_blocks import Chart
-from qkjax.study.report_charts import Curve, Scale, SweepPoint
+from qkjax.report import arms, drawing
+from qkjax.report import charts as report_charts
+from qkjax.report import spectra_charts as report_spectra
+from qkjax.report import svg as report_svg
+from qkjax.report.blocks import Chart
+from qkjax.report.charts import Curve, Scale, SweepPoint
+from qkjax.report.quantities import quantity
 from qkjax.verdicts.judgement import Clause
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")

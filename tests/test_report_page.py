@@ -9,7 +9,7 @@ import pytest
 import synthetic_study
 from synthetic_study import LOSS, PR
 
-from qkjax.study import report
+from qkjax.report import report
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -10,8 +10,8 @@ import pathlib
 from absl import flags
 
 from qkjax.cli import command_line
+from qkjax.report import drawing, quantities, run_spectra
 from qkjax.runs import directory as run_directory
-from qkjax.study import drawing, quantities, run_spectra
 
 _MEASURE = flags.DEFINE_enum(
     "measure",
@@ -36,7 +36,7 @@ _FORMAT = flags.DEFINE_list("format", "svg,png", "Of the figure: svg, png or bot
 
 
 def main(*workdirs: str) -> None:
-    from qkjax.study import figures
+    from qkjax.report import figures
 
     formats = drawing.check_formats(_FORMAT.value)
     quantity = quantities.quantity(_MEASURE.value, _VECTORS.value, _STAGE.value, _CENTRING.value)

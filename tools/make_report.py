@@ -16,7 +16,7 @@ _OUT = flags.DEFINE_string("out", "", "Directory for the report. Default: STUDY/
 
 
 def main() -> None:
-    from qkjax.study import report
+    from qkjax.report import report
 
     if not _WORKDIR.value:
         raise errors.UsageError("--workdir: missing, expected a study directory. See --help.")

@@ -12,7 +12,7 @@ from absl import flags
 
 from qkjax import errors
 from qkjax.cli import command_line
-from qkjax.study import drawing, quantities, run_spectra
+from qkjax.report import drawing, quantities, run_spectra
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run directory.")
 _OUT = flags.DEFINE_string("out", "", "Directory for the figures. Default: RUN/figures.")
@@ -26,7 +26,7 @@ _STEP = flags.DEFINE_integer(
 
 
 def main() -> None:
-    from qkjax.study import figures
+    from qkjax.report import figures
 
     if not _WORKDIR.value:
         raise errors.UsageError("--workdir: missing, expected a run directory. See --help.")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import numpy as np
 
 from qkjax import errors
+from qkjax.report.run_spectra import Evaluation
 from qkjax.runs import directory as run_directory
-from qkjax.study.run_spectra import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,18 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from qkjax.study import arms
-from qkjax.study.report_blocks import (
-    ABSENT,
-    Block,
-    Notes,
-    Section,
-    Table,
-    Text,
-    number,
-    with_error,
-)
-from qkjax.study.report_data import SKIPPED, Material
+from qkjax.report import arms
+from qkjax.report.blocks import ABSENT, Block, Notes, Section, Table, Text, number, with_error
+from qkjax.report.material import SKIPPED, Material
 from qkjax.verdicts import items, statistics
 from qkjax.verdicts.results import Study
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 
-from qkjax.study import arms
-from qkjax.study.report_blocks import (
+from qkjax.report import arms
+from qkjax.report.blocks import (
     ABSENT,
     Block,
     Box,
@@ -17,7 +17,7 @@ from qkjax.study.report_blocks import (
     short,
     without_empty,
 )
-from qkjax.study.report_data import SKIPPED, Material
+from qkjax.report.material import SKIPPED, Material
 from qkjax.verdicts.judge import scope
 from qkjax.verdicts.judgement import REFUTED, RULE, SUPPORTED, Attribution, Clause, Verdict
 from qkjax.verdicts.results import LOSS, PR, Study

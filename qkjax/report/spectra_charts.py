@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qkjax.study import arms, drawing
-from qkjax.study.quantities import Quantity
-from qkjax.study.report_charts import SIZE, Curve, add_legend
-from qkjax.study.run_spectra import RunSpectra
+from qkjax.report import arms, drawing
+from qkjax.report.charts import SIZE, Curve, add_legend
+from qkjax.report.quantities import Quantity
+from qkjax.report.run_spectra import RunSpectra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

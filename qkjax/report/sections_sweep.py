@@ -3,18 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qkjax.study import arms, drawing, report_charts
-from qkjax.study.report_blocks import (
-    ABSENT,
-    Block,
-    Charts,
-    Notes,
-    Section,
-    Table,
-    Text,
-    number,
-)
-from qkjax.study.report_data import Material, chosen_rate
+from qkjax.report import arms, drawing
+from qkjax.report import charts as report_charts
+from qkjax.report.blocks import ABSENT, Block, Charts, Notes, Section, Table, Text, number
+from qkjax.report.material import Material, chosen_rate
 from qkjax.verdicts.results import Study
 
 

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from qkjax.study import arms, report_charts
-from qkjax.study.report_blocks import (
+from qkjax.report import arms
+from qkjax.report import charts as report_charts
+from qkjax.report.blocks import (
     ABSENT,
     Chart,
     Charts,
@@ -16,7 +17,7 @@ from qkjax.study.report_blocks import (
     number,
     without_empty,
 )
-from qkjax.study.report_data import Material
+from qkjax.report.material import Material
 from qkjax.verdicts import statistics
 from qkjax.verdicts.results import LOSS, RunResult, Study
 

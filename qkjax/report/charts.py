@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from qkjax.study import arms, drawing
-from qkjax.study.report_blocks import Chart
+from qkjax.report import arms, drawing
+from qkjax.report.blocks import Chart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

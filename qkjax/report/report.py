@@ -3,22 +3,20 @@
 import os
 import pathlib
 
+from qkjax.report import drawing
+from qkjax.report import sections_downstream as report_downstream
+from qkjax.report import sections_keys as report_keys
+from qkjax.report import sections_losses as report_losses
+from qkjax.report import sections_record as report_record
+from qkjax.report import sections_sweep as report_sweep
+from qkjax.report import sections_verdicts as report_verdicts
+from qkjax.report.blocks import Report
+from qkjax.report.csv import results_csv
+from qkjax.report.html import page
+from qkjax.report.markdown import markdown
+from qkjax.report.material import Material, gather
 from qkjax.runs import directory as run_directory
-from qkjax.study import (
-    drawing,
-    report_downstream,
-    report_keys,
-    report_losses,
-    report_record,
-    report_sweep,
-    report_verdicts,
-    study_files,
-)
-from qkjax.study.report_blocks import Report
-from qkjax.study.report_csv import results_csv
-from qkjax.study.report_data import Material, gather
-from qkjax.study.report_html import page
-from qkjax.study.report_markdown import markdown
+from qkjax.study import study_files
 from qkjax.verdicts import results
 
 TITLE = "Does QK-Norm collapse attention keys?"

@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from qkjax.study import arms, drawing, original
-from qkjax.study.report_blocks import (
+from qkjax.report import arms, drawing, original
+from qkjax.report.blocks import (
     ABSENT,
     Block,
     Code,
@@ -17,7 +17,7 @@ from qkjax.study.report_blocks import (
     number,
     without_empty,
 )
-from qkjax.study.report_data import Material
+from qkjax.report.material import Material
 from qkjax.verdicts.results import PR, RunResult, Study
 
 CSV_COLUMNS = (

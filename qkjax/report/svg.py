@@ -3,8 +3,8 @@
 import re
 import xml.etree.ElementTree as ET
 
-from qkjax.study import arms
-from qkjax.study.report_blocks import Chart, interval, short
+from qkjax.report import arms
+from qkjax.report.blocks import Chart, interval, short
 from qkjax.verdicts.judgement import NON_INFERIORITY, RULE, Clause
 
 _XLINK = "{http://www.w3.org/1999/xlink}href"

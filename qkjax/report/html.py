@@ -7,8 +7,8 @@ import functools
 import re
 import xml.etree.ElementTree as ET
 
-from qkjax.study import report_svg
-from qkjax.study.report_blocks import (
+from qkjax.report import svg as report_svg
+from qkjax.report.blocks import (
     Block,
     Box,
     Charts,
@@ -23,8 +23,8 @@ from qkjax.study.report_blocks import (
     p_value,
     short,
 )
-from qkjax.study.report_style import CSS
-from qkjax.study.report_verdicts import holm, per_seed
+from qkjax.report.sections_verdicts import holm, per_seed
+from qkjax.report.style import CSS
 from qkjax.verdicts.judgement import (
     INCONCLUSIVE,
     NON_INFERIORITY,

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from qkjax import errors
+from qkjax.report.quantities import Quantity
 from qkjax.runs import directory as run_directory
-from qkjax.study.quantities import Quantity
 
 
 class Evaluation(NamedTuple):

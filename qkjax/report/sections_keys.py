@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from qkjax.study import arms, report_charts, report_spectra
-from qkjax.study.quantities import quantity
-from qkjax.study.report_blocks import Block, Charts, Section, Table, Text, mean, number
-from qkjax.study.report_data import Material
+from qkjax.report import arms
+from qkjax.report import charts as report_charts
+from qkjax.report import spectra_charts as report_spectra
+from qkjax.report.blocks import Block, Charts, Section, Table, Text, mean, number
+from qkjax.report.material import Material
+from qkjax.report.quantities import quantity
 from qkjax.verdicts.hypotheses import AXES, LOGIT_SEQUENCES, MAX_LOGIT, PR_BEFORE
 from qkjax.verdicts.results import PR
 from qkjax.verdicts.stability import MAX_LOGIT as LOGIT

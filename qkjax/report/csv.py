@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from qkjax.study.report_data import Material
+from qkjax.report.material import Material
 from qkjax.verdicts.judgement import Clause
 from qkjax.verdicts.results import Study
 

@@ -2,7 +2,7 @@
 
 import functools
 
-from qkjax.study.report_blocks import (
+from qkjax.report.blocks import (
     Block,
     Box,
     Charts,
@@ -15,7 +15,7 @@ from qkjax.study.report_blocks import (
     p_value,
     short,
 )
-from qkjax.study.report_verdicts import holm, per_seed
+from qkjax.report.sections_verdicts import holm, per_seed
 from qkjax.verdicts.judgement import Clause
 
 

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qkjax.study import drawing
-from qkjax.study.quantities import Quantity, quantity
-from qkjax.study.run_spectra import Compared, Evaluation, RunSpectra
+from qkjax.report import drawing
+from qkjax.report.quantities import Quantity, quantity
+from qkjax.report.run_spectra import Compared, Evaluation, RunSpectra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,10 @@ import numpy as np
 
 from qkjax import config as config_lib
 from qkjax import presets
-from qkjax.study import arms, run_spectra
-from qkjax.study.report_blocks import mean, number
-from qkjax.study.report_charts import Curve
-from qkjax.study.run_spectra import RunSpectra
+from qkjax.report import arms, run_spectra
+from qkjax.report.blocks import mean, number
+from qkjax.report.charts import Curve
+from qkjax.report.run_spectra import RunSpectra
 from qkjax.verdicts import judge as verdicts
 from qkjax.verdicts import results
 from qkjax.verdicts.judgement import Judgement
