@@ -21,8 +21,7 @@ from qkjax.data import prepare
 from qkjax.export import directory, hf
 from qkjax.runs import checkpoint
 from qkjax.tasks import benchmarks, downstream
-from qkjax.verdicts import judge as verdicts
-from qkjax.verdicts import results
+from qkjax.verdicts import judge, results
 
 pytest.importorskip("lm_eval", reason="tasks are scored with lm-eval")
 from qkjax.tasks import scorer
@@ -336,7 +335,7 @@ def test_a_limit_is_a_sample_everywhere(ours, place, tmp_path):
         shutil.copy(items, path.with_suffix(".items.jsonl"))
     read = results.load_study(study)
     assert len(read.items["muon_qk", 42]) == 6
-    judgement = verdicts.judge(read)
+    judgement = judge.judge(read)
     warnings = [warning for warning in judgement.warnings if "sample" in warning]
     assert len(warnings) == 4
     reasons = [clause.reason for clause in judgement.verdicts[-1].clauses]

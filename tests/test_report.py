@@ -22,9 +22,7 @@ from synthetic_study import LOSS, PR
 from qkjax import errors
 from qkjax.report import csv as report_csv
 from qkjax.report import material as report_data
-from qkjax.report import original, report
-from qkjax.report import sections_record as report_record
-from qkjax.report import sections_verdicts as report_verdicts
+from qkjax.report import original, report, sections_record, sections_verdicts
 from qkjax.report.blocks import Report, Table
 from qkjax.verdicts import results
 
@@ -493,7 +491,7 @@ def test_what_decides_beside_the_intervals(write: Callable[..., pathlib.Path]):
 def test_holm_is_shown_where_it_has_a_say(clauses, status, rejected, words):
     kept = [types.SimpleNamespace(status=clause) for clause in clauses]
     verdict = types.SimpleNamespace(clauses=kept, status=status, holm_rejected=rejected)
-    said = report_verdicts.holm(verdict)
+    said = sections_verdicts.holm(verdict)
     assert words in said and bool(words) == bool(said)
 
 
@@ -626,7 +624,7 @@ def test_the_originals_numbers_are_marked_as_what_they_are(
     arms = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
     options = {"fields": {"train__tokens": 1_100_000}} if scale != "tiny" else {}
     synthetic_study.write(tmp_path, arms, seeds=(42,), scale=scale, recipe=recipe, **options)
-    section = report_record.comparison(report_data.load(tmp_path))
+    section = sections_record.comparison(report_data.load(tmp_path))
     text, table, _ = section.blocks
     assert words in text.text
     starts = {column: cell for column, cell in zip(table.columns, table.rows[0], strict=True)}
@@ -636,7 +634,9 @@ def test_the_originals_numbers_are_marked_as_what_they_are(
     assert [row[-1] for row in table.rows[:3]] == (
         ["60.0", f"{ours:.1f}", "–"] if numbers else ["60.8", "46.1", "50.1"]
     )
-    assert f"recipe {recipe}" in report_record.deviations(report_data.load(tmp_path)).blocks[0].text
+    assert (
+        f"recipe {recipe}" in sections_record.deviations(report_data.load(tmp_path)).blocks[0].text
+    )
 
 
 @pytest.mark.parametrize(
@@ -657,7 +657,7 @@ def test_the_page_says_first_what_its_verdicts_are_about(
     every = [("muon_noqk", 42)]  # a study that has not begun says so too
     synthetic_study.write(tmp_path, arms, seeds=(42,), scale=scale, missing=every)
     change_plan(tmp_path, **plan)
-    section = report_verdicts.verdicts(report_data.load(tmp_path))
+    section = sections_verdicts.verdicts(report_data.load(tmp_path))
     before = section.blocks[: [type(block) for block in section.blocks].index(Table)]
     assert any(words in getattr(block, "text", "") for block in before)
 

@@ -7,9 +7,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from qkjax.report import arms, drawing
-from qkjax.report import charts as report_charts
-from qkjax.report import spectra_charts as report_spectra
+from qkjax.report import arms, charts, drawing, spectra_charts
 from qkjax.report import svg as report_svg
 from qkjax.report.blocks import Chart
 from qkjax.report.charts import Curve, Scale, SweepPoint
@@ -38,7 +36,7 @@ def lines_of(figure, arm: str) -> list:
 
 def test_a_line_is_the_mean_of_the_seeds_and_the_band_their_range():
     runs = [curve(10, 8, 6, 4), curve(10, 9, 8, 7)]
-    figure = report_charts.over_tokens({"muon_qk": runs}, SCALE)
+    figure = charts.over_tokens({"muon_qk": runs}, SCALE)
     axes = figure.axes[0]
     (mean,) = lines_of(figure, "muon_qk")
     assert list(mean.get_xdata()) == TOKENS.tolist()
@@ -53,7 +51,7 @@ def test_a_line_is_the_mean_of_the_seeds_and_the_band_their_range():
 
 
 def test_one_seed_has_no_band_and_says_so():
-    figure = report_charts.over_tokens({"muon_qk": [curve(10, 8, 6, 4)]}, SCALE)
+    figure = charts.over_tokens({"muon_qk": [curve(10, 8, 6, 4)]}, SCALE)
     assert not figure.axes[0].collections
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["Muon + QK (n = 1)"]
@@ -61,10 +59,10 @@ def test_one_seed_has_no_band_and_says_so():
 
 def test_a_run_that_diverged_ends_in_a_cross_and_the_mean_with_it():
     runs = [curve(10, 8, 6, 4), curve(10, 9, diverged=True)]
-    figure = report_charts.over_tokens({"muon_qk": runs}, SCALE)
+    figure = charts.over_tokens({"muon_qk": runs}, SCALE)
     (mean,) = lines_of(figure, "muon_qk (×: diverged)")
     assert list(mean.get_ydata()) == [10, 8.5]
-    late = report_charts.over_tokens({"muon_qk": runs}, SCALE, after=10_000)
+    late = charts.over_tokens({"muon_qk": runs}, SCALE, after=10_000)
     (mean,) = lines_of(late, "muon_qk (×: diverged)")  # of no common evaluation, but named
     assert not len(mean.get_xdata())
     crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
@@ -72,7 +70,7 @@ def test_a_run_that_diverged_ends_in_a_cross_and_the_mean_with_it():
 
 
 def test_from_some_tokens_on_nothing_before_is_drawn():
-    figure = report_charts.over_tokens({"muon_qk": [curve(10, 8, 6, 4)]}, SCALE, after=10_000)
+    figure = charts.over_tokens({"muon_qk": [curve(10, 8, 6, 4)]}, SCALE, after=10_000)
     (line,) = figure.axes[0].lines
     assert list(line.get_xdata()) == [10_000, 40_000]
     assert figure.axes[0].get_xscale() == "linear"
@@ -81,12 +79,12 @@ def test_from_some_tokens_on_nothing_before_is_drawn():
 
 def test_a_scale_holds_every_group():
     groups = [{"muon_qk": [curve(10, 8, 6, 4)]}, {"adamw_qk": [curve(11, 9, math.nan, 2)]}]
-    scale = report_charts.common_scale("nat", groups)
+    scale = charts.common_scale("nat", groups)
     assert scale.low < 2 and scale.high > 11
-    late = report_charts.common_scale("nat", groups, after=10_000)
+    late = charts.common_scale("nat", groups, after=10_000)
     assert late.low < 2 and 6 < late.high < 8
-    assert report_charts.common_scale("nat", groups, low=0.0).low == 0.0
-    assert report_charts.common_scale("nat", []) == Scale("nat")
+    assert charts.common_scale("nat", groups, low=0.0).low == 0.0
+    assert charts.common_scale("nat", []) == Scale("nat")
 
 
 def test_hue_is_the_optimiser_and_line_the_normalisation():
@@ -105,7 +103,7 @@ def test_hue_is_the_optimiser_and_line_the_normalisation():
     assert {looks[a].hue for a in looks if a.startswith("muon")} == {arms.HUES["muon"]}
     assert looks["adamw_qk"].line == looks["muon_qk"].line != looks["muon_noqk"].line
     assert len({(look.hue, look.line) for look in looks.values()}) == len(looks)
-    figure = report_charts.over_tokens({arm: [curve(3, 2)] for arm in looks}, SCALE)
+    figure = charts.over_tokens({arm: [curve(3, 2)] for arm in looks}, SCALE)
     assert {line.get_color() for line in figure.axes[0].lines} == set(arms.HUES.values())
 
 
@@ -128,7 +126,7 @@ def test_sweep_rings_the_chosen_rate_and_puts_diverged_ones_on_top():
         SweepPoint(2e-3, 3.5, True),
         SweepPoint(4e-3, None, False),
     ]
-    figure = report_charts.sweep({"adamw_qk": points}, SCALE)
+    figure = charts.sweep({"adamw_qk": points}, SCALE)
     axes = figure.axes[0]
     (line,) = lines_of(figure, "adamw_qk")
     assert list(zip(*line.get_data(), strict=True)) == [(1e-3, 4.0), (2e-3, 3.5)]
@@ -148,7 +146,7 @@ def test_heat_maps_are_the_mean_over_seeds_on_one_scale():
 
     ends = {"muon_qk": [arrays(0.0), arrays(1.0)], "adamw_qk": [arrays(1.0)]}
     shown = quantity("pr", "key", "post_rope", "raw")
-    figure = report_spectra.heat_maps(ends, shown, 8)
+    figure = spectra_charts.heat_maps(ends, shown, 8)
     meshes = {axes.get_title(): axes.collections[0] for axes in figure.axes if axes.get_title()}
     values = meshes["Muon + QK"].get_array()
     assert values.shape == (3, 2) and values[1, 0] == pytest.approx(6.0)
@@ -160,12 +158,12 @@ def test_spectra_are_of_the_layer_and_over_the_largest():
     sigma = np.tile(np.array([4.0, 2.0, 1.0], np.float32), (2, 2, 1))
     sigma[1, :, 1:] = 1.0
     ends = {"muon_qk": [{"key": sigma}], "adamw_qk": [{"other": sigma}]}
-    assert report_spectra.lowest_ratio(ends, "key") == 0.25
-    figure = report_spectra.spectra(ends, "key", 0, 0.01)
+    assert spectra_charts.lowest_ratio(ends, "key") == 0.25
+    figure = spectra_charts.spectra(ends, "key", 0, 0.01)
     (line,) = figure.axes[0].lines
     assert list(line.get_xdata()) == [1, 2, 3]
     assert line.get_ydata() == pytest.approx([1.0, 0.5, 0.25])
-    last = report_spectra.spectra(ends, "key", 1, 0.01).axes[0]
+    last = spectra_charts.spectra(ends, "key", 1, 0.01).axes[0]
     assert last.lines[0].get_ydata() == pytest.approx([1.0, 0.25, 0.25])
     assert last.get_ylim() == figure.axes[0].get_ylim() and last.get_ylim()[0] < 0.01
 
@@ -175,7 +173,7 @@ def test_spectra_are_of_the_layer_and_over_the_largest():
 
 
 def test_charts_of_one_page_share_no_id_and_follow_its_theme():
-    figure = report_charts.over_tokens({"muon_qk": [curve(3, 2), curve(3, 1)]}, SCALE)
+    figure = charts.over_tokens({"muon_qk": [curve(3, 2), curve(3, 1)]}, SCALE)
     svg = drawing.to_bytes(figure, "svg")
     assert svg == drawing.to_bytes(figure, "svg")
     first, second = (report_svg.inline(Chart(n, "Loss", "falls", svg)) for n in ("one", "two"))

@@ -7,7 +7,7 @@ import functools
 import re
 import xml.etree.ElementTree as ET
 
-from qkjax.report import svg as report_svg
+from qkjax.report import svg
 from qkjax.report.blocks import (
     Block,
     Box,
@@ -124,7 +124,7 @@ def _(block: Code) -> list[ET.Element]:
 @_blocks.register
 def _(block: Charts) -> list[ET.Element]:
     charts = (
-        _element("div", _element("h3", chart.title), report_svg.inline(chart), cls="chart")
+        _element("div", _element("h3", chart.title), svg.inline(chart), cls="chart")
         for chart in block.charts
     )
     caption = _element("figcaption", *_words(block.caption))
@@ -224,7 +224,7 @@ def _clause(clause: Clause) -> ET.Element:
         for name, value in clause_facts(clause)
         for part in (_element("dt", name), _element("dd", *_words(value)))
     ]
-    numbers = _element("div", report_svg.interval_figure(clause), _element("dl", *facts))
+    numbers = _element("div", svg.interval_figure(clause), _element("dl", *facts))
     return _element("div", words, numbers, cls=f"clause {clause.status}")
 
 

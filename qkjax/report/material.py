@@ -13,8 +13,7 @@ from qkjax.report import arms, run_spectra
 from qkjax.report.blocks import mean, number
 from qkjax.report.charts import Curve
 from qkjax.report.run_spectra import RunSpectra
-from qkjax.verdicts import judge as verdicts
-from qkjax.verdicts import results
+from qkjax.verdicts import judge, results
 from qkjax.verdicts.judgement import Judgement
 from qkjax.verdicts.results import RunResult, Study
 
@@ -114,7 +113,7 @@ def gather(study: Study) -> Material:
         UsageError: a damaged file.
         StorageError: the disk failed.
     """
-    judgement = verdicts.judge(study)
+    judgement = judge.judge(study)
     spectra: dict[tuple[str, int], RunSpectra] = {}
     ends: dict[str, list[dict[str, np.ndarray]]] = {}
     for (arm, seed), run in study.runs.items():

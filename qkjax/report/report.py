@@ -3,13 +3,15 @@
 import os
 import pathlib
 
-from qkjax.report import drawing
-from qkjax.report import sections_downstream as report_downstream
-from qkjax.report import sections_keys as report_keys
-from qkjax.report import sections_losses as report_losses
-from qkjax.report import sections_record as report_record
-from qkjax.report import sections_sweep as report_sweep
-from qkjax.report import sections_verdicts as report_verdicts
+from qkjax.report import (
+    drawing,
+    sections_downstream,
+    sections_keys,
+    sections_losses,
+    sections_record,
+    sections_sweep,
+    sections_verdicts,
+)
 from qkjax.report.blocks import Report
 from qkjax.report.csv import results_csv
 from qkjax.report.html import page
@@ -73,17 +75,17 @@ def assemble(material: Material) -> Report:
         f"Report of a study at scale {plan['scale']}, recipe {plan['recipe']}{quick}: "
         f"{len(material.study.arms)} configurations, seeds {seeds}{budget}.",
         (
-            report_verdicts.verdicts(material),
-            report_verdicts.warnings(material),
-            report_verdicts.missing(material),
-            report_verdicts.at_the_end(material),
-            report_sweep.sweep(material),
-            report_losses.losses(material),
-            report_keys.keys(material),
-            report_downstream.downstream(material),
-            report_verdicts.attribution(material),
-            report_record.comparison(material),
-            report_record.deviations(material),
-            report_record.record(material),
+            sections_verdicts.verdicts(material),
+            sections_verdicts.warnings(material),
+            sections_verdicts.missing(material),
+            sections_verdicts.at_the_end(material),
+            sections_sweep.sweep(material),
+            sections_losses.losses(material),
+            sections_keys.keys(material),
+            sections_downstream.downstream(material),
+            sections_verdicts.attribution(material),
+            sections_record.comparison(material),
+            sections_record.deviations(material),
+            sections_record.record(material),
         ),
     )

@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from qkjax.report import arms
+from qkjax.report import arms, spectra_charts
 from qkjax.report import charts as report_charts
-from qkjax.report import spectra_charts as report_spectra
 from qkjax.report.blocks import Block, Charts, Section, Table, Text, mean, number
 from qkjax.report.material import Material
 from qkjax.report.quantities import quantity
@@ -143,7 +142,7 @@ def _heat_maps(material: Material) -> Iterator[Block]:
                     f"heat_maps_{array}_{stem}",
                     f"PR {title}, by layer and head: {words}",
                     f"Participation ratio of every layer and kv head at the end, {title}.",
-                    report_spectra.heat_maps(ends, shown, material.head_dim),
+                    spectra_charts.heat_maps(ends, shown, material.head_dim),
                 )
             )
     yield Charts(
@@ -160,7 +159,7 @@ def _spectra(material: Material) -> Iterator[Block]:
     charts = []
     main = {arm: runs for arm, runs in material.ends.items() if arm in material.study.plan["arms"]}
     ends = main or material.ends
-    lows = [report_spectra.lowest_ratio(ends, array) for array, _ in _ARRAYS]
+    lows = [spectra_charts.lowest_ratio(ends, array) for array, _ in _ARRAYS]
     for array, title in _ARRAYS:
         if array not in first:
             continue
@@ -171,7 +170,7 @@ def _spectra(material: Material) -> Iterator[Block]:
                     f"spectra_{array}_layer_{layer}",
                     f"Spectrum of layer {layer}, {title}",
                     f"Singular values of keys over the largest, layer {layer} of {count}, {title}.",
-                    report_spectra.spectra(ends, array, layer, min(lows)),
+                    spectra_charts.spectra(ends, array, layer, min(lows)),
                 )
             )
     yield Charts(
@@ -231,7 +230,7 @@ def _gammas(material: Material) -> Iterator[report_charts.Chart]:
         for array in ("gamma_k", "gamma_q"):
             for arm in material.study.arms:
                 runs = [run for (name_, _), run in material.spectra.items() if name_ == arm]
-                if curves := report_spectra.gamma_curves(runs, array, statistic):
+                if curves := spectra_charts.gamma_curves(runs, array, statistic):
                     by_array.setdefault(array, {})[arm] = curves
         for array, curves_ in by_array.items():
             scale = report_charts.common_scale(

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from qkjax.report import arms
-from qkjax.report import charts as report_charts
+from qkjax.report import arms, charts
 from qkjax.report.blocks import (
     ABSENT,
     Chart,
@@ -38,7 +37,7 @@ def losses(material: Material) -> Section:
         (
             Text(
                 "Validation tokens and their order are the same at every evaluation and for every "
-                f"run. {report_charts.BANDS} Differences are taken within a seed, whose runs share "
+                f"run. {charts.BANDS} Differences are taken within a seed, whose runs share "
                 "their data order and the start of what they have in common. "
                 f"{material.passes}".rstrip()
             ),
@@ -53,7 +52,7 @@ def losses(material: Material) -> Section:
     )
 
 
-def _charts(material: Material, curves: report_charts.Curves) -> Iterator[Chart]:
+def _charts(material: Material, curves: charts.Curves) -> Iterator[Chart]:
     groups = list(material.groups(curves))
     late = max(int(curve.tokens[-1]) for runs in curves.values() for curve in runs) // 4
     lower = {
@@ -61,32 +60,32 @@ def _charts(material: Material, curves: report_charts.Curves) -> Iterator[Chart]
         for names, stem, _ in groups
     }
     label = "validation loss\n(nat per token)"
-    whole = report_charts.common_scale(label, [curves])
-    end = report_charts.common_scale(label, [curves], after=late)
-    less = report_charts.common_scale(
+    whole = charts.common_scale(label, [curves])
+    end = charts.common_scale(label, [curves], after=late)
+    less = charts.common_scale(
         "difference in validation loss\n(nat per token)", list(lower.values()), after=late
     )._replace(reference=(0.0, "no difference"))
     for names, stem, title in groups:
         chosen = {arm: curves[arm] for arm in names}
-        yield report_charts.chart(
+        yield charts.chart(
             f"loss_{stem}",
             f"Validation loss: {title}",
             f"Validation loss over training; at the end: {material.said(LOSS, names, 3)}.",
-            report_charts.over_tokens(chosen, whole),
+            charts.over_tokens(chosen, whole),
         )
-        yield report_charts.chart(
+        yield charts.chart(
             f"loss_{stem}_late",
             "From a quarter of the tokens on",
             "The same from a quarter of the tokens on, on a linear axis.",
-            report_charts.over_tokens(chosen, end, late),
+            charts.over_tokens(chosen, end, late),
         )
         against = arms.label(BASELINE) if stem == "arms" else "the arm that it changes"
         shown = {arm: runs for arm, runs in lower[stem].items() if runs}
-        yield report_charts.chart(
+        yield charts.chart(
             f"loss_{stem}_difference",
             f"Minus {against}, same seed",
             f"Difference in validation loss to {against} within each seed.",
-            report_charts.over_tokens(shown, less, late),
+            charts.over_tokens(shown, less, late),
         )
 
 
@@ -96,7 +95,7 @@ def _reference(material: Material, arm: str) -> str:
     return "" if arm == BASELINE else parents.get(arm, BASELINE)
 
 
-def _minus(material: Material, arm: str) -> list[report_charts.Curve]:
+def _minus(material: Material, arm: str) -> list[charts.Curve]:
     """The arm's loss less that of its reference, for every seed that has both."""
     found = []
     for run in material.study.of_arm(arm):
@@ -106,7 +105,7 @@ def _minus(material: Material, arm: str) -> list[report_charts.Curve]:
         ours, theirs = dict(run.series(LOSS)), dict(other.series(LOSS))
         tokens = [token for token in ours if token in theirs]
         values = [ours[token] - theirs[token] for token in tokens]
-        found.append(report_charts.Curve(np.array(tokens), np.array(values), run.diverged))
+        found.append(charts.Curve(np.array(tokens), np.array(values), run.diverged))
     return found
 
 

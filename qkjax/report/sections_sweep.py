@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qkjax.report import arms, drawing
-from qkjax.report import charts as report_charts
+from qkjax.report import arms, charts, drawing
 from qkjax.report.blocks import ABSENT, Block, Charts, Notes, Section, Table, Text, number
 from qkjax.report.material import Material, chosen_rate
 from qkjax.verdicts.results import Study
@@ -95,12 +94,10 @@ def _best(study: Study, rates: Mapping[str, Any]) -> Table:
 
 
 def _charts(rates: Mapping[str, Any]) -> Iterator[Charts]:
-    groups: dict[str, dict[str, list[report_charts.SweepPoint]]] = {}
+    groups: dict[str, dict[str, list[charts.SweepPoint]]] = {}
     for arm, entry in rates.items():
         points = [
-            report_charts.SweepPoint(
-                r["learning_rate"], r["loss"], r["learning_rate"] == entry["chosen"]
-            )
+            charts.SweepPoint(r["learning_rate"], r["loss"], r["learning_rate"] == entry["chosen"])
             for r in entry["runs"]
         ]
         groups.setdefault(arms.optimizer(arm), {})[arm] = points
@@ -109,13 +106,13 @@ def _charts(rates: Mapping[str, Any]) -> Iterator[Charts]:
     if not found:
         return
     margin = 0.06 * ((max(found) - min(found)) or 1.0)
-    scale = report_charts.Scale(
+    scale = charts.Scale(
         "validation loss, first half\n(nat per token)", min(found) - margin, max(found) + margin
     )
     yield Charts(
         "Final validation loss of the sweep runs. The chosen rate is ringed. One vertical scale.",
         tuple(
-            report_charts.chart(
+            charts.chart(
                 f"sweep_{name}",
                 f"Sweep, {arms.family(name)}",
                 "Validation loss against learning rate: "
@@ -127,7 +124,7 @@ def _charts(rates: Mapping[str, Any]) -> Iterator[Charts]:
                     )
                     for arm, points in group.items()
                 ),
-                report_charts.sweep(group, scale),
+                charts.sweep(group, scale),
             )
             for name, group in groups.items()
         ),

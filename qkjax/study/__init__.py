@@ -1,1 +1,1 @@
-"""The study's side that reads files: spectra of runs, figures. It imports no jax."""
+"""The study as steps, and their execution: plan, sweep, states, run. It knows no verdict."""
