@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import small_run
 
+from benchmarks import interleave, subjects, table
 from qkjax import config as config_lib
 from qkjax import errors
-from qkjax.benchmark import interleave, subjects, table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {
@@ -83,7 +83,7 @@ def parameters(work) -> dict[str, np.ndarray]:
 def test_the_peer_trains_as_the_project_does(arm, request):
     spec = request.getfixturevalue(f"{arm}_spec")
     pytest.importorskip("torch")
-    from qkjax.benchmark import jax_work, torch_work
+    from benchmarks import jax_work, torch_work
 
     ours, theirs = jax_work.Step(spec), torch_work.Step(spec)
     interleave.check_agreement({"jax": ours.first(), "torch": theirs.first()}, 1e-5)
@@ -100,7 +100,7 @@ def test_the_peer_trains_as_the_project_does(arm, request):
 
 def test_the_peers_chunked_loss_is_the_plain_one(adamw_spec):
     torch = pytest.importorskip("torch")
-    from qkjax.benchmark import torch_work
+    from benchmarks import torch_work
 
     work = torch_work.BestStep(adamw_spec)
     gradients = []
@@ -148,7 +148,7 @@ def test_a_run_and_its_bare_steps_begin_alike(run_spec):
 
 
 def test_a_measured_run_evaluates_and_saves_at_every_interval(run_spec, monkeypatch):
-    from qkjax.benchmark import run_work
+    from benchmarks import run_work
 
     monkeypatch.setattr(run_work, "STEPS", 4)
     rows = run_work.Run(run_spec).train(intervals=2)
@@ -211,7 +211,7 @@ def test_rates_name_both_conventions_of_mfu():
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "tools/benchmark.py", *arguments],
+        [sys.executable, "benchmarks/run.py", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

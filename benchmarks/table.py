@@ -1,7 +1,7 @@
 """A measurement as text."""
 
+from benchmarks import interleave, subjects
 from qkjax import flops
-from qkjax.benchmark import interleave, subjects
 
 
 def format_table(measured: interleave.Measurement) -> str:

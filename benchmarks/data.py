@@ -38,7 +38,7 @@ while time.perf_counter() - start < float(sys.argv[3]):
     count += 1
 print(count * int(sys.argv[2]) * read.sequence_length / (time.perf_counter() - start))
 """
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,13 +17,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import subjects
 from qkjax import errors
-from qkjax.benchmark import subjects
 from qkjax.config import Config
 
 # Relative, of every number that `Work.first` returns.
 AGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2}
 AGAIN = " again"
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ class _Worker:
         }
         self._name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{subjects.__package__}.worker", json.dumps(spec)],
+            [sys.executable, "-m", "benchmarks.worker", json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=open(folder / f"{name}.log", "w"),
@@ -248,21 +249,27 @@ def write_inputs(config: Config, folder: pathlib.Path) -> int:
         The number of parameters.
     """
     done = subprocess.run(
-        [sys.executable, "-m", f"{subjects.__package__}.inputs", str(folder / "inputs.npz")],
+        [sys.executable, "-m", "benchmarks.inputs", str(folder / "inputs.npz")],
         input=json.dumps(config.to_dict()),
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env=_with_root({"JAX_PLATFORMS": "cpu"}),
     )
     if done.returncode:
         raise errors.UsageError(f"benchmark: the inputs failed: {done.stderr.strip()[-500:]}")
     return int(done.stdout)
 
 
+def _with_root(changes: dict[str, str]) -> dict[str, str]:
+    """This process's environment; children find this folder, which is no part of the package."""
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
+    return {**os.environ, "PYTHONPATH": path, **changes}
+
+
 def _environment(folder: pathlib.Path, on_cpu: bool) -> dict[str, str]:
     """One thread where CPU time is counted; caches of compiled code that start out empty."""
     environment = {
-        **os.environ,
+        **_with_root({}),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         # The processes share the device.

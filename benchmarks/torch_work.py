@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import arrays, torch_model
+from benchmarks.torch_muon import Muon
 from qkjax import config as config_lib
-from qkjax.benchmark import arrays, torch_model
-from qkjax.benchmark.torch_muon import Muon
 
 
 def prepare(platform: str) -> torch.device:

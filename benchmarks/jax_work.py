@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import arrays
 from qkjax import attention, eval_step, losses, model, optimizer, sharding, train_step
 from qkjax import config as config_lib
-from qkjax.benchmark import arrays
 from qkjax.cli import startup
 from qkjax.config import Config
 from qkjax.runs import checkpoint

@@ -1,6 +1,6 @@
 """One variant in a process of its own: builds its work, then runs as many repetitions as asked.
 
-The parent starts `python -m qkjax.benchmark.worker SPEC`, SPEC a JSON object, and speaks JSON lines
+The parent starts `python -m benchmarks.worker SPEC`, SPEC a JSON object, and speaks JSON lines
 with it: the first line back holds the numbers that must agree between variants; then every line
 {"repeat": n} is answered by {"seconds": s}, and {"finish": true} by the peak memory.
 """

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import jax_work
 from qkjax import config as config_lib
 from qkjax import model, train
-from qkjax.benchmark import jax_work
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import pipeline

@@ -1,1 +1,0 @@
-"""Measuring speed side by side with what could be used instead, in one interleaved run."""
