@@ -1,1 +1,1 @@
-"""Speed, side by side with what could be used instead, in one interleaved run. Not in the package."""
+"""Speed, side by side with what could be used instead. No part of the package."""

@@ -18,7 +18,7 @@ import tempfile
 
 from absl import flags
 
-sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])  # the checkout, not this folder
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import data, interleave, subjects, table
 from qkjax import errors

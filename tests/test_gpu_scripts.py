@@ -38,7 +38,7 @@ def script(
 ) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": python}
     return subprocess.run(
-        ["bash", f"tools/{name}", *arguments],
+        ["bash", f"tools/airgapped/{name}", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -1,6 +1,7 @@
-"""The one-way street of DESIGN.md section 1, and who may import what from outside, read by ast."""
+"""The house of docs/architecture.md: who may import whom, and what from outside, read by ast."""
 
 import ast
+import graphlib
 import pathlib
 import sys
 
@@ -8,93 +9,59 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-# A module imports only from rows above its own, or from modules left of it in its own row.
-STREET = [
-    """
-    startup __init__ data.__init__ errors presets command_line config config_flag signals
-    spectral moments muon losses sharding data.manifest
-    """,
-    """
-    flops data.docstrings data.documents data.hub data.tfds_text data.sources data.holdout
-    data.tokenizer data.request data.overlap data.shards data.staging data.encoding data.reading
-    data.mixing data.journal data.job data.prepare data.check data.dataset data.pipeline attention
-    attention_check
-    model optimizer decoder
-    """,
-    """
-    train_step probes eval_step environment run_directory tensorboard writers checkpoint
-    """,
-    """
-    progress evaluation resources rank_curves export.__init__ export.trained_run rank_surgery train
-    determinism export.hf export.card export.verify export.directory
-    export.benchmarks export.scores export.stock_model export.scorer export.downstream generation
-    """,
-    """
-    study.__init__ study.quantities study.run_spectra study.study_files study.scores
-    study.results study.statistics
-    study.judgement study.clauses study.stability study.hypotheses study.items study.verdicts
-    study.drawing study.figures study.arms study.original study.report_blocks
-    study.report_charts study.report_data study.report_spectra study.report_verdicts
-    study.report_sweep study.report_losses study.report_keys study.report_downstream
-    study.report_record study.report_csv study.report_svg study.report_style
-    study.report_html study.report_markdown study.report
-    study.packing study.plan_config study.plan_arms study.plan
-    study.plan_cost study.plan_lines study.sweep study.watching study.states study.table
-    study.devices study.run
-    """,
-    """
-    main
-    """,
-    """
-    benchmark.__init__ benchmark.subjects benchmark.inputs benchmark.arrays benchmark.jax_work
-    benchmark.run_work benchmark.torch_model benchmark.torch_muon benchmark.torch_work
-    benchmark.worker benchmark.interleave benchmark.table benchmark.data
-    """,
-]
+# Rooms are files, and wings (folders). A room imports only from rows above its own, or
+# from rooms left of it in its own row; inside a wing there is no circle.
+STREET = (
+    "errors muon attention losses",
+    "presets sharding",
+    "config",
+    "model optimizer flops cli data __init__",
+    "measures train_step",
+    "eval_step evaluation runs",
+    "train main trained export tasks verdicts report study",
+)
 PLACES = {
-    name: (row, position)
-    for row, names in enumerate(STREET)
-    for position, name in enumerate(names.split())
+    room: (row, position)
+    for row, rooms in enumerate(STREET)
+    for position, room in enumerate(rooms.split())
 }
-PURE = ("spectral", "muon", "losses", "attention")  # arrays in, arrays out: nothing of ours
+PURE = (
+    "muon",
+    "losses",
+    "attention",
+    "measures.spectral",
+)  # arrays in, arrays out: nothing of ours
 # Answer in under a second, or are read by the report: no jax at import, however deep.
 LIGHT = (
+    "__init__",
     "main",
-    "command_line",
-    "config_flag",
-    "run_directory",
-    "data.dataset",
+    "cli.command_line",
+    "cli.config_flag",
     "data.check",
-    "benchmark.subjects",
-    "benchmark.interleave",
-    "benchmark.table",
-    "benchmark.data",
-    "study.figures",
-    "study.packing",
+    "data.dataset",
+    "report.figures",
+    "report.report",
+    "runs.directory",
     "study.plan_cost",
-    "study.plan_lines",
-    "study.report",
-    "study.results",
     "study.run",
-    "study.statistics",
-    "study.verdicts",
+    "verdicts.judge",
+    "verdicts.results",
+    "verdicts.statistics",
 )
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "clu", "tensorflow_datasets"}
 ONLY_IN = {
     "flax": {"model"},
-    "orbax": {"checkpoint"},
-    "clu": {"tensorboard"},
-    "torch": {
-        "export.verify",
-        "export.stock_model",
-        "benchmark.torch_model",
-        "benchmark.torch_muon",
-        "benchmark.torch_work",
-    },
+    "orbax": {"runs.checkpoint"},
+    "clu": {"runs.tensorboard"},
+    "torch": {"export.verify", "tasks.stock_model"},
     "tensorflow": set(),
     "transformers": {"export.verify"},
-    "lm_eval": {"export.benchmarks", "export.stock_model", "export.scorer", "export.downstream"},
+    "lm_eval": {"tasks.benchmarks", "tasks.stock_model", "tasks.scorer", "tasks.downstream"},
 }
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[0]
 
 
 def path_of(name: str) -> pathlib.Path:
@@ -139,15 +106,27 @@ def outsiders(imported: set[str]) -> set[str]:
     return top - set(sys.stdlib_module_names) - {"qkjax"}
 
 
-def test_every_module_has_its_place_on_the_street():
-    assert sorted(PLACES) == module_names()
-    assert sum(len(names.split()) for names in STREET) == len(PLACES)  # and one place only
+def test_every_module_has_its_room_on_the_street():
+    assert sorted(PLACES) == sorted({room_of(name) for name in module_names()})
+    assert sum(len(rooms.split()) for rooms in STREET) == len(PLACES)  # and one place only
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", module_names())
 def test_imports_go_up_or_left(name):
-    against = {other for other in ours(imports(path_of(name))) if PLACES[other] >= PLACES[name]}
+    room = room_of(name)
+    others = {other for other in ours(imports(path_of(name))) if room_of(other) != room}
+    against = {other for other in others if PLACES[room_of(other)] >= PLACES[room]}
     assert not against, f"{name} imports {against}, which stand below or right of it"
+
+
+@pytest.mark.parametrize("room", PLACES)
+def test_no_circle_inside_a_wing(room):
+    wing = {name for name in module_names() if room_of(name) == room}
+    graph = {name: ours(imports(path_of(name))) & wing - {name} for name in wing}
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_pure_numerics_import_nothing_of_ours():
@@ -174,7 +153,7 @@ def test_commands_and_reports_start_without_jax(name):
         waiting |= ours(direct) - reached
 
 
-def test_commands_and_configs_are_the_end_of_the_street():
+def test_configs_and_scripts_are_the_end_of_the_street():
     """configs/ only fill in a run's config or a study's; no file of tools/ imports another one."""
     for path in (ROOT / "configs").glob("*.py"):
         owner = "study.plan_config" if path.stem == "study" else "config"
@@ -182,3 +161,8 @@ def test_commands_and_configs_are_the_end_of_the_street():
     siblings = {path.stem for path in (ROOT / "tools").glob("*.py")}
     for path in (ROOT / "tools").glob("*.py"):
         assert not outsiders(imports(path)) & (siblings | {"tools", "configs", "tests"}), path.name
+
+
+def test_benchmarks_stand_beside_the_package():
+    for path in [*(ROOT / "qkjax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
+        assert "benchmarks" not in outsiders(imports(path)), path

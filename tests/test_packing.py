@@ -6,12 +6,12 @@ import sys
 import tarfile
 
 import numpy as np
+import packing
 import pytest
 import synthetic_study
 
 from qkjax import errors
 from qkjax.runs import directory as run_directory
-from qkjax.study import packing
 from qkjax.verdicts import results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -124,7 +124,7 @@ def test_a_damaged_spectrum_is_named(study, tmp_path):
 
 def test_the_command_packs_a_single_run(study, tmp_path):
     run = study / "runs" / "adamw_qk" / "seed_42"
-    command = [sys.executable, "tools/pack_results.py", f"--out={tmp_path / 'packed'}"]
+    command = [sys.executable, "tools/airgapped/pack_results.py", f"--out={tmp_path / 'packed'}"]
     done = subprocess.run(
         [*command, f"--workdir={run}"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Benchmarks and determinism on a bare machine with one GPU, jax for CUDA and no network:
 #
-#   bash tools/collect_wheels.sh wheels                # before, where PyPI is in reach
-#   bash tools/gpu_benchmark.sh --wheels=wheels --minutes=9 --workdir=bench --out=results \
+#   bash tools/airgapped/collect_wheels.sh wheels                # before, where PyPI is in reach
+#   bash tools/airgapped/gpu_benchmark.sh --wheels=wheels --minutes=9 --workdir=bench --out=results \
 #       --source='jsonl:edu.jsonl.xz' --tokenizer=tokenizer.json
 #
-# --subjects=step,optimizer,attention,loss,eval are those of tools/benchmark.py, at --scale=pilot on
+# --subjects=step,optimizer,attention,loss,eval are those of benchmarks/run.py, at --scale=pilot on
 # the 88M; "" leaves them out. --determinism=default,deterministic trains 12 steps three times (the
 # run, the same again, resumed) with the default flags and with --xla_gpu_deterministic_ops=true, and
 # compares to the bit. Text or --data=DIR is for these runs, as of gpu_pilot.sh.
@@ -44,7 +44,7 @@ limited() { # NAME COMMAND...: within what is left of the time; a failure stops 
 }
 
 for subject in ${subjects//,/ }; do
-  limited "$subject" "$PYTHON" tools/benchmark.py "$subject" --platform="$platform" \
+  limited "$subject" "$PYTHON" benchmarks/run.py "$subject" --platform="$platform" \
     --shape="$shape" --out="$out/benchmark_$subject.json"
 done
 

@@ -1,4 +1,4 @@
-"""Packs runs into small archives: python tools/pack_results.py --workdir=STUDY --out=DIR
+"""Packs runs into small archives: python tools/airgapped/pack_results.py --workdir=STUDY --out=DIR
 
 Everything that the report reads, spectra as float16 where that is harmless, no checkpoints unless
 asked: at most 8 archives of 16 MiB. At home, with the archives of one study alone in DIR:
@@ -20,7 +20,7 @@ _MEBIBYTES = flags.DEFINE_float("max_mebibytes", 16, "Of each archive.", lower_b
 
 
 def main() -> None:
-    from qkjax.study import packing
+    import packing
 
     workdir, out = _WORKDIR.value, _OUT.value
     if not workdir or not out:

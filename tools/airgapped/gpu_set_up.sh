@@ -33,7 +33,7 @@ gpu_parse() { # ARGUMENT...
     fi
     shift
   done
-  [ -f tools/gpu_set_up.sh ] || gpu_fail "$PWD: not the repository's root. Change to it first."
+  [ -f tools/airgapped/gpu_set_up.sh ] || gpu_fail "$PWD: not the repository's root. Change to it first."
   [ -n "$workdir" ] && [ -n "$out" ] || gpu_fail "--workdir, --out: missing. Give both."
   [[ "$minutes" =~ ^[1-9][0-9]*$ ]] ||
     gpu_fail "--minutes: $minutes, expected a whole number from 1."
@@ -46,7 +46,7 @@ gpu_parse() { # ARGUMENT...
 gpu_install() { # uses $wheels $workdir $platform
   local site="$workdir/site"
   if [ -n "$wheels" ]; then
-    [ -d "$wheels" ] || gpu_fail "--wheels: no folder $wheels. Make it with tools/collect_wheels.sh."
+    [ -d "$wheels" ] || gpu_fail "--wheels: no folder $wheels. Make it with tools/airgapped/collect_wheels.sh."
     mkdir -p "$site"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
       --upgrade --target "$site" "$wheels"/*.whl

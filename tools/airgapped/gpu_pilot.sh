@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A part of the 25M-token pilot on a bare machine with one GPU, jax for CUDA and no network:
 #
-#   bash tools/collect_wheels.sh wheels                # before, where PyPI is in reach
-#   bash tools/gpu_pilot.sh --wheels=wheels --part=b --minutes=9 --workdir=pilot --out=results \
+#   bash tools/airgapped/collect_wheels.sh wheels                # before, where PyPI is in reach
+#   bash tools/airgapped/gpu_pilot.sh --wheels=wheels --part=b --minutes=9 --workdir=pilot --out=results \
 #       --source='jsonl:edu.jsonl.xz' --weight=0.45 --source='jsonl:synthetic.jsonl.xz' --weight=0.55 \
 #       --tokenizer=tokenizer.json
 #
@@ -67,7 +67,7 @@ timeout --preserve-status --signal=TERM --kill-after=30 "$left" \
   --config.sweep.tokens=0 --config.export=false --only="$only" --workdir="$study" "${rest[@]}" ||
   status=$?
 "$PYTHON" tools/make_report.py --workdir="$study" || echo "no report: see above" >&2
-"$PYTHON" tools/pack_results.py --workdir="$study" --out="$out"
+"$PYTHON" tools/airgapped/pack_results.py --workdir="$study" --out="$out"
 [ "$status" != 143 ] ||
   echo "stopped by the limit of $minutes minutes; the same command goes on where it stopped"
 exit "$status"

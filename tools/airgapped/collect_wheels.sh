@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The wheels that a machine without network needs beside its own jax, flax, optax, orbax and numpy:
-#   bash tools/collect_wheels.sh DIR [PYTHON_VERSION=3.12]
+#   bash tools/airgapped/collect_wheels.sh DIR [PYTHON_VERSION=3.12]
 # Run where PyPI is in reach, for the Python of the other machine; x86-64 Linux, 5 MB in all.
 # NAME==VERSION behind these two adds further packages.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ $# -lt 1 ]; then
-  echo "ERROR: DIR: missing. Name the folder for the wheels: bash tools/collect_wheels.sh DIR" >&2
+  echo "ERROR: DIR: missing. Name the folder for the wheels: bash tools/airgapped/collect_wheels.sh DIR" >&2
   exit 2
 fi
 out="$1"
