@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pathlib
 import time
 import zlib
 from typing import Any, NamedTuple
@@ -12,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qkjax import errors, evaluation, model, optimizer, sharding, train_step
+from qkjax import errors, evaluation, files, model, optimizer, sharding, train_step
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import pipeline
 from qkjax.runs import attention_check, checkpoint, progress, resources, signals, writers
-from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import FINAL, RunDirectory, final_name, flatten
 
 
 def train_and_evaluate(
@@ -31,7 +30,7 @@ def train_and_evaluate(
 
     Args:
         config: a resolved config; dtypes "auto" are settled for the devices at hand.
-        workdir: the run directory (DESIGN.md section 4).
+        workdir: the run directory (docs/run_directory.md).
         restore_step: go on from this checkpoint instead of the latest.
         allow_config_change: fields that may differ from the directory's config.json.
     Returns:
@@ -42,19 +41,19 @@ def train_and_evaluate(
         StorageError: the disk failed; earlier checkpoints stay.
         Stopped: SIGTERM or SIGINT; a checkpoint was saved.
     """
-    directory = run_directory.make_workdir(workdir)
+    directory = RunDirectory.make(workdir)
     platform = jax.default_backend()
     config = attention_check.settle(config.for_platform(platform), platform)
-    with run_directory.lock(directory), signals.StopRequest() as stop:
+    with directory.lock(), signals.StopRequest() as stop:
         dataset = dataset_lib.open_dataset(config)
         run = _Run(config, directory, dataset, stop)
-        changes = run_directory.config_changes(
-            directory, config, dataset.manifest.fingerprint, allow_config_change
+        changes = directory.config_changes(
+            config, dataset.manifest.fingerprint, allow_config_change
         )
-        summary = run_directory.read_summary(directory)
+        summary = directory.read_summary()
         if summary is not None and restore_step is None and _is_finished(summary, config):
             return _already_finished(directory, summary, changes)
-        resources.check_disk(directory, config, run.transformation)
+        resources.check_disk(directory.path, config, run.transformation)
         resources.warn_of_cpu(config, platform)
         try:
             return run.execute(restore_step, changes)
@@ -73,7 +72,7 @@ def _is_finished(summary: dict[str, Any], config: Config) -> bool:
 
 
 def _already_finished(
-    directory: pathlib.Path, summary: dict[str, Any], changes: list[dict[str, Any]]
+    directory: RunDirectory, summary: dict[str, Any], changes: list[dict[str, Any]]
 ) -> dict[str, Any]:
     if changes:
         names = ", ".join(change["field"] for change in changes)
@@ -114,7 +113,7 @@ class _Run:
     def __init__(
         self,
         config: Config,
-        directory: pathlib.Path,
+        directory: RunDirectory,
         dataset: dataset_lib.Dataset,
         stop: signals.StopRequest,
     ) -> None:
@@ -151,7 +150,7 @@ class _Run:
             changes: of the config, which go on record once the checkpoint has taken them.
         """
         self.checkpoints = checkpoint.Checkpoints(
-            self.directory / "checkpoints", keep_all=self.config.checkpoint.keep_all
+            self.directory.checkpoints, keep_all=self.config.checkpoint.keep_all
         )
         with contextlib.closing(self.checkpoints):
             restored = self._restore(restore_step)
@@ -163,7 +162,7 @@ class _Run:
                     self.num_parameters,
                     jax.devices(),
                     self.dataset.manifest,
-                    self.directory,
+                    self.directory.path,
                     int(state.step),
                 )
                 print(f"{shown}\n\n{table}\n", flush=True)
@@ -176,15 +175,14 @@ class _Run:
             The routing table that parameters.txt holds.
         """
         fingerprint = self.dataset.manifest.fingerprint
-        run_directory.record_config(self.directory, self.config, fingerprint, changes)
-        run_directory.write_environment(self.directory, fingerprint)
-        summary = run_directory.read_summary(self.directory)
+        self.directory.record_config(self.config, fingerprint, changes)
+        self.directory.write_environment(fingerprint)
+        summary = self.directory.read_summary()
         if summary is not None:
-            name = f"summary.step_{summary['step']}.json"
-            (self.directory / "summary.json").rename(self.directory / name)
+            self.directory.set_summary_aside(summary["step"])
         routes = optimizer.routing_table(model.parameter_shapes(self.config.model), self.config)
         table = optimizer.format_routing_table(routes)
-        (self.directory / "parameters.txt").write_text(table + "\n")
+        self.directory.write_parameters(table)
         return table
 
     def _restore(self, restore_step: int | None) -> checkpoint.Restored | None:
@@ -204,8 +202,8 @@ class _Run:
         return restored
 
     def _begin(self) -> train_step.TrainState:
-        self.writer = writers.create_run_writer(self.directory, resume_step=-1)
-        self.writer.write_hparams(run_directory.flatten(self.config.to_dict()))
+        self.writer = writers.create_run_writer(self.directory.path, resume_step=-1)
+        self.writer.write_hparams(flatten(self.config.to_dict()))
         return train_step.init_state(
             initialisation_key(self.config.seed), self.config, self.transformation, self.mesh
         )
@@ -215,28 +213,21 @@ class _Run:
         aside = self.checkpoints.set_aside_after(step)
         if aside:
             print(
-                f"set aside  {', '.join(aside)} in {self.directory / 'checkpoints'}; leave "
+                f"set aside  {', '.join(aside)} in {self.directory.checkpoints}; leave "
                 "--restore_step out of the next command, or it begins here again",
                 flush=True,
             )
         self.earlier_seconds = restored.meta["wall_seconds"]
         self.saved_sha256[step] = restored.meta["params_sha256"]
-        self.writer = writers.create_run_writer(self.directory, resume_step=step)
-        for row in run_directory.read_metrics(self.directory / "metrics.jsonl"):
+        self.writer = writers.create_run_writer(self.directory.path, resume_step=step)
+        for row in self.directory.read_metrics():
             self.latest.update(row)
             self.progress.remember_loss(row.get("train/loss"))
-        self._drop_arrays_after(step)
+        self.directory.drop_evaluations_after(step)
         state = train_step.TrainState(
             jnp.int32(step), restored.params, restored.opt_state, jnp.ones((), bool)
         )
         return jax.device_put(state, sharding.replicated(self.mesh))
-
-    def _drop_arrays_after(self, step: int) -> None:
-        """Takes away the arrays of evaluations whose rows the writer has just cut."""
-        for folder in ("spectra", "validation"):
-            for path in (self.directory / folder).glob("*.npz"):
-                if path.name > f"step_{step:08d}.npz" or path.name == "final.npz":
-                    path.unlink()
 
     def _train(self, state: train_step.TrainState) -> train_step.TrainState:
         """Runs the steps that are left."""
@@ -286,7 +277,7 @@ class _Run:
             return
         first, last = self.config.profile.steps
         if step == first:
-            jax.profiler.start_trace(self.directory / "profile")
+            jax.profiler.start_trace(self.directory.profile)
             self.profiling = True
         elif step == last + 1:
             self._end_profile()
@@ -295,7 +286,7 @@ class _Run:
         if self.profiling:
             self.profiling = False
             jax.profiler.stop_trace()
-            print(f"profile    {self.directory / 'profile'}", flush=True)
+            print(f"profile    {self.directory.profile}", flush=True)
 
     def _open_loader(self, start: int) -> pipeline.TrainLoader:
         return pipeline.TrainLoader(
@@ -317,7 +308,7 @@ class _Run:
         if step in self.config.eval.steps and "val/loss" not in row:
             measured = self._measure(state.params, self.config.eval.tokens)
             if measured is not None:
-                self._write_arrays(f"step_{step:08d}.npz", measured)
+                self.directory.write_evaluation(step, measured.spectra, measured.validation)
                 row = {**row, **measured.metrics}
                 self.progress.show_evaluation(step, row)
         self._write(row)
@@ -348,10 +339,6 @@ class _Run:
             process_count=jax.process_count(),
         )
         return self.evaluate(params, batches, lambda: self.stop.signum is not None)
-
-    def _write_arrays(self, name: str, measured: evaluation.Evaluation) -> None:
-        writers.write_arrays(self.directory / "spectra" / name, measured.spectra)
-        writers.write_arrays(self.directory / "validation" / name, measured.validation)
 
     def _read(self, pending: _Pending) -> dict[str, Any]:
         """Waits for a step and makes its row.
@@ -425,12 +412,12 @@ class _Run:
             if measured is None:
                 self._stop("in the final pass; training is complete and saved")
                 raise AssertionError("_stop raises")
-            self._write_arrays("final.npz", measured)
+            self.directory.write_evaluation(FINAL, measured.spectra, measured.validation)
             self.progress.show_evaluation(step, measured.metrics)
-            self.latest |= {_final_name(name): v for name, v in measured.metrics.items()}
+            self.latest |= {final_name(name): v for name, v in measured.metrics.items()}
         self.writer.flush()
         summary = self._write_summary(step, diverged_step=None)
-        print(f"done       {self.directory / 'summary.json'}", flush=True)
+        print(f"done       {self.directory.summary}", flush=True)
         return summary
 
     def _write_summary(self, step: int, diverged_step: int | None) -> dict[str, Any]:
@@ -447,12 +434,6 @@ class _Run:
             "diverged_step": diverged_step,
             "wall_seconds": self._wall_seconds(),
         }
-        summary = run_directory.plain(summary)
-        run_directory.write_summary(self.directory, summary)
+        summary = files.plain(summary)
+        self.directory.write_summary(summary)
         return summary
-
-
-def _final_name(metric: str) -> str:
-    """val/loss -> val_final/loss: the name of a metric of the final pass."""
-    family, _, rest = metric.partition("/")
-    return f"{family}_final/{rest}"

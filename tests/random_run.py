@@ -9,11 +9,11 @@ import reference_model
 import small_run
 
 from qkjax import config as config_lib
-from qkjax import model
+from qkjax import files, model
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
 from qkjax.runs import checkpoint
-from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import RunDirectory
 
 STEP = small_run.STEPS
 
@@ -82,8 +82,8 @@ def make(
     params = random_params(run_config) if params is None else params
     directory.mkdir(parents=True)
     fingerprint = manifest_lib.load(dataset).fingerprint
-    run_directory.write_json(directory / "config.json", run_config.to_dict())
-    run_directory.write_json(directory / "environment.json", {"dataset_fingerprint": fingerprint})
+    files.write_json(directory / "config.json", run_config.to_dict())
+    files.write_json(directory / "environment.json", {"dataset_fingerprint": fingerprint})
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
     checkpoints.save(STEP, params, {"count": np.zeros(1, np.float32)}, {})
     checkpoints.wait()
@@ -91,7 +91,7 @@ def make(
     if losses:
         write_losses(directory, reference_losses(params, run_config))
     (directory / "metrics.jsonl").write_text(json.dumps({"step": STEP, "val/loss": 4.25}) + "\n")
-    run_directory.write_summary(directory, {"step": STEP, "diverged_step": None})
+    RunDirectory(directory).write_summary({"step": STEP, "diverged_step": None})
     return directory
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from qkjax import config as config_lib
-from qkjax.runs import directory as run_directory
+from qkjax import files
+from qkjax.runs.directory import RunDirectory
 
 LOSS, PR, PR_BEFORE, AA = (
     "val/loss",
@@ -105,7 +106,7 @@ def write(
         "overrides": [],
         "fingerprint": FINGERPRINT,
     }
-    run_directory.write_json(directory / "study.json", plan)
+    files.write_json(directory / "study.json", plan)
     random = np.random.default_rng(random_seed)
     for seed in seeds:
         common = {metric: random.standard_normal() for metric in DEFAULTS}
@@ -176,7 +177,7 @@ def write_downstream(
                     }
                 )
             path = directory / "downstream" / arm / f"seed_{seed}.json"
-            run_directory.write_json(path, _downstream(arm, seed, lines, sample))
+            files.write_json(path, _downstream(arm, seed, lines, sample))
             text = "".join(json.dumps(line) + "\n" for line in lines)
             path.with_suffix(".items.jsonl").write_text(text)
 
@@ -263,7 +264,7 @@ def write_sweep(
                 for rate, loss in sorted(by_rate.items())
             ],
         }
-    run_directory.write_json(directory / "sweep" / "learning_rates.json", entries)
+    files.write_json(directory / "sweep" / "learning_rates.json", entries)
 
 
 def _typical(noise: float | Mapping[str, float]) -> float:
@@ -290,8 +291,8 @@ def write_run(
         metric: _course(course, start[metric], shift[metric], last)
         for metric, course in courses.items()
     }
-    run_directory.write_json(workdir / "config.json", run_config.to_dict())
-    run_directory.write_json(workdir / "environment.json", _environment(run_config, fingerprint))
+    files.write_json(workdir / "config.json", run_config.to_dict())
+    files.write_json(workdir / "environment.json", _environment(run_config, fingerprint))
     rows, summary = [], {}
     for step in range(end + 1):
         row: dict[str, Any] = {"step": step, "tokens": step * train.tokens_per_step}
@@ -320,10 +321,9 @@ def write_run(
         _write_losses(workdir, "final", measured[LOSS], run_config, sequences)
         if spectra:
             _write_spectra(workdir, "final", measured, run_config)
-    lines = [json.dumps(run_directory.plain(row)) for row in rows]
+    lines = [json.dumps(files.plain(row)) for row in rows]
     (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    run_directory.write_summary(
-        workdir,
+    RunDirectory(workdir).write_summary(
         {
             **summary,
             "arm": run_config.arm,

@@ -11,7 +11,7 @@ import small_run
 
 from qkjax import config as config_lib
 from qkjax import errors, train
-from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import RunDirectory
 from qkjax.trained import determinism
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -56,10 +56,7 @@ def test_a_repeated_and_a_resumed_run_are_equal_and_a_changed_one_is_found(tmp_p
     # Of the checkpoints 0, 2, 4, 6, 8 and 10 a finished run keeps the first and the last two.
     assert outcome["equal"] and outcome["resumed_from"] == 8 and outcome["steps"] == 10
     assert outcome["environment"]["versions"]["jax"]
-    first, resumed = (
-        run_directory.read_metrics(workdir / name / "metrics.jsonl")
-        for name in ("first", "resumed")
-    )
+    first, resumed = (RunDirectory(workdir / name).read_metrics() for name in ("first", "resumed"))
     speeds = [[row.get("perf/data_wait") for row in rows] for rows in (first, resumed)]
     assert speeds[0][:9] == speeds[1][:9]  # steps 0 to 8 are the first run's own
     assert speeds[0][9:] != speeds[1][9:]  # and the rest was trained again

@@ -187,7 +187,7 @@ def test_the_jax_path_needs_no_torch(place, tmp_path):
     """Not even where torch is installed: neither it nor transformers is imported."""
     code = (
         "import sys, pathlib\n"
-        "from qkjax import startup; startup.prepare_process()\n"
+        "from qkjax.cli import startup; startup.prepare_process()\n"
         "from qkjax.export import downstream\n"
         f"place, out = pathlib.Path({str(place)!r}), pathlib.Path({str(tmp_path / 'out.json')!r})\n"
         "request = downstream.Request(('hellaswag', 'lambada'), out, workdir=place / 'run',\n"

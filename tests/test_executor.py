@@ -16,11 +16,12 @@ from collections.abc import Callable
 import pytest
 import synthetic_study
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.cli import config_flag
 from qkjax.data import dataset as dataset_lib
 from qkjax.runs import directory as run_directory
 from qkjax.runs import signals
+from qkjax.runs.directory import RunDirectory
 from qkjax.study import devices, plan, run, states, table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -65,7 +66,7 @@ class Machine:
         elif kind == "downstream":
             arm = name.split("/")[1]
             measured = {"run": {"params_sha256": f"{arm}-1"}}
-            run_directory.write_json(self.workdir / f"{name}.json", measured)
+            files.write_json(self.workdir / f"{name}.json", measured)
         elif kind == "report":
             run_directory.make_workdir(self.workdir / "report")
             (self.workdir / states.PAGE).write_text("page")
@@ -172,7 +173,7 @@ def test_final_runs_take_the_chosen_rate_and_controls_that_of_their_parent(world
     machine.losses = {0.024: 2.5}
     run.execute(study, workdir)
     for arm in ("muon_qk", "muon_qk_frozen"):
-        config = run_directory.read_config(workdir / "runs" / arm / "seed_1")
+        config = RunDirectory(workdir / "runs" / arm / "seed_1").read_config()
         assert config.arm == arm
         assert config.optimizer.learning_rate == 0.024
         assert config.optimizer.adam_learning_rate == 0.006
@@ -212,7 +213,7 @@ def test_a_diverged_run_is_a_result(world, capsys):
     found = statuses(study, workdir)
     assert found["sweep/muon_qk/lr_0.024"] == found["runs/adamw_noqk/seed_1"] == "diverged"
     assert found["exports/adamw_noqk/seed_1"] == "skipped"  # there is no model to export
-    config = run_directory.read_config(workdir / "runs" / "muon_qk" / "seed_1")
+    config = RunDirectory(workdir / "runs" / "muon_qk" / "seed_1").read_config()
     assert config.optimizer.learning_rate == 0.012
     shown = capsys.readouterr().out
     assert "diverged, which is a result: sweep/muon_qk/lr_0.024, runs/adamw_noqk/seed_1" in shown
@@ -412,11 +413,11 @@ def test_without_a_dataset_the_command_that_makes_one_is_named(tmp_path):
 def test_two_executors_exclude_each_other_but_parts_run_side_by_side(world):
     study, workdir, _ = world()
     workdir.mkdir()
-    with run_directory.lock(workdir):
+    with RunDirectory(workdir).lock():
         for only in ([], ["dataset"]):
             with pytest.raises(errors.UsageError, match="another process runs in this directory"):
                 run.execute(study, workdir, only)
-    with run_directory.lock(workdir, shared=True):
+    with RunDirectory(workdir).lock(shared=True):
         run.execute(study, workdir, ["dataset"])
         with pytest.raises(errors.UsageError, match="another process runs in this directory"):
             run.execute(study, workdir)
@@ -487,7 +488,7 @@ def test_a_page_made_while_a_run_finished_is_made_again(world, monkeypatch):
 
     def finish_meanwhile(found):
         summary = workdir / "runs" / "muon_qk" / "seed_1" / "summary.json"
-        run_directory.write_bytes(summary, summary.read_bytes())
+        files.replace(summary, summary.read_bytes())
         return gather(found)
 
     monkeypatch.setattr(report, "gather", finish_meanwhile)
@@ -505,14 +506,14 @@ def test_downstream_results_are_made_skipped_or_refused(world):
     files = states.StudyFiles(study, workdir)
     state = files.state(study.step(name))
     assert state.status == "skipped" and state.detail.startswith("no data: ")
-    run_directory.write_json(workdir / f"{other}.json", {"run": {"params_sha256": "adamw_noqk-1"}})
+    files.write_json(workdir / f"{other}.json", {"run": {"params_sha256": "adamw_noqk-1"}})
     machine.started.clear()
     run.execute(study, workdir)
     assert machine.started == [name, "report"]  # there may be data now
     path = workdir / f"{name}.json"
-    run_directory.write_json(path, {"run": {"params_sha256": "muon_qk-1"}})
+    files.write_json(path, {"run": {"params_sha256": "muon_qk-1"}})
     assert files.state(study.step(name)).status == "done"
-    run_directory.write_json(path, {"run": {"params_sha256": "another"}})
+    files.write_json(path, {"run": {"params_sha256": "another"}})
     with pytest.raises(errors.UsageError, match="measured the parameters another, but the run has"):
         run.execute(study, workdir)
 
@@ -589,7 +590,7 @@ def test_an_unfinished_run_names_the_other_host_that_held_it(world):
     files, step = states.StudyFiles(study, workdir), study.step("runs/muon_qk/seed_1")
     (files.directory(step) / "summary.json").unlink()
     assert files.state(step) == states.State("unfinished")
-    run_directory.write_json(files.directory(step) / "run.lock", {"host": "node7", "pid": 1})
+    files.write_json(files.directory(step) / "run.lock", {"host": "node7", "pid": 1})
     assert files.state(step) == states.State("unfinished", "last held by node7")
 
 

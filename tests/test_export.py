@@ -18,7 +18,7 @@ from qkjax import errors, model, train
 from qkjax.data import prepare
 from qkjax.export import card, directory, hf, verify
 from qkjax.runs import checkpoint
-from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import RunDirectory
 from qkjax.trained import trained_run
 
 safetensors = pytest.importorskip(
@@ -682,7 +682,7 @@ def test_command_exports_and_verifies_a_trained_run(torch, place, tmp_path):
     assert done.stdout.endswith("verified\n")
     text = (tmp_path / "out" / "README.md").read_text()
     assert "Verified: this directory" in text and "| QK-Norm | frozen |" in text
-    summary = run_directory.read_summary(tmp_path / "run")
+    summary = RunDirectory(tmp_path / "run").read_summary()
     assert f"{summary['val/loss']:.5f}" in text and summary["params_sha256"] in text
     again = command(*flags)
     assert again.returncode == 2 and again.stderr.count("\n") == 1

@@ -13,12 +13,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # from rooms left of it in its own row; inside a wing there is no circle.
 STREET = (
     "errors muon attention losses",
-    "presets sharding",
+    "files presets sharding",
     "config",
     "model optimizer flops cli data __init__",
     "measures train_step",
     "eval_step evaluation runs",
-    "train main trained export tasks verdicts report study",
+    "train main trained export tasks study verdicts report",
 )
 PLACES = {
     room: (row, position)
@@ -151,6 +151,62 @@ def test_commands_and_reports_start_without_jax(name):
         direct = imports(path_of(module), nested=False)
         assert not outsiders(direct) & HEAVY, f"{name} imports {direct & HEAVY} by way of {module}"
         waiting |= ours(direct) - reached
+
+
+def calls(path: pathlib.Path) -> set[str]:
+    """Dotted names of what a file calls, as far as they are written out."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Call):
+            found.add(ast.unparse(node.func))
+    return found
+
+
+# Modules that read or write in a form that is not ours alone, and why.
+OWN_WAY = {
+    "json.loads": {
+        "files": "the door",
+        "runs.directory": "whether a last line is torn",
+        "export.directory": "the tokenizer's own JSON",
+        "tasks.benchmarks": "rows of public benchmarks",
+        "data.request": "a copy of plain values",
+        "data.hub": "files of the Hugging Face hub",
+        "data.sources": "rows of users' text",
+        "data.overlap": "rows of users' text",
+        "data.manifest": "dataset.json",
+        "data.staging": "what a preparation has moved",
+        "data.journal": "what a preparation has finished",
+    },
+    "os.replace": {
+        "files": "the door",
+        "data.manifest": "dataset.json",
+        "data.staging": "the move out of the work folder",
+        "data.journal": "the journal",
+        "data.shards": "shards of ArrayRecord",
+    },
+    "os.fsync": {
+        "files": "the door",
+        "data.manifest": "dataset.json",
+        "data.staging": "the move out of the work folder",
+        "data.journal": "the journal",
+        "data.shards": "shards of ArrayRecord",
+        "data.job": "the tokenizer",
+    },
+    "fcntl.flock": {"files": "the door", "data.staging": "the lock of a preparation"},
+    "np.load": {
+        "files": "the door",
+        "data.check": "tables of documents",
+        "data.job": "tables of documents",
+        "data.overlap": "an index of 13-grams, mapped",
+    },
+}
+OWN_WAY["json.load"] = {}
+
+
+@pytest.mark.parametrize("call", OWN_WAY)
+def test_there_is_one_door_to_the_disk(call):
+    found = {name for name in module_names() if call in calls(path_of(name))}
+    assert found == set(OWN_WAY[call]), f"{call} belongs into qkjax/files.py"
 
 
 def test_configs_and_scripts_are_the_end_of_the_street():

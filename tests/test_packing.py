@@ -10,8 +10,8 @@ import packing
 import pytest
 import synthetic_study
 
-from qkjax import errors
-from qkjax.runs import directory as run_directory
+from qkjax import errors, files
+from qkjax.runs.results import PR, RunResult, load_run
 from qkjax.verdicts import results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -24,7 +24,7 @@ def study(tmp_path) -> pathlib.Path:
     synthetic_study.write(directory, synthetic_study.arms(), seeds=(42, 43), spectra=True)
     checkpoint = directory / "runs" / "muon_qk" / "seed_42" / "checkpoints"
     for name in ("5/meta/metadata", "5/params/data", "381/meta/metadata", "381/params/data"):
-        run_directory.write_bytes(checkpoint / name, name.encode())
+        files.replace(checkpoint / name, name.encode())
     return directory
 
 
@@ -39,7 +39,7 @@ def test_unpacked_archives_are_the_study_that_the_report_reads(study, tmp_path):
     paths = packing.pack(study, tmp_path / "packed")
     copy = results.load_study(unpack(paths, tmp_path / "home"))
     original = results.load_study(study)
-    assert copy.values(results.PR) == original.values(results.PR)
+    assert copy.values(PR) == original.values(PR)
     for key, run in original.runs.items():
         np.testing.assert_array_equal(copy.runs[key].sequence_losses, run.sequence_losses)
         assert copy.runs[key].rows == run.rows
@@ -49,12 +49,12 @@ def test_scores_notes_and_earlier_plans_come_home_too(study, tmp_path):
     synthetic_study.write_downstream(study, {"muon_qk": 0.3, "adamw_qk": 0.3}, seeds=(42, 43))
     note = {"status": "skipped", "detail": "no data"}
     for name in ("logs/downstream/muon_noqk/seed_42.json", "dataset.json", "study.1.json"):
-        run_directory.write_json(study / name, note)
+        files.write_json(study / name, note)
     home = unpack(packing.pack(study, tmp_path / "packed"), tmp_path / "home")
     for folder in ("downstream", "logs"):
-        files = [path for path in (study / folder).rglob("*.json*") if path.is_file()]
-        assert files
-        for path in files:
+        written = [path for path in (study / folder).rglob("*.json*") if path.is_file()]
+        assert written
+        for path in written:
             assert (home / path.relative_to(study)).read_bytes() == path.read_bytes()
     assert (home / "dataset.json").exists() and (home / "study.1.json").exists()
     assert len(results.load_study(home).items) == 4
@@ -130,7 +130,7 @@ def test_the_command_packs_a_single_run(study, tmp_path):
     )
     assert done.stdout.startswith(str(tmp_path / "packed" / "seed_42-0.tar.gz"))
     home = unpack([tmp_path / "packed" / "seed_42-0.tar.gz"], tmp_path / "home")
-    assert isinstance(results.load_run(home / "seed_42"), results.RunResult)
+    assert isinstance(load_run(home / "seed_42"), RunResult)
     done = subprocess.run(
         [*command, f"--workdir={tmp_path / 'home' / 'seed_42' / 'spectra'}"],
         cwd=ROOT,

@@ -11,9 +11,9 @@ import ml_collections
 import pytest
 
 from qkjax import config as config_lib
-from qkjax import errors, flops, model
+from qkjax import errors, files, flops, model
 from qkjax.cli import config_flag
-from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import RunDirectory
 from qkjax.study import plan, plan_cost, plan_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -180,7 +180,7 @@ def test_the_command_of_a_step_trains_its_config(tmp_path):
             [sys.executable, *arguments, "--print_config"], cwd=ROOT, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        expected = run_directory.plain(study.run_config(step, rate).to_dict())
+        expected = files.plain(study.run_config(step, rate).to_dict())
         assert json.loads(done.stdout) == expected
         assert f"--workdir={tmp_path / 'run'}" in arguments
 
@@ -310,8 +310,7 @@ def test_the_time_comes_from_finished_runs_or_is_said_to_be_unknown(tmp_path):
     for arm, diverged, seconds in (("adamw_qk", False, 10.0), ("muon_qk", True, 1.0)):
         directory = tmp_path / "sweep" / arm / "lr_1"
         directory.mkdir(parents=True)
-        run_directory.write_summary(
-            directory,
+        RunDirectory(directory).write_summary(
             {"arm": arm, "tokens": 20_000, "wall_seconds": seconds, "diverged": diverged},
         )
     rates = plan_cost.measured_rates(tmp_path)
@@ -392,4 +391,4 @@ def test_plans_are_data():
     study = make("tiny")
     values = study.to_dict()
     assert values["fingerprint"] == study.fingerprint
-    assert values["steps"][1] == run_directory.plain(dataclasses.asdict(study.steps[1]))
+    assert values["steps"][1] == files.plain(dataclasses.asdict(study.steps[1]))

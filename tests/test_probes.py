@@ -15,7 +15,7 @@ from qkjax import config as config_lib
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
 from qkjax.measures import moments, probes, spectral
-from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import RunDirectory
 
 import jax  # isort: skip  (after qkjax, which sets the XLA flags)
 import jax.numpy as jnp  # isort: skip
@@ -236,7 +236,7 @@ def test_every_array_and_metric_of_a_run_equals_float64(runs, arm):
     assert (found["overlap"] >= 0).all() and (found["overlap"] <= 1).all()
     assert found["aa_ratio"].max() <= 1 + 1e-5
 
-    row = run_directory.read_metrics(workdir / "metrics.jsonl")[-1]
+    row = RunDirectory(workdir).read_metrics()[-1]
     for name, value in offline_metrics(expected).items():
         if name.startswith("r90"):  # a count: one head may sit on the limit
             assert row[name] == pytest.approx(value, abs=0.5), name

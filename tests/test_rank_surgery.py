@@ -18,7 +18,7 @@ from qkjax import errors, model, train
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
 from qkjax.runs import checkpoint
-from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import RunDirectory
 from qkjax.trained import rank_curves, rank_surgery
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         eval__batch_sequences=4,  # two batches, the last with a padded row
     )
     train.train_and_evaluate(run_config, directory / "run")
-    return directory / "run", run_directory.read_config(directory / "run")
+    return directory / "run", RunDirectory(directory / "run").read_config()
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_equals_numpy_with_its_own_directions(case, measured, stage, monkeypatch
 
 def test_full_rank_changes_nothing(case, measured):
     """In float32 the projector is the identity to 1e-7, and so is the loss."""
-    val_loss = run_directory.read_summary(case[0])["val/loss"]
+    val_loss = RunDirectory(case[0]).read_summary()["val/loss"]
     for rows in measured.values():
         full = [row for row in rows if row.rank == HEAD_DIM]
         assert len(full) == 2 * 3  # kinds x (all, 0, 1)

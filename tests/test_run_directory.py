@@ -9,13 +9,15 @@ import socket
 import subprocess
 import sys
 
+import limits
 import numpy as np
 import pytest
 
 from qkjax import config as config_lib
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.runs import directory as run_directory
 from qkjax.runs import environment
+from qkjax.runs.directory import RunDirectory
 
 FULL = pathlib.Path("/dev/full")
 needs_dev_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this machine")
@@ -58,22 +60,42 @@ def test_make_workdir_notices_a_full_disk(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+SUMMARY = {
+    "arm": "muon_noqk",
+    "seed": 42,
+    "step": 3,
+    "tokens": 384,
+    "params_sha256": "0" * 64,
+    "diverged": False,
+    "diverged_step": None,
+}
+WRONG = (
+    {"step": "3"},
+    {"step": True},
+    {"diverged": 0},
+    {"diverged_step": "never"},
+    {"params_sha256": None},
+    {"val/loss": "2.5"},
+    {"val/loss": [2.5]},
+)
+
+
 def test_second_lock_is_refused_naming_the_holder(tmp_path):
-    with run_directory.lock(tmp_path):
-        with pytest.raises(errors.UsageError) as caught, run_directory.lock(tmp_path):
+    with RunDirectory(tmp_path).lock():
+        with pytest.raises(errors.UsageError) as caught, RunDirectory(tmp_path).lock():
             pass
         holder = json.loads((tmp_path / "run.lock").read_text())
     for part in (f"pid {os.getpid()}", socket.gethostname(), holder["start_time"], "--workdir"):
         assert part in str(caught.value)
-    with run_directory.lock(tmp_path):  # released, and what the first wrote is no hindrance
+    with RunDirectory(tmp_path).lock():  # released, and what the first wrote is no hindrance
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
 
 
 def test_lock_dies_with_its_holder(tmp_path):
     program = (
         "import pathlib, sys, time\n"
-        "from qkjax import run_directory\n"
-        "with run_directory.lock(pathlib.Path(sys.argv[1])):\n"
+        "from qkjax.runs.directory import RunDirectory\n"
+        "with RunDirectory(pathlib.Path(sys.argv[1])).lock():\n"
         "    print('held', flush=True)\n"
         "    time.sleep(600)\n"
     )
@@ -84,7 +106,7 @@ def test_lock_dies_with_its_holder(tmp_path):
         assert holder.stdout.readline() == "held\n"
         with (
             pytest.raises(errors.UsageError, match=f"pid {holder.pid} "),
-            run_directory.lock(tmp_path),
+            RunDirectory(tmp_path).lock(),
         ):
             pass
     finally:
@@ -92,7 +114,7 @@ def test_lock_dies_with_its_holder(tmp_path):
         holder.wait()
         holder.stdout.close()
     assert (tmp_path / "run.lock").exists()
-    with run_directory.lock(tmp_path):
+    with RunDirectory(tmp_path).lock():
         pass
 
 
@@ -112,7 +134,7 @@ def test_write_json_makes_plain_numbers_in_the_given_order(tmp_path):
         "bool": np.bool_(True),
         "none": None,
     }
-    run_directory.write_json(path, value)
+    files.write_json(path, value)
     text = path.read_text()
     assert text.endswith("}\n")
     assert list(json.loads(text)) == list(value)
@@ -133,13 +155,13 @@ def test_write_json_makes_plain_numbers_in_the_given_order(tmp_path):
 @pytest.mark.parametrize("value", [object(), np.zeros(2), {1, 2}, np.array("a")])
 def test_plain_refuses_what_json_cannot_hold(value):
     with pytest.raises(TypeError, match="neither a number nor a container"):
-        run_directory.plain({"key": value})
+        files.plain({"key": value})
 
 
 def test_every_float32_reads_back_to_itself_in_few_digits():
     bits = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32)
     for value in bits.view(np.float32):
-        written = run_directory.plain(value)
+        written = files.plain(value)
         if not np.isfinite(value):
             assert written is None
             continue
@@ -154,23 +176,55 @@ def test_bfloat16_and_float16_keep_their_value():
 
     for dtype in (ml_dtypes.bfloat16, np.float16):
         value = np.asarray(0.1, dtype)
-        assert np.asarray(run_directory.plain(value), np.float32).astype(dtype) == value
+        assert np.asarray(files.plain(value), np.float32).astype(dtype) == value
 
 
 @needs_dev_full
 def test_full_disk_leaves_the_old_file_and_no_temporary_one(tmp_path):
     path = tmp_path / "value.json"
-    run_directory.write_json(path, {"old": 1})
-    (tmp_path / ".value.json.tmp").symlink_to(FULL)
-    with pytest.raises(errors.StorageError, match=r"value\.json: .*No space left"):
-        run_directory.write_json(path, {"new": list(range(10_000))})
+    files.write_json(path, {"old": 1})
+    with (
+        limits.file_size(4096),
+        pytest.raises(errors.StorageError, match=r"value\.json: .*File too large.* Make room"),
+    ):
+        files.write_json(path, {"new": list(range(10_000))})
     assert json.loads(path.read_text()) == {"old": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["value.json"]
 
 
+def test_a_link_in_the_way_is_never_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in (".value.json.tmp", "value.json"):
+        (tmp_path / name).symlink_to(victim)
+    files.write_json(tmp_path / "value.json", {"new": 1})
+    assert victim.read_text() == "precious"
+    assert json.loads((tmp_path / "value.json").read_text()) == {"new": 1}
+    assert not (tmp_path / "value.json").is_symlink()
+
+
+def test_the_holder_of_the_lock_removes_what_killed_writers_left(tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path)
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    for path in (directory.summary, directory.spectra(3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            patch.setattr(pathlib.Path, "unlink", lambda *_, **__: None)
+            with pytest.raises(KeyboardInterrupt):
+                files.replace(path, b"half")
+    (tmp_path / ".mine.tmp").touch()
+    with directory.lock(shared=True):
+        assert len(list(tmp_path.rglob(".*.tmp"))) == 3
+    with directory.lock():
+        assert [path.name for path in tmp_path.rglob(".*.tmp")] == [".mine.tmp"]
+
+
 def test_file_is_replaced_and_synced_never_written_in_place(tmp_path, monkeypatch):
     path = tmp_path / "value.json"
-    run_directory.write_json(path, {"old": 1})
+    files.write_json(path, {"old": 1})
     synced = []
     real_fsync, real_replace = os.fsync, os.replace
 
@@ -182,19 +236,21 @@ def test_file_is_replaced_and_synced_never_written_in_place(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), real_fsync(fd)))
     monkeypatch.setattr(os, "replace", replace)
-    run_directory.write_json(path, {"new": 2})
+    files.write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"new": 2}
     assert len(synced) == 2  # the file and its directory
 
 
 def test_summary_is_none_until_written_and_refused_when_damaged(tmp_path):
-    assert run_directory.read_summary(tmp_path) is None
-    run_directory.write_summary(tmp_path, {"step": 3, "val/loss": float("nan")})
-    assert run_directory.read_summary(tmp_path) == {"step": 3, "val/loss": None}
-    for damage in ('{"step": 3', "[1]", "\0\0"):
+    assert RunDirectory(tmp_path).read_summary() is None
+    RunDirectory(tmp_path).write_summary({**SUMMARY, "val/loss": float("nan")})
+    assert RunDirectory(tmp_path).read_summary() == {**SUMMARY, "val/loss": None}
+    deep = "[" * 100_000
+    changed = [json.dumps({**SUMMARY, **change}) for change in WRONG]
+    for damage in ('{"step": 3', "[1]", "\0\0", "{}", deep, '{"step": NaN}', *changed):
         (tmp_path / "summary.json").write_text(damage)
         with pytest.raises(errors.UsageError, match=r"summary\.json: damaged"):
-            run_directory.read_summary(tmp_path)
+            RunDirectory(tmp_path).read_summary()
 
 
 # ------------------------------------------------------------------------------ metrics.jsonl
@@ -203,22 +259,23 @@ def test_summary_is_none_until_written_and_refused_when_damaged(tmp_path):
 def test_read_metrics_returns_rows_and_skips_a_torn_last_line(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "val/loss": null}\n{"step": 1}\n')
-    assert run_directory.read_metrics(path) == [{"step": 0, "val/loss": None}, {"step": 1}]
+    assert RunDirectory(tmp_path).read_metrics() == [{"step": 0, "val/loss": None}, {"step": 1}]
     assert not caplog.records
     for torn in ('{"step": 2, "tra', '{"step": 2, "tra\n', "\0\0\0\n", "17\n"):
         path.write_text('{"step": 0}\n{"step": 1}\n' + torn)
         caplog.clear()
-        assert run_directory.read_metrics(path) == [{"step": 0}, {"step": 1}]
+        assert RunDirectory(tmp_path).read_metrics() == [{"step": 0}, {"step": 1}]
         assert "metrics.jsonl:3: a torn last line is skipped" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("lines", "where"),
     [
-        (['{"step": 0}', '{"step": 1, "tra', '{"step": 2}'], "2: not a row"),
-        (['{"step": 0}', "", '{"step": 2}'], "2: not a row"),
-        (['{"loss": 0}', '{"step": 2}'], "1: not a row"),
-        (['{"step": true}', '{"step": 2}'], "1: not a row"),
+        (['{"step": 0}', '{"step": 1, "tra', '{"step": 2}'], "2: damaged"),
+        (['{"step": 0}', "", '{"step": 2}'], "2: damaged"),
+        (['{"loss": 0}', '{"step": 2}'], "1: damaged"),
+        (['{"step": 0}', '{"step": 1, "val/loss": "2.5"}'], "2: damaged .val/loss is '2.5'"),
+        (['{"step": true}', '{"step": 2}'], "1: damaged"),
         (['{"step": 5}', '{"step": 5}'], "2: step 5 follows step 5"),
         (['{"step": 5}', '{"step": 4}', '{"step": 6}'], "2: step 4 follows step 5"),
     ],
@@ -227,16 +284,16 @@ def test_read_metrics_names_the_line_that_is_damaged(tmp_path, lines, where):
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(errors.UsageError, match=rf"metrics\.jsonl:{where}"):
-        run_directory.read_metrics(path)
+        RunDirectory(tmp_path).read_metrics()
 
 
 def test_read_metrics_of_a_missing_file(tmp_path):
     with pytest.raises(errors.UsageError, match="no such file"):
-        run_directory.read_metrics(tmp_path / "metrics.jsonl")
+        RunDirectory(tmp_path).read_metrics()
 
 
 def test_reading_a_run_needs_no_jax():
-    program = "import sys; from qkjax import run_directory; print('jax' in sys.modules)"
+    program = "import sys; from qkjax.runs import directory; print('jax' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert shown.stdout == b"False\n"
 
@@ -246,16 +303,16 @@ def test_reading_a_run_needs_no_jax():
 
 def settle(workdir, config, fingerprint, allowed=()):
     """What a run does with its config, in one call."""
-    changes = run_directory.config_changes(workdir, config, fingerprint, allowed)
-    run_directory.record_config(workdir, config, fingerprint, changes)
+    changes = RunDirectory(workdir).config_changes(config, fingerprint, allowed)
+    RunDirectory(workdir).record_config(config, fingerprint, changes)
     return changes
 
 
 def test_first_use_records_config_and_dataset(tmp_path):
     config = tiny()
-    assert run_directory.read_config(tmp_path) is None
+    assert RunDirectory(tmp_path).read_config() is None
     assert settle(tmp_path, config, "aaa") == []
-    assert run_directory.read_config(tmp_path) == config
+    assert RunDirectory(tmp_path).read_config() == config
     record = json.loads((tmp_path / "environment.json").read_text())
     assert record["dataset_fingerprint"] == "aaa"
     assert settle(tmp_path, config, "aaa") == []
@@ -270,7 +327,7 @@ def test_data_dir_and_terminal_may_change_silently(tmp_path):
         log=dataclasses.replace(config.log, every_seconds=60.0),
     )
     assert settle(tmp_path, moved, "aaa") == []
-    assert run_directory.read_config(tmp_path) == moved
+    assert RunDirectory(tmp_path).read_config() == moved
 
 
 def test_changed_fields_are_refused_in_a_table(tmp_path):
@@ -339,13 +396,13 @@ def test_allowed_changes_are_recorded_and_become_the_config(tmp_path):
         {"field": "muon.nesterov", "old": True, "new": False},
     ]
     again = settle(tmp_path, tiny(muon=muon), "aaa", allowed)
-    assert run_directory.read_config(tmp_path) == tiny(muon=muon)
+    assert RunDirectory(tmp_path).read_config() == tiny(muon=muon)
     for _ in range(2):
         record = json.loads((tmp_path / "environment.json").read_text())
         changes = record["allowed_config_changes"]
         assert [change.pop("time")[:2] for change in changes] == ["20"] * 3
         assert changes == first + again
-        run_directory.write_environment(tmp_path, "aaa", [])  # keeps them
+        RunDirectory(tmp_path).write_environment("aaa", [])  # keeps them
 
 
 def test_unknown_allowed_field_is_refused_with_a_suggestion(tmp_path):
@@ -366,7 +423,7 @@ def test_config_of_another_version_is_a_difference_not_a_crash(tmp_path):
     assert ["model.unroll", "(absent)", "1"] in lines
     assert ["model.window", "128", "(absent)"] in lines
     with pytest.raises(errors.UsageError, match=r"config\.json: damaged .*window"):
-        run_directory.read_config(tmp_path)
+        RunDirectory(tmp_path).read_config()
 
 
 @pytest.mark.parametrize("name", ["config.json", "environment.json"])
@@ -392,9 +449,9 @@ def test_lost_environment_is_written_anew_with_a_warning(tmp_path, caplog):
 def test_environment_keeps_every_start(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     settle(tmp_path, tiny(), "aaa")
-    run_directory.write_environment(tmp_path, "aaa", ["main", "--workdir=x"])
+    RunDirectory(tmp_path).write_environment("aaa", ["main", "--workdir=x"])
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "1")
-    run_directory.write_environment(tmp_path, "aaa", ["main", "--workdir=y"])
+    RunDirectory(tmp_path).write_environment("aaa", ["main", "--workdir=y"])
     record = json.loads((tmp_path / "environment.json").read_text())
     first, second = record["starts"]
     assert record["dataset_fingerprint"] == "aaa"
@@ -417,7 +474,7 @@ def test_environment_has_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "swordfish2")
     monkeypatch.setenv("JAX_SERVICE_TOKEN", "swordfish3")
     monkeypatch.setenv("TPU_NAME", "visible")
-    run_directory.write_environment(tmp_path, "aaa", ["main", "--api_key=swordfish4"])
+    RunDirectory(tmp_path).write_environment("aaa", ["main", "--api_key=swordfish4"])
     text = (tmp_path / "environment.json").read_text()
     assert "swordfish" not in text
     assert "WANDB" not in text
@@ -510,11 +567,11 @@ def test_git_is_not_needed(tmp_path, monkeypatch):
 
 
 def test_another_version_of_a_library_is_said_at_resume(tmp_path, caplog):
-    run_directory.write_environment(tmp_path, "f" * 64)
+    RunDirectory(tmp_path).write_environment("f" * 64)
     record = json.loads((tmp_path / "environment.json").read_text())
     record["versions"]["jax"] = "0.0.1"
     (tmp_path / "environment.json").write_text(json.dumps(record))
     with caplog.at_level("WARNING"):
-        run_directory.write_environment(tmp_path, "f" * 64)
-    assert "began with jax 0.0.1" in caplog.text
+        RunDirectory(tmp_path).write_environment("f" * 64)
+    assert "started with jax 0.0.1" in caplog.text
     assert "began with flax" not in caplog.text

@@ -12,6 +12,8 @@ import time
 import pytest
 import small_run
 
+from qkjax.runs.directory import RunDirectory
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS, SHORT = 240, 10  # of the runs, of the sweep's
 TOP = 1e30  # times the base rate: it diverges
@@ -152,9 +154,8 @@ def test_a_finished_study_starts_no_process_and_a_second_executor_is_refused(dat
     assert "diverged (at step" in status.stdout and f"{STEPS}/{STEPS}" in status.stdout
     costs = call(*command(dataset, unbroken, "--dry_run"))
     assert "tokens/s: muon_qk " in costs.stdout  # measured by these runs
-    from qkjax.runs import directory as run_directory
 
-    with run_directory.lock(unbroken):
+    with RunDirectory(unbroken).lock():
         second = call(*command(dataset, unbroken))
     assert second.returncode == 2 and second.stderr.count("\n") == 1
     assert f"(pid {os.getpid()} on " in second.stderr

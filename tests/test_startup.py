@@ -58,7 +58,7 @@ def test_freed_memory_stays_with_the_process_on_cpus():
     """64 MB are taken and given back six times by a thread: pages are mapped at the first alone."""
     code = (
         "import resource, sys, threading\n"
-        "from qkjax import command_line\n"
+        "from qkjax.cli import command_line\n"
         "def take():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    for _ in range(6): bytearray(2**26)\n"

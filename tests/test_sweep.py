@@ -144,5 +144,5 @@ def test_where_every_rate_diverged_nothing_is_chosen(tmp_path):
 def test_a_torn_record_is_refused(tmp_path):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "learning_rates.json").write_text('{"muon_qk": {"chos')
-    with pytest.raises(errors.UsageError, match=r"learning_rates.json: damaged .* Delete it"):
+    with pytest.raises(errors.UsageError, match=r"learning_rates.json: damaged .* Move it away"):
         sweep.recorded(tmp_path)

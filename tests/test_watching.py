@@ -12,14 +12,14 @@ import pytest
 import small_run
 from rich.console import Console
 
-from qkjax.runs import directory as run_directory
+from qkjax import files
 from qkjax.study import plan, states, table, watching
 
 
 @pytest.fixture
 def directory(tmp_path) -> pathlib.Path:
     """A run of 20 steps of 128 tokens that has written nothing but its config."""
-    run_directory.write_json(tmp_path / "config.json", small_run.make_config(tmp_path).to_dict())
+    files.write_json(tmp_path / "config.json", small_run.make_config(tmp_path).to_dict())
     return tmp_path
 
 
@@ -56,8 +56,8 @@ def test_a_watch_waits_for_whole_lines_and_follows_a_resumed_run(directory):
 def test_a_run_is_running_while_the_process_that_locked_it_lives(directory):
     assert not watching.is_running(directory)
     code = (
-        "import sys; from qkjax import run_directory; from pathlib import Path\n"
-        "with run_directory.lock(Path(sys.argv[1])):\n    print('locked', flush=True); input()"
+        "import sys; from qkjax.runs.directory import RunDirectory\n"
+        "with RunDirectory(sys.argv[1]).lock():\n    print('locked', flush=True); input()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(directory)],
@@ -73,10 +73,10 @@ def test_a_run_is_running_while_the_process_that_locked_it_lives(directory):
     process.wait()
     assert not watching.is_running(directory)
     holder = json.loads((directory / "run.lock").read_text())
-    run_directory.write_json(directory / "run.lock", {**holder, "pid": os.getpid()})
+    files.write_json(directory / "run.lock", {**holder, "pid": os.getpid()})
     assert watching.is_running(directory)
     assert watching.other_host(directory) is None
-    run_directory.write_json(directory / "run.lock", {**holder, "pid": os.getpid(), "host": "x"})
+    files.write_json(directory / "run.lock", {**holder, "pid": os.getpid(), "host": "x"})
     assert not watching.is_running(directory)
     assert watching.other_host(directory) == "x"
 

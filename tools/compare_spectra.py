@@ -9,9 +9,9 @@ import pathlib
 
 from absl import flags
 
+from qkjax import files
 from qkjax.cli import command_line
 from qkjax.report import drawing, quantities, run_spectra
-from qkjax.runs import directory as run_directory
 
 _MEASURE = flags.DEFINE_enum(
     "measure",
@@ -45,7 +45,7 @@ def main(*workdirs: str) -> None:
     out = pathlib.Path(_OUT.value) if _OUT.value else runs[0].workdir / "figures"
     stem = out / f"compare_{quantity.name}"
     path = stem.with_suffix(".csv")
-    run_directory.write_bytes(path, run_spectra.comparison_csv(compared).encode())
+    files.replace(path, run_spectra.comparison_csv(compared).encode())
     print(path)  # before the figure, which needs matplotlib
     drawn = {
         stem: figures.comparison(compared, quantity),

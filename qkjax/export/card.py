@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from qkjax.export import hf
-from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import RunDirectory
 from qkjax.trained.trained_run import TrainedRun
 
 NOT_VERIFIED = ("Not verified. Export again with --verify to compare it with its run.",)
@@ -99,8 +99,8 @@ def _facts(run: TrainedRun, dtype: str) -> list[tuple[str, Any]]:
 
 
 def _validation_loss(run: TrainedRun) -> str:
-    path = run.workdir / "metrics.jsonl"
-    rows = run_directory.read_metrics(path) if path.exists() else []
+    directory = RunDirectory(run.workdir)
+    rows = directory.read_metrics() if directory.metrics.exists() else []
     found = [row.get("val/loss") for row in rows if row["step"] == run.step]
     return "not measured at this step" if not found or found[0] is None else f"{found[0]:.5f}"
 

@@ -7,11 +7,9 @@ import pathlib
 import shutil
 from collections.abc import Callable
 
-from qkjax import errors
-from qkjax.data import manifest as manifest_lib
+from qkjax import errors, files
 from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.export import card, hf, verify
-from qkjax.runs import directory as run_directory
 from qkjax.trained import trained_run
 from qkjax.trained.trained_run import TrainedRun
 
@@ -58,7 +56,7 @@ def export(request: Request, report: Callable[[str], None] = print) -> None:
         return
     verdict = verify.verify(out, run, request.verify_sequences, report)
     text = card.render(run, request.dtype, verdict.table())
-    run_directory.write_bytes(out / "README.md", text.encode())
+    files.replace(out / "README.md", text.encode())
     if verdict.failed:
         raise errors.UsageError(
             f"{out}: verification failed: {'; '.join(verdict.failed)}. Do not use this directory "
@@ -100,15 +98,15 @@ def write(run: TrainedRun, out: pathlib.Path, dtype: str = "float32") -> None:
             usual = (temporary / hf.CONFIG_FILE).stat().st_mode
             (temporary / hf.WEIGHTS_FILE).chmod(usual)  # safetensors makes it the owner's alone
             for path in temporary.iterdir():
-                _sync(path)
-            manifest_lib.sync_directory(temporary)
+                files.sync_path(path)
+            files.sync_directory(temporary)
             temporary.rename(out)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        manifest_lib.sync_directory(out.parent)
+        files.sync_directory(out.parent)
     except OSError as error:
-        raise run_directory.storage_error(out, error) from error
+        raise files.storage_error(out, error) from error
 
 
 def _tokenizer_files(run: TrainedRun) -> dict[str, bytes]:
@@ -131,11 +129,3 @@ def _tokenizer_files(run: TrainedRun) -> dict[str, bytes]:
 
 def _json(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _sync(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

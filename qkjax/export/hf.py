@@ -6,7 +6,6 @@ sqrt(d), so it is stored multiplied, and the final norm's gamma is divided by sq
 tied head has grown by as much.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from qkjax import errors, model
+from qkjax import errors, files, model
 from qkjax.config import ModelConfig
 from qkjax.runs import checkpoint
 
@@ -321,13 +320,9 @@ def read_directory(directory: str | pathlib.Path) -> tuple[ModelConfig, model.Pa
     """
     directory = pathlib.Path(directory)
     path = directory / CONFIG_FILE
-    try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values, dict):
-            raise ValueError("it is not a JSON object")
-    except (OSError, ValueError) as error:
-        raise errors.UsageError(
-            f"{path}: cannot be read ({error}). Give a directory of tools/export_hf.py."
-        ) from error
+    fix = "Give a directory of tools/export_hf.py."
+    values = files.read_object(path, fix)
+    if values is None:
+        raise errors.UsageError(f"{path}: missing, expected a model's config. {fix}")
     config = model_config(values)
     return config, from_tensors(load_tensors(directory / WEIGHTS_FILE), config)

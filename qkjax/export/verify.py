@@ -8,7 +8,6 @@ differences of logits (an epsilon does), and the bytes of the tensors.
 
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator
@@ -18,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkjax import errors, model
+from qkjax import errors, files, model
 from qkjax.config import ModelConfig
-from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
 from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.export import hf
+from qkjax.runs.directory import RunDirectory
 from qkjax.trained.trained_run import TrainedRun
 
 LOGIT_LIMIT = 1e-4  # absolute, float32 tensors
@@ -136,10 +135,10 @@ def verify(
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    """An object of the export; {} where there is none, which the checks then find."""
     try:
-        values = json.loads(path.read_bytes())
-        return values if isinstance(values, dict) else {}
-    except (OSError, ValueError):
+        return files.read_object(path, "") or {}
+    except errors.QkjaxError:
         return {}
 
 
@@ -179,7 +178,7 @@ def _check_tokenizer(directory: pathlib.Path, run: TrainedRun, records_NT: np.nd
     import transformers
 
     path = directory / tokenizer_lib.FILE_NAME
-    if not path.is_file() or manifest_lib.file_sha256(path) != run.tokenizer.sha256:
+    if not path.is_file() or files.sha256(path) != run.tokenizer.sha256:
         return Check("tokenizer", "tokenizer.json is not the dataset's", passed=False)
     try:
         stock = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -311,16 +310,10 @@ def _loss_check(name: str, expected: np.ndarray, found: np.ndarray, exact: bool)
 
 def _recorded_losses(run: TrainedRun) -> np.ndarray | None:
     """Loss of every sequence, nat per token, as the run's evaluation of this step found it."""
-    path = run.workdir / "validation" / f"step_{run.step:08d}.npz"
-    if not path.is_file():
+    directory = RunDirectory(run.workdir)
+    if not directory.validation(run.step).is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["loss_sum"].astype(np.float64) / arrays["count"]
-    except (OSError, ValueError, KeyError) as error:
-        raise errors.UsageError(
-            f"{path}: damaged ({errors.one_line(error)}). Restore it from a copy, or move it away."
-        ) from error
+    return directory.read_validation(run.step).per_token
 
 
 def _tiny_scale(run: TrainedRun, tokens_T: np.ndarray) -> float:

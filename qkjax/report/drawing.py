@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.report.run_spectra import Evaluation
-from qkjax.runs import directory as run_directory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,7 +132,7 @@ def save(figure: "Figure", stem: pathlib.Path, formats: Sequence[str]) -> list[p
     """
     paths = [stem.with_name(f"{stem.name}.{file_format}") for file_format in formats]
     for path, file_format in zip(paths, formats, strict=True):
-        run_directory.write_bytes(path, to_bytes(figure, file_format))
+        files.replace(path, to_bytes(figure, file_format))
     return paths
 
 

@@ -1,7 +1,6 @@
 """Everything that a report shows, gathered once: results, verdicts, spectra, warnings."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -13,9 +12,12 @@ from qkjax.report import arms, run_spectra
 from qkjax.report.blocks import mean, number
 from qkjax.report.charts import Curve
 from qkjax.report.run_spectra import RunSpectra
+from qkjax.runs.directory import FINAL, RunDirectory
+from qkjax.runs.results import RunResult
+from qkjax.study import study_files
 from qkjax.verdicts import judge, results
 from qkjax.verdicts.judgement import Judgement
-from qkjax.verdicts.results import RunResult, Study
+from qkjax.verdicts.results import Study
 
 SKIPPED = "skipped"  # status of a step that tools/run_study.py had no data or no use for
 
@@ -73,11 +75,7 @@ class Material:
 
     def noted(self, step: str) -> tuple[str, str]:
         """(status, why) that tools/run_study.py noted of a step without a result; else ("", "")."""
-        try:
-            note = json.loads((self.study.workdir / "logs" / f"{step}.json").read_bytes())
-            return str(note["status"]), str(note["detail"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return "", ""
+        return study_files.read_note(self.study.workdir / "logs" / f"{step}.json") or ("", "")
 
     def groups(self, curves: Mapping[str, object]) -> Iterator[tuple[list[str], str, str]]:
         """(arms, stem of file names, words) of each chart: the arms, then controls by optimiser.
@@ -117,13 +115,13 @@ def gather(study: Study) -> Material:
     spectra: dict[tuple[str, int], RunSpectra] = {}
     ends: dict[str, list[dict[str, np.ndarray]]] = {}
     for (arm, seed), run in study.runs.items():
-        if not any((run.workdir / "spectra").glob("step_*.npz")):
+        directory = RunDirectory(run.workdir)
+        if not directory.spectra_steps():
             continue
         found = run_spectra.load_run(run.workdir, label=f"{arm}/seed_{seed}")
         spectra[arm, seed] = found
-        final = run.workdir / "spectra" / "final.npz"
-        reported = run.has_final_pass and final.exists()
-        arrays = run_spectra.read_arrays(final) if reported else found.evaluations[-1].arrays
+        reported = run.has_final_pass and directory.spectra(FINAL).exists()
+        arrays = directory.read_spectra(FINAL) if reported else found.evaluations[-1].arrays
         ends.setdefault(arm, []).append(arrays)
     ordered = {arm: ends[arm] for arm in study.arms if arm in ends}
     warnings = (*judgement.warnings, *_more_warnings(study))

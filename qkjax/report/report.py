@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+from qkjax import files
 from qkjax.report import (
     drawing,
     sections_downstream,
@@ -17,8 +18,7 @@ from qkjax.report.csv import results_csv
 from qkjax.report.html import page
 from qkjax.report.markdown import markdown
 from qkjax.report.material import Material, gather
-from qkjax.runs import directory as run_directory
-from qkjax.study import study_files
+from qkjax.runs.results import newest_input
 from qkjax.verdicts import results
 
 TITLE = "Does QK-Norm collapse attention keys?"
@@ -34,7 +34,7 @@ def make_report(workdir: str | pathlib.Path, out: str | pathlib.Path | None = No
         StorageError: the disk failed.
     """
     drawing.check_available()
-    newest = study_files.newest_input(pathlib.Path(workdir))
+    newest = newest_input(pathlib.Path(workdir))
     material = gather(results.load_study(workdir))
     folder = pathlib.Path(out) if out else pathlib.Path(workdir) / "report"
     path = write(assemble(material), results_csv(material), folder)
@@ -50,15 +50,15 @@ def write(report: Report, numbers: str, folder: pathlib.Path) -> pathlib.Path:
     Raises:
         StorageError: the disk failed.
     """
-    files = {
+    pages = {
         **{f"figures/{chart.name}.svg": chart.svg for chart in report.charts},
         "results.csv": numbers.encode(),
         "report.md": markdown(report).encode(),
         "index.html": page(report),
     }
-    for name, data in files.items():
-        run_directory.write_bytes(folder / name, data)
-    for stale in set((folder / "figures").glob("*.svg")) - {folder / name for name in files}:
+    for name, data in pages.items():
+        files.replace(folder / name, data)
+    for stale in set((folder / "figures").glob("*.svg")) - {folder / name for name in pages}:
         stale.unlink()  # of an earlier report
     return folder / "index.html"
 

@@ -2,11 +2,8 @@
 
 import csv
 import io
-import json
 import math
 import pathlib
-import re
-import zipfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +11,7 @@ import numpy as np
 
 from qkjax import errors
 from qkjax.report.quantities import Quantity
-from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import RunDirectory
 
 
 class Evaluation(NamedTuple):
@@ -72,39 +69,31 @@ def load_run(workdir: str | pathlib.Path, label: str = "") -> RunSpectra:
         UsageError: not a run directory, no evaluation yet, or a damaged file.
         StorageError: the disk failed.
     """
-    path = pathlib.Path(workdir)
-    config = run_directory.read_config(path)
-    if config is None:
-        raise errors.UsageError(
-            f"{path}: not a run directory, expected a config.json in it. "
-            "Give the --workdir of a run."
-        )
-    rows = run_directory.read_metrics(path / "metrics.jsonl")
+    directory = RunDirectory(workdir)
+    config = directory.need_config()
+    rows = directory.read_metrics()
     tokens = {row["step"]: row["tokens"] for row in rows if "tokens" in row}
     evaluations, notes = [], []
-    for file in sorted((path / "spectra").glob("step_*.npz")):
-        match = re.fullmatch(r"step_(\d+)", file.stem)
-        if not match:
-            continue
-        step = int(match[1])
-        if step not in tokens:  # the run goes on, or was killed, between the two files
+    for step in directory.spectra_steps():
+        if step not in tokens:  # the run trains, or was killed, between the two files
+            file = directory.spectra(step)
             notes.append(f"{file}: left out, metrics.jsonl has no row of step {step}")
             continue
-        evaluations.append(Evaluation(step, tokens[step], read_arrays(file)))
+        evaluations.append(Evaluation(step, tokens[step], directory.read_spectra(step)))
     if not evaluations:
         raise errors.UsageError(
-            f"{path / 'spectra'}: no evaluation in it, expected step_*.npz. "
+            f"{directory.path / 'spectra'}: no evaluation in it, expected step_*.npz. "
             "Wait for the run's first evaluation."
         )
     return RunSpectra(
-        label=label or path.absolute().name,
-        workdir=path,
+        label=label or directory.path.absolute().name,
+        workdir=directory.path,
         arm=config.arm,
         seed=config.seed,
         qk_norm=config.model.qk_norm,
         head_dim=config.model.head_dim,
         sequence_length=config.model.sequence_length,
-        dataset_fingerprint=_read_fingerprint(path / "environment.json"),
+        dataset_fingerprint=directory.need_environment()["dataset_fingerprint"],
         evaluations=tuple(sorted(evaluations, key=lambda evaluation: evaluation.step)),
         notes=tuple(notes),
     )
@@ -125,36 +114,6 @@ def load_runs(workdirs: Sequence[str | pathlib.Path]) -> list[RunSpectra]:
         length += 1
     labels = ["/".join(run[-length:]) for run in parts]
     return [load_run(workdir, label) for workdir, label in zip(workdirs, labels, strict=True)]
-
-
-def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Everything that one evaluation saved.
-
-    Raises:
-        UsageError: the file is damaged.
-        StorageError: the disk failed.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise errors.UsageError(
-            f"{path}: damaged ({error}), expected arrays of an evaluation. "
-            "Restore it from a copy, or move it away."
-        ) from error
-    except OSError as error:
-        raise run_directory.storage_error(path, error) from error
-
-
-def _read_fingerprint(path: pathlib.Path) -> str:
-    try:
-        return json.loads(path.read_bytes())["dataset_fingerprint"]
-    except OSError as error:
-        raise run_directory.storage_error(path, error) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise errors.UsageError(
-            f"{path}: names no dataset_fingerprint ({error!r}). Restore it from a copy."
-        ) from error
 
 
 # --------------------------------------------------------------------------------------------

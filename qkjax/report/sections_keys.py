@@ -9,8 +9,8 @@ from qkjax.report import charts as report_charts
 from qkjax.report.blocks import Block, Charts, Section, Table, Text, mean, number
 from qkjax.report.material import Material
 from qkjax.report.quantities import quantity
+from qkjax.runs.results import PR
 from qkjax.verdicts.hypotheses import AXES, LOGIT_SEQUENCES, MAX_LOGIT, PR_BEFORE
-from qkjax.verdicts.results import PR
 from qkjax.verdicts.stability import MAX_LOGIT as LOGIT
 
 _VIEWS = (  # metric, stem, title; the published number first

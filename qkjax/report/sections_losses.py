@@ -17,8 +17,9 @@ from qkjax.report.blocks import (
     without_empty,
 )
 from qkjax.report.material import Material
+from qkjax.runs.results import LOSS, RunResult
 from qkjax.verdicts import statistics
-from qkjax.verdicts.results import LOSS, RunResult, Study
+from qkjax.verdicts.results import Study
 
 BASELINE = "adamw_qk"
 _DIVERGED = "The loss of a diverged run counts as that of its start. "

@@ -18,7 +18,8 @@ from qkjax.report.blocks import (
     without_empty,
 )
 from qkjax.report.material import Material
-from qkjax.verdicts.results import PR, RunResult, Study
+from qkjax.runs.results import PR, RunResult
+from qkjax.verdicts.results import Study
 
 CSV_COLUMNS = (
     "table: run (the numbers reported), evaluation (one probe of training), sweep, downstream, "

@@ -18,9 +18,10 @@ from qkjax.report.blocks import (
     without_empty,
 )
 from qkjax.report.material import SKIPPED, Material
+from qkjax.runs.results import LOSS, PR
 from qkjax.verdicts.judge import scope
 from qkjax.verdicts.judgement import REFUTED, RULE, SUPPORTED, Attribution, Clause, Verdict
-from qkjax.verdicts.results import LOSS, PR, Study
+from qkjax.verdicts.results import Study
 
 _QUESTION = (
     "Does QK-Norm (RMSNorm on queries and keys) collapse the dimensionality of attention keys in "

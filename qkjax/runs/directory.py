@@ -1,26 +1,22 @@
-"""The files of a run directory but for metrics and checkpoints, and how files are replaced.
+"""A run directory: the name of every file in it, and the one way to read or write each.
 
-DESIGN.md section 4 names them: `config.json`, `environment.json`, `run.lock`, `summary.json`. It
-also reads `metrics.jsonl`, for the report side, which imports no jax.
+docs/run_directory.md describes the format. Readers return what they have checked, or refuse with
+the file's name; they import no jax, so that reports start at once.
 """
 
 import contextlib
-import datetime
-import errno
-import fcntl
 import json
-import math
 import os
 import pathlib
-import socket
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from qkjax import config as config_lib
-from qkjax import errors, presets
+from qkjax import errors, files, presets
 from qkjax.runs import environment
 
 # Differences in these cannot change a result, so a resume does not ask about them.
@@ -44,13 +40,382 @@ FIXED_FIELDS = (
 )
 _ABSENT = "(absent)"
 
+FINAL: Literal["final"] = "final"
+Evaluation = int | Literal["final"]  # updates done before it, or the pass after the last one
 
-# --------------------------------------------------------------------------------------------
-# The directory and its lock.
+RESTORE = "Restore it from a copy, or use another --workdir."
+_ARRAYS = re.compile(r"step_(\d{8,})\.npz")
+_NONE = type(None)
+_SUMMARY: dict[str, files.Types] = {
+    "arm": str,
+    "seed": int,
+    "step": int,
+    "tokens": int,
+    "params_sha256": str,
+    "diverged": bool,
+    "diverged_step": (int, _NONE),
+}
+_ENVIRONMENT: dict[str, files.Types] = {
+    "dataset_fingerprint": str,
+    "versions": dict,
+    "devices": dict,
+    "variables": dict,
+    "git": dict,
+    "command": list,
+    "starts": list,
+    "allowed_config_changes": list,
+}
+
+
+class SequenceLosses(NamedTuple):
+    """The losses of one evaluation, by validation sequence."""
+
+    loss_sum: np.ndarray  # [sequences] float64, nats
+    counts: np.ndarray  # [sequences] predicted tokens, above 0
+
+    @property
+    def per_token(self) -> np.ndarray:
+        """[sequences] float64, nats per predicted token."""
+        return self.loss_sum / self.counts
+
+
+class RunDirectory:
+    """One run directory. Making the object touches nothing on the disk."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = pathlib.Path(path)
+        self.config = self.path / "config.json"
+        self.environment = self.path / "environment.json"
+        self.parameters = self.path / "parameters.txt"
+        self.metrics = self.path / "metrics.jsonl"
+        self.summary = self.path / "summary.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.profile = self.path / "profile"
+        self.run_lock = self.path / "run.lock"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @classmethod
+    def make(cls, path: str | os.PathLike[str]) -> "RunDirectory":
+        """Creates the directory where it is missing; its path is absolute.
+
+        Raises:
+            UsageError: the path is empty, remote or holds a NUL.
+            StorageError: it is a file, or cannot be created or written.
+        """
+        return cls(make_workdir(path))
+
+    @contextlib.contextmanager
+    def lock(self, *, shared: bool = False) -> Iterator[None]:
+        """Holds run.lock while entered, as `files.lock`; removes what killed writers left.
+
+        Raises:
+            UsageError: another process holds it.
+            StorageError: the file system refuses the file or the lock.
+        """
+        with files.lock(self.run_lock, shared=shared, elsewhere="another --workdir"):
+            if not shared:
+                for folder in (self.path, self.path / "spectra", self.path / "validation"):
+                    files.remove_temporary(folder)
+            yield
+
+    # ----------------------------------------------------------------------------------------
+    # Config and environment.
+
+    def read_config(self) -> config_lib.Config | None:
+        """The resolved config of the run; None where the directory has none yet.
+
+        Raises:
+            UsageError: config.json is damaged, or of a version with other fields.
+            StorageError: the disk failed.
+        """
+        values = files.read_object(self.config, RESTORE)
+        if values is None:
+            return None
+        try:
+            return config_lib.from_dict(values)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise files.damaged(
+                self.config, f"its fields are not those of a config: {error}", RESTORE
+            ) from error
+
+    def need_config(self) -> config_lib.Config:
+        """The resolved config of the run.
+
+        Raises:
+            UsageError: there is no run in the directory, or config.json is damaged.
+            StorageError: the disk failed.
+        """
+        config = self.read_config() if self.path.is_dir() else None
+        if config is None:
+            raise errors.UsageError(
+                f"{self.path}: not a run directory, expected a config.json in it. "
+                "Give the --workdir of a run."
+            )
+        return config
+
+    def read_environment(self) -> dict[str, Any] | None:
+        """What the run's starts ran on, as `write_environment` records it; None: no file yet.
+
+        Raises:
+            UsageError: environment.json is damaged.
+            StorageError: the disk failed.
+        """
+        record = files.read_object(self.environment, RESTORE)
+        if record is not None:
+            present = {name: kind for name, kind in _ENVIRONMENT.items() if name in record}
+            files.need(self.environment, "", record, present, RESTORE)
+        return record
+
+    def need_environment(self) -> dict[str, Any]:
+        """As `read_environment`, with `dataset_fingerprint` in it for certain.
+
+        Raises:
+            UsageError: environment.json is missing, damaged, or does not name the dataset.
+            StorageError: the disk failed.
+        """
+        record = self.read_environment() or {}
+        if not record.get("dataset_fingerprint"):
+            raise errors.UsageError(
+                f"{self.environment}: names no dataset_fingerprint, expected the identity of the "
+                "dataset that the run was trained on. Restore it from a copy, or train this run "
+                "again."
+            )
+        return record
+
+    def config_changes(
+        self, config: config_lib.Config, dataset_fingerprint: str, allowed: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
+        """Compares a config with the directory's; writes nothing.
+
+        `FREE_FIELDS` do not count. The dataset counts as the field "dataset", by fingerprint.
+
+        Args:
+            allowed: dotted names that may differ, of --allow_config_change.
+        Returns:
+            {"field", "old", "new"} of every field that differs; [] in a new directory.
+        Raises:
+            UsageError: a field differs that is not allowed (all of them are listed); an allowed
+                name is no field; config.json or environment.json is damaged.
+            StorageError: the disk failed.
+        """
+        new = {**flatten(files.plain(config.to_dict())), "dataset": dataset_fingerprint}
+        for name in allowed:
+            if name not in new:
+                raise errors.UsageError(
+                    f"--allow_config_change: unknown field {name!r}."
+                    f"{presets.suggest(name, tuple(new))} Give dotted names, such as train.tokens."
+                )
+        record = self.read_environment() or {}
+        stored = files.read_object(self.config, RESTORE)
+        if stored is None:  # a new run, or one killed before its first record
+            return []
+        if "dataset_fingerprint" not in record:
+            logging.warning(
+                "%s: does not name the dataset of this run; taken to be the present one",
+                self.environment,
+            )
+        old_dataset = record.get("dataset_fingerprint", dataset_fingerprint)
+        changes = _differences({**flatten(stored), "dataset": old_dataset}, new)
+        refused = [c for c in changes if c["field"] not in allowed or c["field"] in FIXED_FIELDS]
+        if refused:
+            raise errors.UsageError(_refusal(self.config, refused, allowed))
+        return changes
+
+    def record_config(
+        self,
+        config: config_lib.Config,
+        dataset_fingerprint: str,
+        changes: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Makes `config` the directory's config.json, once it is certain that the run can use it.
+
+        Args:
+            changes: of `config_changes`; recorded with the time in environment.json, under
+                `allowed_config_changes`.
+        Raises:
+            UsageError: environment.json is damaged.
+            StorageError: the disk failed.
+        """
+        record = self.read_environment() or {}
+        record["dataset_fingerprint"] = dataset_fingerprint
+        if changes:
+            dated = [{"time": files.now(), **change} for change in changes]
+            record["allowed_config_changes"] = [*record.get("allowed_config_changes", []), *dated]
+        # The record comes first: killed in between, the next call finds the differences again.
+        files.write_json(self.environment, record)
+        files.write_json(self.config, config.to_dict())
+
+    def write_environment(
+        self, dataset_fingerprint: str, command: Sequence[str] | None = None
+    ) -> None:
+        """Records in environment.json what this start runs on; earlier starts stay on record.
+
+        The top level describes the latest start; `starts` has one entry for each: time, command,
+        devices, and what else changed since the start before (the first entry has all of it).
+
+        Args:
+            command: the command line, secrets are masked; None is this process's own.
+        Raises:
+            UsageError: environment.json is damaged.
+            StorageError: the disk failed.
+        """
+        record = self.read_environment() or {}
+        now = {"time": files.now(), **environment.describe(command)}
+        always = ("time", "command", "devices")
+        for package, version in record.get("versions", {}).items():
+            if version != now["versions"].get(package):
+                logging.warning(
+                    "%s: this run started with %s %s, now it is %s; the last bits may differ",
+                    self.environment,
+                    package,
+                    version,
+                    now["versions"].get(package),
+                )
+        start = {
+            name: value
+            for name, value in now.items()
+            if name in always or record.get(name) != files.plain(value)
+        }
+        kept = ("dataset_fingerprint", "allowed_config_changes", "starts")
+        files.write_json(
+            self.environment,
+            {
+                **{name: record[name] for name in kept if name in record},
+                "dataset_fingerprint": dataset_fingerprint,
+                **now,
+                "starts": [*record.get("starts", []), start],
+            },
+        )
+
+    def write_parameters(self, table: str) -> None:
+        """Writes parameters.txt: which optimiser updates which parameter, for people.
+
+        Raises:
+            StorageError: the disk is full or fails.
+        """
+        files.replace(self.parameters, f"{table}\n".encode())
+
+    # ----------------------------------------------------------------------------------------
+    # Results.
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl in ascending `step`; null is None.
+
+        A torn last line, which a killed run or a full disk leaves, is skipped with a warning.
+
+        Raises:
+            UsageError: no such file; or another line is damaged or out of order.
+            StorageError: the disk failed.
+        """
+        if not self.metrics.exists():
+            raise errors.UsageError(
+                f"{self.metrics}: no such file, expected the metrics of a run. "
+                "Give a run directory."
+            )
+        return [row for _, row in read_rows(self.metrics)]
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """summary.json, the mark of a finished run; None where the run is not finished.
+
+        Raises:
+            UsageError: the file is damaged.
+            StorageError: the disk failed.
+        """
+        summary = files.read_object(self.summary, RESTORE)
+        if summary is not None:
+            files.need(self.summary, "", summary, _SUMMARY, RESTORE)
+            _check_numbers(self.summary, summary)
+        return summary
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Marks the run as finished; the last file that a run writes.
+
+        Raises:
+            StorageError: the disk is full or fails.
+        """
+        files.write_json(self.summary, summary)
+
+    def set_summary_aside(self, step: int) -> None:
+        """Takes the mark of a finished run away; the summary stays as summary.step_<step>.json.
+
+        Raises:
+            StorageError: the disk failed.
+        """
+        files.move(self.summary, self.path / f"summary.step_{step}.json")
+
+    def spectra(self, evaluation: Evaluation) -> pathlib.Path:
+        """The npz file of an evaluation's spectra."""
+        return self.path / "spectra" / _name_of(evaluation)
+
+    def validation(self, evaluation: Evaluation) -> pathlib.Path:
+        """The npz file of an evaluation's losses by sequence."""
+        return self.path / "validation" / _name_of(evaluation)
+
+    def spectra_steps(self) -> list[int]:
+        """The steps whose spectra are there, ascending; the final pass is not among them."""
+        matches = (_ARRAYS.fullmatch(p.name) for p in (self.path / "spectra").glob("step_*.npz"))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def read_spectra(self, evaluation: Evaluation) -> dict[str, np.ndarray]:
+        """Every array that an evaluation saved of the spectra.
+
+        Raises:
+            UsageError: the file is missing or damaged.
+            StorageError: the disk failed.
+        """
+        return files.read_arrays(self.spectra(evaluation), RESTORE)
+
+    def read_validation(self, evaluation: Evaluation) -> SequenceLosses:
+        """The losses of every validation sequence that an evaluation saved.
+
+        Raises:
+            UsageError: the file is missing or damaged.
+            StorageError: the disk failed.
+        """
+        path = self.validation(evaluation)
+        arrays = files.read_arrays(path, RESTORE, ("loss_sum", "count"))
+        loss_sum, count = arrays["loss_sum"], arrays["count"]
+        if loss_sum.ndim != 1 or loss_sum.shape != count.shape or not loss_sum.size:
+            raise files.damaged(
+                path, f"loss_sum has shape {loss_sum.shape}, count {count.shape}", RESTORE
+            )
+        if loss_sum.dtype.kind not in "fiu" or count.dtype.kind not in "fiu" or (count <= 0).any():
+            raise files.damaged(path, "count has a sequence without predicted tokens", RESTORE)
+        return SequenceLosses(loss_sum.astype(np.float64), count)
+
+    def write_evaluation(
+        self, evaluation: Evaluation, spectra: Mapping[str, Any], validation: Mapping[str, Any]
+    ) -> None:
+        """Writes the arrays of one evaluation.
+
+        Raises:
+            StorageError: the disk is full or fails.
+        """
+        files.write_arrays(self.spectra(evaluation), spectra)
+        files.write_arrays(self.validation(evaluation), validation)
+
+    def drop_evaluations_after(self, step: int) -> None:
+        """Removes the arrays of evaluations whose rows a resume has cut.
+
+        Raises:
+            StorageError: the disk failed.
+        """
+        for path in (
+            *(self.path / "spectra").glob("*.npz"),
+            *(self.path / "validation").glob("*.npz"),
+        ):
+            match = _ARRAYS.fullmatch(path.name)
+            if path.name == _name_of(FINAL) or (match and int(match[1]) > step):
+                try:
+                    path.unlink()
+                except OSError as error:
+                    raise files.storage_error(path, error) from error
 
 
 def make_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Creates the run directory where it is missing and returns its absolute path.
+    """Creates a directory that a command writes into, and returns its absolute path.
 
     Raises:
         UsageError: the path is empty, remote or holds a NUL.
@@ -62,156 +427,47 @@ def make_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
             f"--workdir: {text!r} is not the path of a local directory. Give one, such as runs/a."
         )
     workdir = pathlib.Path(text).expanduser().absolute()
-    probe = workdir / f".write_test.{os.getpid()}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        try:  # only writing shows a full or read-only disk: root ignores the mode bits
+        # Only writing shows a full or read-only disk: root ignores the mode bits.
+        probe = workdir / f".write_test.{os.getpid()}"
+        try:
             probe.write_bytes(bytes(4096))
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise errors.StorageError(
-            f"{workdir}: cannot be used as the run directory ({_reason(error)}). "
+            f"{workdir}: cannot be used as the run directory ({error.strerror or error}). "
             "Free the path or the disk, or give another --workdir."
         ) from error
     return workdir
 
 
-@contextlib.contextmanager
-def lock(workdir: pathlib.Path, *, shared: bool = False) -> Iterator[None]:
-    """Holds `run.lock` while entered; the kernel drops it when the process dies.
-
-    The file says who holds it: pid, host and start time, as JSON. It stays when the lock goes.
-
-    Args:
-        shared: only processes that do not share are kept out.
-    Raises:
-        UsageError: another process holds it.
-        StorageError: the file system refuses the file or the lock.
-    """
-    path = workdir / "run.lock"
-    try:
-        file = open(path, "a+b")
-    except OSError as error:
-        raise storage_error(path, error) from error
-    with file:
-        try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise storage_error(path, error) from error
-            raise errors.UsageError(
-                f"{path}: another process runs in this directory ({_holder(path)}). "
-                "Wait for it or stop it, or give another --workdir."
-            ) from None
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "start_time": _now()}
-        try:
-            file.truncate(0)
-            file.write((json.dumps(holder) + "\n").encode())
-            file.flush()
-        except OSError as error:
-            raise storage_error(path, error) from error
-        yield
+def final_name(metric: str) -> str:
+    """val/loss -> val_final/loss: the name of a metric of the final pass."""
+    family, _, rest = metric.partition("/")
+    return f"{family}_final/{rest}"
 
 
-def _holder(path: pathlib.Path) -> str:
-    try:
-        holder = json.loads(path.read_text())
-        return f"pid {holder['pid']} on {holder['host']}, started {holder['start_time']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it took the lock this very moment
-        return "it has not written its pid yet"
+def _name_of(evaluation: Evaluation) -> str:
+    return "final.npz" if evaluation == FINAL else f"step_{evaluation:08d}.npz"
 
 
-# --------------------------------------------------------------------------------------------
-# The config and the environment.
+def _check_numbers(place: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
+    """Refuses a metric (its name has a '/') that is neither a number nor null."""
+    metrics = {name: (float, _NONE) for name in values if "/" in name}
+    files.need(place, "", values, metrics, RESTORE)
 
 
-def read_config(workdir: pathlib.Path) -> config_lib.Config | None:
-    """The resolved config of the run; None where the directory has none yet.
-
-    Raises:
-        UsageError: config.json is damaged, or of a version with other fields.
-    """
-    path = workdir / "config.json"
-    values = _read_object(path)
-    if values is None:
-        return None
-    try:
-        return config_lib.from_dict(values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"its fields are not those of a config: {error}") from error
-
-
-def config_changes(
-    workdir: pathlib.Path,
-    config: config_lib.Config,
-    dataset_fingerprint: str,
-    allowed: Sequence[str] = (),
-) -> list[dict[str, Any]]:
-    """Compares config and dataset with those the directory has on record; writes nothing.
-
-    Fields of `FREE_FIELDS` may differ, those of `FIXED_FIELDS` never.
-
-    Args:
-        dataset_fingerprint: compared as the field `dataset`.
-        allowed: dotted names of fields that may differ, such as "train.tokens".
-    Returns:
-        The allowed differences, {"field", "old", "new"} each; none in a new directory.
-    Raises:
-        UsageError: a field differs that is not allowed (all of them are listed); an allowed name
-            is no field; config.json or environment.json is damaged.
-        StorageError: the disk failed.
-    """
-    new = {**flatten(plain(config.to_dict())), "dataset": dataset_fingerprint}
-    for name in allowed:
-        if name not in new:
-            raise errors.UsageError(
-                f"--allow_config_change: unknown field {name!r}."
-                f"{presets.suggest(name, tuple(new))} Give dotted names, such as train.tokens."
-            )
-    config_path, environment_path = workdir / "config.json", workdir / "environment.json"
-    record = _read_object(environment_path) or {}
-    old_values = _read_object(config_path)
-    if old_values is None:  # a new run, or one killed before its first record
-        return []
-    if "dataset_fingerprint" not in record:
-        logging.warning(
-            "%s: does not name the dataset of this run; taken to be the present one",
-            environment_path,
-        )
-    old_dataset = record.get("dataset_fingerprint", dataset_fingerprint)
-    changes = _differences({**flatten(old_values), "dataset": old_dataset}, new)
-    refused = [c for c in changes if c["field"] not in allowed or c["field"] in FIXED_FIELDS]
-    if refused:
-        raise errors.UsageError(_refusal(config_path, refused, allowed))
-    return changes
-
-
-def record_config(
-    workdir: pathlib.Path,
-    config: config_lib.Config,
-    dataset_fingerprint: str,
-    changes: Sequence[Mapping[str, Any]] = (),
-) -> None:
-    """Makes `config` the directory's config.json, once it is certain that the run can use it.
-
-    Args:
-        changes: of `config_changes`; recorded with the time in environment.json, under
-            `allowed_config_changes`.
-    Raises:
-        UsageError: environment.json is damaged.
-        StorageError: the disk failed.
-    """
-    path = workdir / "environment.json"
-    record = _read_object(path) or {}
-    record["dataset_fingerprint"] = dataset_fingerprint
-    if changes:
-        dated = [{"time": _now(), **change} for change in changes]
-        record["allowed_config_changes"] = [*record.get("allowed_config_changes", []), *dated]
-    # The record comes first: killed in between, the next call finds the differences again.
-    write_json(path, record)
-    write_json(workdir / "config.json", config.to_dict())
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one, with dotted names: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}.{inner}": v for inner, v in flatten(value).items()})
+        else:
+            flat[name] = value
+    return flat
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -245,227 +501,54 @@ def _cell(value: Any) -> str:
     return value if value == _ABSENT else json.dumps(value)
 
 
-def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings as one, with dotted names: {"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update({f"{name}.{inner}": v for inner, v in flatten(value).items()})
-        else:
-            flat[name] = value
-    return flat
+def read_rows(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The rows of a metrics.jsonl, each with the bytes of its line, without the newline.
 
-
-def write_environment(
-    workdir: pathlib.Path, dataset_fingerprint: str, command: Sequence[str] | None = None
-) -> None:
-    """Records in environment.json what this start runs on; earlier starts stay on record.
-
-    The top level describes the latest start; `starts` has one entry for each: time, command,
-    devices, and whatever else changed since the start before (the first entry has all of it).
-
-    Args:
-        command: the command line, secrets are masked; None is this process's own.
     Raises:
-        UsageError: environment.json is damaged.
+        UsageError: a line but the last is damaged or out of order.
         StorageError: the disk failed.
     """
-    path = workdir / "environment.json"
-    record = _read_object(path) or {}
-    now = {"time": _now(), **environment.describe(command)}
-    always = ("time", "command", "devices")
-    for package, version in record.get("versions", {}).items():
-        if version != now["versions"].get(package):
-            logging.warning(
-                "%s: this run began with %s %s, now it is %s; the last bits may differ",
-                path,
-                package,
-                version,
-                now["versions"].get(package),
-            )
-    start = {name: v for name, v in now.items() if name in always or record.get(name) != plain(v)}
-    kept = ("dataset_fingerprint", "allowed_config_changes", "starts")
-    write_json(
-        path,
-        {
-            **{name: record[name] for name in kept if name in record},
-            "dataset_fingerprint": dataset_fingerprint,
-            **now,
-            "starts": [*record.get("starts", []), start],
-        },
-    )
-
-
-# --------------------------------------------------------------------------------------------
-# Reading and replacing files.
-
-
-def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Replaces a file as a whole: readers, and the file after a crash, have the old or the new.
-
-    The temporary name is fixed, so that what a kill leaves behind is overwritten the next time;
-    the caller sees to it that nobody else writes the same file.
-
-    Raises:
-        StorageError: the disk is full or fails; the old file stays.
-    """
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # makes the new name survive a power loss
-        finally:
-            os.close(directory)
-    except OSError as error:
-        raise storage_error(path, error) from error
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Replaces a JSON file atomically; keys keep their order, numbers follow `plain`.
-
-    Raises:
-        StorageError: the disk is full or fails; the old file stays.
-    """
-    write_bytes(path, (json.dumps(plain(value), indent=2, allow_nan=False) + "\n").encode())
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON has it: tuples as lists, arrays of one element as numbers.
-
-    Non-finite floats become None. Float32 and narrower become the shortest decimal that reads back
-    as the same float32 (0.1, not 0.10000000149011612); float64 keeps all of its digits.
-
-    Raises:
-        TypeError: a value that is none of these.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):  # np.float64 as well
-        return float(value) if math.isfinite(value) else None
-    array = np.asarray(value)
-    if array.size != 1 or array.dtype.kind in "OUSMmc":
-        raise TypeError(f"{value!r} is neither a number nor a container of numbers")
-    if array.dtype.kind in "biu" or array.dtype == np.float64:
-        return plain(array.item())
-    return _shortest(np.float32(array.item()))
-
-
-def _shortest(value: np.float32) -> float | None:
-    if not np.isfinite(value):
-        return None
-    short = float(str(value))
-    # Decimal -> float64 -> float32 rounds twice; were that ever to miss, the exact value stands.
-    return short if np.float32(short) == value else float(value)
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, in ascending `step`; null is None.
-
-    A torn last line, which a killed run or a full disk leaves, is skipped with a warning.
-
-    Raises:
-        UsageError: no such file; or another line is damaged or out of order.
-    """
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise errors.UsageError(
-            f"{path}: no such file, expected the metrics of a run. Give a run directory."
-        )
-    return [row for _, row in read_rows(path)]
-
-
-def read_rows(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Like `read_metrics`, each row with the bytes of its line, without the newline."""
     rows: list[tuple[bytes, dict[str, Any]]] = []
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise files.storage_error(path, error) from error
     last = max((i for i, line in enumerate(lines) if line), default=-1)
     for i, line in enumerate(lines[: last + 1]):
-        try:
-            row = json.loads(line)
-            step = row["step"]
-            if type(step) is not int or step < 0:
-                raise ValueError(f"step is {step!r}")
-        except (ValueError, KeyError, TypeError) as error:
-            if i == last:
-                logging.warning("%s:%d: a torn last line is skipped", path, i + 1)
-                break
+        place = f"{path}:{i + 1}"
+        if i == last and _is_torn(line):
+            logging.warning("%s: a torn last line is skipped", place)
+            break
+        row = parse_row(place, line)
+        if rows and row["step"] <= rows[-1][1]["step"]:
             raise errors.UsageError(
-                f"{path}:{i + 1}: not a row of metrics ({error!r}), expected a JSON object with "
-                "`step`. Restore the file from a copy, or use another --workdir."
-            ) from error
-        if rows and step <= rows[-1][1]["step"]:
-            raise errors.UsageError(
-                f"{path}:{i + 1}: step {step} follows step {rows[-1][1]['step']}, expected "
-                "ascending steps. Restore the file from a copy, or use another --workdir."
+                f"{place}: step {row['step']} follows step {rows[-1][1]['step']}, expected "
+                f"ascending steps. {RESTORE}"
             )
         rows.append((line, row))
     return rows
 
 
-def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """summary.json, the mark of a finished run; None where the run is not finished.
+def parse_row(place: str, line: bytes) -> dict[str, Any]:
+    """One line of metrics.jsonl: a JSON object with `step`, whose metrics are numbers or null.
 
+    Args:
+        place: file and line, for messages.
     Raises:
-        UsageError: the file is damaged.
+        UsageError: the line is something else.
     """
-    return _read_object(workdir / "summary.json")
+    row = files.parse_json(line, place, RESTORE)
+    files.need(place, "", row, {"step": int}, RESTORE)
+    if row["step"] < 0:
+        raise files.damaged(place, f"step is {row['step']}", RESTORE)
+    _check_numbers(place, row)
+    return row
 
 
-def write_summary(workdir: pathlib.Path, summary: Mapping[str, Any]) -> None:
-    """Marks the run as finished, atomically; the last file that a run writes.
-
-    Raises:
-        StorageError: the disk is full or fails.
-    """
-    write_json(workdir / "summary.json", summary)
-
-
-def _read_object(path: pathlib.Path) -> dict[str, Any] | None:
+def _is_torn(line: bytes) -> bool:
+    """Whether a line is no row at all, as what a killed run or a full disk leaves of one."""
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise storage_error(path, error) from error
-    except ValueError as error:
-        raise _damaged(path, str(error)) from error
-    if not isinstance(value, dict):
-        raise _damaged(path, "it is not a JSON object")
-    return value
-
-
-def _damaged(path: pathlib.Path, what: str) -> errors.UsageError:
-    return errors.UsageError(
-        f"{path}: damaged ({what}). Restore it from a copy, or use another --workdir."
-    )
-
-
-def storage_error(path: pathlib.Path, error: OSError) -> errors.StorageError:
-    """The failure of one file, in the form that the command line shows."""
-    return errors.StorageError(
-        f"{path}: cannot be read or written ({_reason(error)}). "
-        "Free the path or the disk, then run the same command again."
-    )
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(row, dict) or type(row.get("step")) is not int

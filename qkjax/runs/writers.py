@@ -4,27 +4,23 @@ The writers have the interface of CLU's `metric_writers.MetricWriter`. metrics.j
 of truth: an error there stops the run. TensorBoard is a convenience: an error is a warning.
 """
 
-import io
 import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from absl import logging
 
+from qkjax import files
 from qkjax.runs import directory as run_directory
 from qkjax.runs import tensorboard
-from qkjax.runs.directory import read_metrics
 from qkjax.runs.tensorboard import MetricWriter
 
 __all__ = [
     "CompositeWriter",
     "JsonlWriter",
     "create_run_writer",
-    "read_metrics",
-    "write_arrays",
 ]
 
 
@@ -50,7 +46,7 @@ class JsonlWriter(MetricWriter):
             content = self.path.read_bytes() if self.path.is_file() else b""
             rows = run_directory.read_rows(self.path) if content else []
         except OSError as error:
-            raise run_directory.storage_error(self.path, error) from error
+            raise files.storage_error(self.path, error) from error
         kept = [(line, row) for line, row in rows if row["step"] <= resume_step]
         self._last = kept[-1][1] if kept else None
         last_step = kept[-1][1]["step"] if kept else None
@@ -63,14 +59,14 @@ class JsonlWriter(MetricWriter):
             )
         wanted = b"".join(line + b"\n" for line, _ in kept)
         if content != wanted or not self.path.exists():
-            run_directory.write_bytes(self.path, wanted)
+            files.replace(self.path, wanted)
         self._open()
 
     def _open(self) -> None:
         try:
             self._file = open(self.path, "ab")
         except OSError as error:
-            raise run_directory.storage_error(self.path, error) from error
+            raise files.storage_error(self.path, error) from error
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Appends the row of a step; non-finite numbers and None become null.
@@ -107,9 +103,9 @@ class JsonlWriter(MetricWriter):
         try:
             self._file.flush()
         except OSError as error:
-            raise run_directory.storage_error(self.path, error) from error
+            raise files.storage_error(self.path, error) from error
         lines = [line for line, _ in run_directory.read_rows(self.path)[:-1]]
-        run_directory.write_bytes(self.path, b"".join(line + b"\n" for line in lines) + _line(new))
+        files.replace(self.path, b"".join(line + b"\n" for line in lines) + _line(new))
         self._last = new
         self._file.close()  # the replaced file
         self._open()
@@ -117,7 +113,7 @@ class JsonlWriter(MetricWriter):
     def _row(self, step: int, scalars: Mapping[str, Any]) -> dict[str, Any]:
         if "step" in scalars:
             raise ValueError(f"{self.path}: a scalar is named `step`")
-        return {"step": int(step), **run_directory.plain(scalars)}
+        return {"step": int(step), **files.plain(scalars)}
 
     def flush(self) -> None:
         """Brings every row to the disk.
@@ -126,7 +122,7 @@ class JsonlWriter(MetricWriter):
             OSError: the disk is full or fails.
         """
         self._file.flush()
-        os.fsync(self._file.fileno())
+        files.sync(self._file)
 
     def close(self) -> None:
         """Flushes and closes the file.
@@ -197,7 +193,7 @@ class CompositeWriter(MetricWriter):
             self._try(writer, call)
         fatal = self._try(self.jsonl, call)
         if isinstance(fatal, OSError):
-            raise run_directory.storage_error(self.jsonl.path, fatal) from fatal
+            raise files.storage_error(self.jsonl.path, fatal) from fatal
         if fatal is not None:
             raise fatal
 
@@ -328,23 +324,3 @@ def create_run_writer(workdir: str | os.PathLike[str], resume_step: int = -1) ->
     except OSError as error:
         logging.warning("no TensorBoard files (%s); metrics.jsonl has everything", error)
     return CompositeWriter(jsonl)
-
-
-def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
-    """Replaces an npz file atomically; floats as float32, integers as they are, sorted by name.
-
-    Equal arrays give equal bytes. `np.load(path, allow_pickle=False)` reads it.
-
-    Raises:
-        TypeError: something that is not an array of numbers.
-        StorageError: the disk is full or fails; the old file stays.
-    """
-    converted: dict[str, Any] = {}
-    for name in sorted(arrays):
-        array = np.asarray(arrays[name])
-        if array.dtype.kind in "OUSMmc":
-            raise TypeError(f"{path}: {name} has dtype {array.dtype}, expected numbers")
-        converted[name] = array if array.dtype.kind in "biu" else array.astype(np.float32)
-    buffer = io.BytesIO()
-    np.savez(buffer, **converted)  # stamps every member with 1980-01-01, not with the time
-    run_directory.write_bytes(pathlib.Path(path), buffer.getvalue())

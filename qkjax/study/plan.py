@@ -13,8 +13,7 @@ from typing import Any
 import ml_collections
 
 from qkjax import config as config_lib
-from qkjax import errors
-from qkjax.runs import directory as run_directory
+from qkjax import errors, files
 from qkjax.study import plan_arms, plan_config
 from qkjax.study.plan_arms import Arm
 from qkjax.study.plan_config import StudyConfig
@@ -127,7 +126,7 @@ class Plan:
             "grids": {arm: self.grid(arm) for arm in study.arms},
             "extend": study.sweep.extend,
         }
-        return run_directory.plain(
+        return files.plain(
             {
                 "format_version": 1,
                 "scale": study.scale,

@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 
 from qkjax import config as config_lib
-from qkjax import errors, presets
+from qkjax import errors, files, presets
 from qkjax.cli import config_flag
 from qkjax.runs import directory as run_directory
 from qkjax.study.plan_config import StudyConfig
@@ -133,13 +133,13 @@ def flags(study: StudyConfig, arm: Arm, fields: dict[str, Any]) -> list[str]:
 
 def identity(config: config_lib.Config) -> dict[str, Any]:
     """Everything that a run's result depends on but for its data: all fields that matter."""
-    values = run_directory.flatten(run_directory.plain(config.to_dict()))
+    values = run_directory.flatten(files.plain(config.to_dict()))
     return {name: v for name, v in values.items() if name not in run_directory.FREE_FIELDS}
 
 
 def digest(value: Any) -> str:
     """sha256 of a value as JSON."""
-    text = json.dumps(run_directory.plain(value), sort_keys=True)
+    text = json.dumps(files.plain(value), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from qkjax import config as config_lib
 from qkjax import flops, presets
-from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import RunDirectory
 from qkjax.study import plan_arms
 from qkjax.study.plan import EXPORT, EXTENSION, TRAINING, Plan, Step
 from qkjax.study.plan_config import StudyConfig
@@ -61,7 +61,7 @@ def measured_rates(workdir: pathlib.Path) -> dict[str, float]:
     tokens: collections.Counter[str] = collections.Counter()
     seconds: collections.Counter[str] = collections.Counter()
     for path in sorted(workdir.glob("*/*/*/summary.json")):
-        summary = run_directory.read_summary(path.parent)
+        summary = RunDirectory(path.parent).read_summary()
         if summary is not None and not summary["diverged"]:
             tokens[summary["arm"]] += summary["tokens"]
             seconds[summary["arm"]] += summary["wall_seconds"]

@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.data import dataset as dataset_lib
 from qkjax.runs import directory as run_directory
 from qkjax.runs import signals
+from qkjax.runs.directory import RunDirectory
 from qkjax.study import plan_arms, states, study_files, sweep
 from qkjax.study.plan import (
     CHOICE,
@@ -67,7 +68,7 @@ def execute(
     """
     steps = plan.select(only)
     directory = run_directory.make_workdir(workdir)
-    with run_directory.lock(directory, shared=bool(only)), signals.StopRequest() as stop:
+    with RunDirectory(directory).lock(shared=bool(only)), signals.StopRequest() as stop:
         _settle(plan, directory, steps)
         with View(directory) as view:
             executor = _Executor(plan, directory, steps, places, view, stop)
@@ -96,8 +97,8 @@ def _settle_dataset(plan: Plan, directory: pathlib.Path) -> None:
     path = directory / "dataset.json"
     ours = {"name": dataset.manifest.name, "fingerprint": dataset.manifest.fingerprint}
     if not path.exists():
-        run_directory.write_json(path, ours)
-    theirs = states.read_json(path)
+        files.write_json(path, ours)
+    theirs = study_files.read_object(path) or {}
     if theirs["fingerprint"] != ours["fingerprint"]:
         raise errors.UsageError(
             f"{path}: this study was begun on the dataset {theirs['name']}, fingerprint "
@@ -293,7 +294,7 @@ class _Executor:
     def _note(self, step: Step, state: State) -> None:
         note = self.files.note(step)
         note.parent.mkdir(parents=True, exist_ok=True)
-        run_directory.write_json(note, state._asdict())
+        files.write_json(note, state._asdict())
         self._settle(step, state)
 
     def _settle(self, step: Step, state: State, seconds: float | None = None) -> None:

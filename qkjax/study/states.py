@@ -9,8 +9,10 @@ import pathlib
 from typing import Any, NamedTuple
 
 from qkjax import config as config_lib
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import RunDirectory
+from qkjax.runs.results import newest_input
 from qkjax.study import plan_arms, study_files, sweep, watching
 from qkjax.study.plan import (
     CHOICE,
@@ -88,11 +90,8 @@ class StudyFiles:
             return State(REFUSED, str(error))
         if found.status not in (OPEN, UNFINISHED):
             return found
-        try:
-            noted = json.loads(self.note(step).read_bytes())
-            return State(noted["status"], noted["detail"])
-        except (FileNotFoundError, ValueError, KeyError):
-            return found
+        noted = study_files.read_note(self.note(step))
+        return found if noted is None else State(*noted)
 
     def _result(self, step: Step) -> State:
         if step.kind in TRAINING:
@@ -114,11 +113,11 @@ class StudyFiles:
         if step.kind != SWEEP and self.plan.choice_of(step.arm) and rate is None:
             return State(OPEN)
         directory = self.directory(step)
-        config = run_directory.read_config(directory) if directory.is_dir() else None
+        config = RunDirectory(directory).read_config() if directory.is_dir() else None
         if config is None:
             return State(OPEN)
         _check_config(directory, config, self.plan.run_config(step, rate))
-        summary = run_directory.read_summary(directory)
+        summary = RunDirectory(directory).read_summary()
         if summary is None:
             if watching.is_running(directory):
                 return State(RUNNING)
@@ -149,10 +148,11 @@ class StudyFiles:
     def _downstream(self, step: Step) -> State:
         file = self.directory(step)
         if file.exists():
-            trained = (run_directory.read_summary(self.workdir / step.needs[0]) or {}).get(
-                "params_sha256"
-            )
-            measured = (read_json(file).get("run") or {}).get("params_sha256")
+            summary = RunDirectory(self.workdir / step.needs[0]).read_summary() or {}
+            trained = summary.get("params_sha256")
+            result = study_files.read_object(file) or {}
+            study_files.need(file, "", result, {"run": dict})
+            measured = result["run"].get("params_sha256")
             if measured != trained:
                 raise errors.UsageError(
                     f"{file}: measured the parameters {measured}, but the run has {trained}. "
@@ -164,7 +164,7 @@ class StudyFiles:
     def _report_is_new(self) -> bool:
         """Whether the page is of everything that there is to show."""
         page = self.workdir / PAGE
-        newest = study_files.newest_input(self.workdir)
+        newest = newest_input(self.workdir)
         return page.exists() and page.stat().st_mtime_ns >= newest
 
 
@@ -200,7 +200,7 @@ def settle_plan(plan: Plan, workdir: pathlib.Path) -> None:
     if path.exists():
         check_plan(plan, workdir)
     else:
-        run_directory.write_json(path, plan.to_dict())
+        files.write_json(path, plan.to_dict())
 
 
 def check_plan(plan: Plan, workdir: pathlib.Path) -> None:
@@ -215,14 +215,18 @@ def check_plan(plan: Plan, workdir: pathlib.Path) -> None:
             f"{path}: no such file, expected a study of tools/run_study.py. Give its --workdir."
         )
     ours = plan.to_dict()
-    theirs = read_json(path)
+    theirs = study_files.read_object(path) or {}
+    steps = theirs.get("steps") or []
+    study_files.need(path, "", {"steps": steps}, {"steps": list})
+    for number, step in enumerate(steps):
+        study_files.need(path, f"steps[{number}]", step, {"name": str, "fingerprint": str})
     old, new = (run_directory.flatten({**values, "steps": None}) for values in (theirs, ours))
     differences = [
         f"  {field}: there {json.dumps(old.get(field))}, now {json.dumps(new.get(field))}"
         for field in dict.fromkeys((*old, *new))
         if field not in _NOT_COMPARED and old.get(field) != new.get(field)
     ]
-    fingerprints = {step["name"]: step["fingerprint"] for step in theirs.get("steps", ())}
+    fingerprints = {step["name"]: step["fingerprint"] for step in steps}
     changed = [s.name for s in plan.steps if fingerprints.get(s.name) != s.fingerprint]
     if changed and not differences:
         differences = [f"  configs of {', '.join(changed)}"]
@@ -233,23 +237,3 @@ def check_plan(plan: Plan, workdir: pathlib.Path) -> None:
             "change the plan of this one, rename study.json to study.1.json, and the report will "
             "say so: finished runs whose config is still planned count as done, others are refused."
         )
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object of the study directory.
-
-    Raises:
-        UsageError: damaged. StorageError: not there, or the disk failed.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-        if isinstance(value, dict):
-            return value
-        what = "it is not a JSON object"
-    except ValueError as error:
-        what = str(error)
-    except OSError as error:
-        raise run_directory.storage_error(path, error) from error
-    raise errors.UsageError(
-        f"{path}: damaged ({what}). Move it away and run the same command again."
-    )

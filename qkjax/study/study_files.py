@@ -1,81 +1,79 @@
-"""Files of a study directory: JSON, read whole or refused with the way to mend it, and its lock."""
+"""Files of a study directory: JSON, read whole or refused with the way to fix it, and its lock."""
 
 import contextlib
-import fcntl
-import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from qkjax import errors
-from qkjax.runs import directory as run_directory
+from qkjax import errors, files
+
+_FIX = "Move it away and run tools/run_study.py again."
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no such file.
 
     Raises:
-        UsageError: it is damaged. StorageError: the disk failed.
+        UsageError: it is damaged.
+        StorageError: the disk failed.
     """
-    try:
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("it is not a JSON object")
-        return value
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise damaged(path, str(error)) from error
-    except OSError as error:
-        raise run_directory.storage_error(path, error) from error
+    return files.read_object(path, _FIX)
 
 
-def need(path: pathlib.Path, where: str, value: Any, fields: Iterable[str]) -> None:
-    """Refuses an object of a file that lacks a field.
+def parse(data: bytes, place: str) -> Any:
+    """JSON in a line of a file.
+
+    Raises:
+        UsageError: it is damaged; names `place`.
+    """
+    return files.parse_json(data, place, _FIX)
+
+
+def need(
+    path: pathlib.Path,
+    where: str,
+    value: Any,
+    fields: Mapping[str, files.Types] | Collection[str],
+) -> None:
+    """Refuses an object of a file that lacks a field or has it with another type.
 
     Args:
         where: the object's place in the file, for people; "" is the file itself.
+        fields: as of `files.need`.
+    Raises:
+        UsageError: names the file, the place and the fields.
     """
-    inside = f"{where} " if where else "it "
-    if not isinstance(value, Mapping):
-        raise damaged(path, f"{inside}is not a JSON object")
-    absent = [field for field in fields if field not in value]
-    if absent:
-        raise damaged(path, f"{inside}lacks {', '.join(absent)}")
+    files.need(path, where, value, fields, _FIX)
 
 
-def newest_input(workdir: pathlib.Path) -> int:
-    """Modification time, in ns, of the newest result that a report of the study shows; 0: none."""
-    inputs = [
-        workdir / "study.json",
-        workdir / "sweep" / "learning_rates.json",
-        *workdir.glob("runs/*/*/summary.json"),
-        *workdir.glob("downstream/*/*.json"),
-    ]
-    return max((path.stat().st_mtime_ns for path in inputs if path.exists()), default=0)
+def damaged(path: pathlib.Path, what: str) -> errors.UsageError:
+    """A file that another run of tools/run_study.py would write again."""
+    return files.damaged(path, what, _FIX)
+
+
+def read_note(path: pathlib.Path) -> tuple[str, str] | None:
+    """(status, why) that the executor has noted of a step without a result; None: nothing to read.
+
+    A note is advice alone, which the same command writes again: a damaged one counts as none.
+    """
+    try:
+        noted = read_object(path)
+        if noted is None:
+            return None
+        need(path, "", noted, {"status": str, "detail": str})
+    except errors.UsageError:
+        return None
+    return noted["status"], noted["detail"]
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Held while a file that all parts of a study share is compared and replaced.
 
-    Parts may be executed by several processes that begin at one moment (run.lock is shared then).
+    Parts may be executed by several processes that start at one moment (run.lock is shared then).
 
     Raises:
         StorageError: the disk failed.
     """
-    path = workdir / ".lock"
-    try:
-        file = open(path, "ab")
-    except OSError as error:
-        raise run_directory.storage_error(path, error) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with files.lock(workdir / ".lock", wait=True):
         yield
-
-
-def damaged(path: pathlib.Path, what: str) -> errors.UsageError:
-    """What to say of a file that another run of tools/run_study.py would write anew."""
-    return errors.UsageError(
-        f"{path}: damaged ({what}). Delete it and run tools/run_study.py again."
-    )

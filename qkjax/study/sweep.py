@@ -1,7 +1,6 @@
 """The learning rate of every arm: read off its sweep runs, recorded in learning_rates.json."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -9,11 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from qkjax import errors
-from qkjax.runs import directory as run_directory
+from qkjax import errors, files
+from qkjax.runs.directory import RunDirectory
+from qkjax.runs.results import load_run
 from qkjax.study import study_files
 from qkjax.study.plan import Plan, extended_rate
-from qkjax.verdicts import results
+
+# An arm's entry of learning_rates.json.
+_ENTRY: dict[str, files.Types] = {
+    "chosen": (float, type(None)),
+    "edge": (str, type(None)),
+    "extended": bool,
+    "fingerprint": str,
+    "loss_at_init": (float, type(None)),
+    "runs": list,
+    "sensitivity": (float, type(None)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +56,18 @@ def read(workdir: pathlib.Path, arm: str, rates: Sequence[float]) -> list[ShortR
     found = []
     for rate in sorted(rates):
         name = directory_of(arm, rate)
-        run = results.load_run(workdir / name)
+        run = load_run(workdir / name)
         if isinstance(run, str):
             continue
         half, whole = run.half_losses()[0], float(run.sequence_losses.mean())
         lost = run.diverged or not math.isfinite(half)
-        initial = _first_half(workdir / name / "validation" / "step_00000000.npz")
+        initial = _first_half(RunDirectory(workdir / name).read_validation(0).per_token)
         found.append(ShortRun(rate, name, None if lost else half, None if lost else whole, initial))
     return found
 
 
-def _first_half(path: pathlib.Path) -> float:
-    with np.load(path, allow_pickle=False) as arrays:
-        losses = arrays["loss_sum"].astype(np.float64) / arrays["count"]
+def _first_half(losses: np.ndarray) -> float:
+    """Mean of the first half of the sequences' losses."""
     return float(losses[: max(1, len(losses) // 2)].mean())
 
 
@@ -121,7 +130,7 @@ def choose(plan: Plan, workdir: pathlib.Path, arm: str) -> dict[str, Any]:
         "fingerprint": plan.step(f"sweep/{arm}/choice").fingerprint,
     }
     with study_files.locked(workdir):
-        run_directory.write_json(_path(workdir), {**recorded(workdir), arm: entry})
+        files.write_json(_path(workdir), {**recorded(workdir), arm: entry})
     if winner is None:
         raise errors.UsageError(
             f"sweep/{arm}: every learning rate diverged ({', '.join(f'{r:g}' for r in rates)}). "
@@ -132,14 +141,10 @@ def choose(plan: Plan, workdir: pathlib.Path, arm: str) -> dict[str, Any]:
 
 def recorded(workdir: pathlib.Path) -> dict[str, Any]:
     """sweep/learning_rates.json; empty where there is none yet."""
-    try:
-        return json.loads(_path(workdir).read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise errors.UsageError(
-            f"{_path(workdir)}: damaged ({error}). Delete it and run tools/run_study.py again."
-        ) from error
+    found = study_files.read_object(_path(workdir)) or {}
+    for arm, entry in found.items():
+        study_files.need(_path(workdir), arm, entry, _ENTRY)
+    return found
 
 
 def _path(workdir: pathlib.Path) -> pathlib.Path:

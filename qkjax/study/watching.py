@@ -1,13 +1,15 @@
 """What a run shows while it trains: the rows that it has appended, and whether it is alive."""
 
-import json
+import contextlib
 import os
 import pathlib
 import socket
 from typing import Any, NamedTuple
 
+from qkjax import errors, files
 from qkjax.runs import directory as run_directory
-from qkjax.verdicts.results import LOSS, PR
+from qkjax.runs.directory import RunDirectory
+from qkjax.runs.results import LOSS, PR
 
 
 class Glance(NamedTuple):
@@ -35,7 +37,7 @@ class Watch:
         """The run as it is now; None before its first row."""
         self._read()
         if self._budget is None:
-            config = run_directory.read_config(self._directory)
+            config = RunDirectory(self._directory).read_config()
             if config is not None:
                 self._budget = config.train.num_steps, config.train.tokens_per_step
         if not self._latest or self._budget is None:
@@ -54,7 +56,7 @@ class Watch:
 
     def _read(self) -> None:
         try:
-            with open(self._directory / "metrics.jsonl", "rb") as file:
+            with open(RunDirectory(self._directory).metrics, "rb") as file:
                 if file.seek(0, os.SEEK_END) < self._offset:  # a resumed run has cut its rows
                     self._offset, self._latest = 0, {}
                 file.seek(self._offset)
@@ -63,19 +65,14 @@ class Watch:
             return
         self._offset += len(whole) + len(newline)
         for line in whole.splitlines():
-            try:
-                self._latest.update(json.loads(line))
-            except ValueError:  # the run itself will say so
-                continue
+            with contextlib.suppress(errors.UsageError):  # the run itself will say so
+                self._latest.update(run_directory.parse_row("metrics.jsonl", line))
 
 
 def other_host(directory: pathlib.Path) -> str | None:
     """The other host that has last locked the run directory; it may be at work still."""
-    try:
-        host = str(json.loads((directory / "run.lock").read_bytes())["host"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return None if host == socket.gethostname() else host
+    holder = files.holder_of(RunDirectory(directory).run_lock)
+    return None if holder is None or holder["host"] == socket.gethostname() else holder["host"]
 
 
 def is_running(directory: pathlib.Path) -> bool:
@@ -83,14 +80,14 @@ def is_running(directory: pathlib.Path) -> bool:
 
     Read off run.lock without taking the lock, which would keep a starting run out.
     """
+    holder = files.holder_of(RunDirectory(directory).run_lock)
+    if holder is None or holder["host"] != socket.gethostname():
+        return False
     try:
-        holder = json.loads((directory / "run.lock").read_bytes())
-        if holder["host"] != socket.gethostname():
-            return False
         os.kill(holder["pid"], 0)
     except PermissionError:  # it is another user's
         return True
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, OverflowError):
         return False
     stat = pathlib.Path("/proc", str(holder["pid"]), "stat")
     return not (stat.exists() and ") Z " in stat.read_text())  # killed, its parent too

@@ -13,8 +13,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qkjax import errors
-from qkjax.data import manifest as manifest_lib
+from qkjax import errors, files
 
 _FEWSHOT_SEED = 1234  # lm-eval's default
 _ORIGIN_FILE, _EXACT_FIELD = "hellaswag_val.origin.json", "exact_vs_lm_eval"
@@ -129,7 +128,7 @@ def read(benchmark: Benchmark, data_dir: pathlib.Path) -> Files:
     for split, pattern in benchmark.splits.items():
         path = _only_file(folder, pattern)
         rows[split] = _read_rows(path, benchmark)
-        digests[path.name] = manifest_lib.file_sha256(path)
+        digests[path.name] = files.sha256(path)
         needed = 1 if split == benchmark.scored_split else benchmark.num_fewshot
         if len(rows[split]) < needed:
             raise errors.UsageError(
@@ -139,7 +138,7 @@ def read(benchmark: Benchmark, data_dir: pathlib.Path) -> Files:
     is_exact = None
     if benchmark.name == "hellaswag" and (folder / _ORIGIN_FILE).is_file():
         is_exact = _read_exactness(folder / _ORIGIN_FILE, len(rows[benchmark.scored_split]))
-        digests[_ORIGIN_FILE] = manifest_lib.file_sha256(folder / _ORIGIN_FILE)
+        digests[_ORIGIN_FILE] = files.sha256(folder / _ORIGIN_FILE)
     return Files(rows, digests, is_exact)
 
 
@@ -176,12 +175,10 @@ def _read_rows(path: pathlib.Path, benchmark: Benchmark) -> list[dict[str, Any]]
 
 
 def _read_exactness(path: pathlib.Path, num_rows: int) -> list[bool]:
-    try:
-        found = json.loads(path.read_bytes())[_EXACT_FIELD]
-    except (ValueError, KeyError, TypeError) as error:
-        raise errors.UsageError(
-            f"{path}: no list {_EXACT_FIELD} in it ({error!r}). Bring the original, or remove it."
-        ) from error
+    fix = "Download the original again, or remove it."
+    record = files.read_object(path, fix) or {}
+    files.need(path, "", record, (_EXACT_FIELD,), fix)
+    found = record[_EXACT_FIELD]
     if not isinstance(found, list) or [type(x) for x in found] != [bool] * num_rows:
         raise errors.UsageError(
             f"{path}: {_EXACT_FIELD} is not a list of {num_rows} truth values, one for every row. "

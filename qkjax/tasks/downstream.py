@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.export import directory
-from qkjax.runs import directory as run_directory
 from qkjax.tasks import benchmarks, scores, stock_model
 from qkjax.tasks.benchmarks import Benchmark, Files
 from qkjax.trained import trained_run
@@ -74,18 +73,18 @@ def run(request: Request, report: Callable[[str], None] = print) -> dict[str, An
     benchmarks.require_lm_eval()
     if backend == "hf":
         stock_model.require_packages()
-    files = {one.name: benchmarks.read(one, data_dir) if data_dir else None for one in chosen}
+    given = {one.name: benchmarks.read(one, data_dir) if data_dir else None for one in chosen}
     started = time.monotonic()
     request.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=request.out.parent, prefix=".downstream-") as scratch:
         tasks = {
-            one.name: benchmarks.load(one, files[one.name], pathlib.Path(scratch)) for one in chosen
+            one.name: benchmarks.load(one, given[one.name], pathlib.Path(scratch)) for one in chosen
         }
         subject = _open(request, backend, pathlib.Path(scratch))
         results, items = {}, []
         for one in chosen:
             result, of_task = _evaluate(
-                one, tasks[one.name], files[one.name], subject, request.limit
+                one, tasks[one.name], given[one.name], subject, request.limit
             )
             results[one.name] = result
             items += of_task
@@ -103,9 +102,9 @@ def run(request: Request, report: Callable[[str], None] = print) -> dict[str, An
         "versions": _versions(backend),
         "wall_seconds": time.monotonic() - started,
     }
-    lines = "".join(json.dumps(run_directory.plain(item)) + "\n" for item in items)
-    run_directory.write_bytes(request.out.with_suffix(_ITEMS_SUFFIX), lines.encode())
-    run_directory.write_json(request.out, record)  # last: the mark of a whole result
+    lines = "".join(json.dumps(files.plain(item)) + "\n" for item in items)
+    files.replace(request.out.with_suffix(_ITEMS_SUFFIX), lines.encode())
+    files.write_json(request.out, record)  # last: the mark of a whole result
     report(str(request.out))
     return record
 
@@ -198,7 +197,7 @@ def _bos(
 
 
 def _evaluate(
-    benchmark: Benchmark, task: Any, files: Files | None, subject: _Subject, limit: int | None
+    benchmark: Benchmark, task: Any, given: Files | None, subject: _Subject, limit: int | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(the task's entry of the JSON file, its items)."""
     import lm_eval.evaluator
@@ -219,25 +218,25 @@ def _evaluate(
     items.sort(key=lambda item: item["index"])
     scores.check_finite(items)
     result = {
-        "name": _name(benchmark, files),
+        "name": _name(benchmark, given),
         "num_fewshot": benchmark.num_fewshot,
         "n": len(items),
         "metrics": scores.metrics(benchmark.name, items),
-        **_byte_exact(benchmark, files, items),
+        **_byte_exact(benchmark, given, items),
         "truncated": requests.truncated,
         "tokens_computed": subject.counter.tokens_computed - before,
         "tokens_unshared": requests.tokens,
-        "data_sha256": dict(files.sha256) if files else _hub_digests(task),
+        "data_sha256": dict(given.sha256) if given else _hub_digests(task),
         "wall_seconds": time.monotonic() - started,
     }
     return result, items
 
 
 def _byte_exact(
-    benchmark: Benchmark, files: Files | None, items: Sequence[Mapping[str, Any]]
+    benchmark: Benchmark, given: Files | None, items: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The metrics of the items that are the original to the byte, where the files say which."""
-    exact = [item for item in items if files and files.is_exact and files.is_exact[item["index"]]]
+    exact = [item for item in items if given and given.is_exact and given.is_exact[item["index"]]]
     if not exact:
         return {}
     return {"byte_exact": {"n": len(exact), "metrics": scores.metrics(benchmark.name, exact)}}
@@ -274,12 +273,12 @@ class _Requests:
         del self._lm._loglikelihood_tokens
 
 
-def _name(benchmark: Benchmark, files: Files | None) -> str:
+def _name(benchmark: Benchmark, given: Files | None) -> str:
     """What the score is called: rebuilt items and fixed shots are not the original."""
     notes = []
-    if files and files.is_exact:
+    if given and given.is_exact:
         notes.append("reconstructed")
-    if files and benchmark.num_fewshot:
+    if given and benchmark.num_fewshot:
         notes.append(f"fixed {benchmark.num_fewshot} shots")
     return benchmark.title + (f" ({', '.join(notes)})" if notes else "")
 

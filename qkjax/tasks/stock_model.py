@@ -1,11 +1,10 @@
 """An exported directory as lm-eval's own Hugging Face model: the path that anyone can repeat."""
 
-import json
 import logging
 import pathlib
 from typing import Any
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.export import hf
 
 _GPU_BATCH = 16  # requests; their logits take 200 kB a token and 49,152 ids
@@ -78,21 +77,18 @@ class StockModel:
 
 
 def _read_record(directory: pathlib.Path) -> dict[str, Any]:
+    """The record of an export of ours; {} of a model from elsewhere."""
     if not (directory / hf.CONFIG_FILE).is_file():
         raise errors.UsageError(
             f"{directory}: not a model directory, expected {hf.CONFIG_FILE} in it. "
             "Give a directory of tools/export_hf.py as --model."
         )
     path = directory / hf.RECORD_FILE
-    try:
-        record = json.loads(path.read_bytes())
-        if not isinstance(record["end_of_text"], bool):
-            raise TypeError("end_of_text is neither true nor false")
-        return record
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise errors.UsageError(f"{path}: damaged ({error!r}). Export the run again.") from error
+    fix = "Export the run again."
+    record = files.read_object(path, fix)
+    if record is not None:
+        files.need(path, "", record, {"end_of_text": bool}, fix)
+    return record or {}
 
 
 def require_packages() -> tuple[Any, Any]:

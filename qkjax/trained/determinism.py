@@ -8,7 +8,6 @@ compared is the sha256 of every leaf of the last checkpoint, which `qkjax.runs.c
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import shutil
 import subprocess
@@ -17,10 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.config import Config
-from qkjax.runs import directory as run_directory
 from qkjax.runs import signals
+from qkjax.runs.directory import RunDirectory
 
 FIRST, AGAIN, RESUMED = "first", "again", "resumed"
 _LEFT_OUT = ("summary*.json", "run.lock", "events.out.*", "final.npz")  # by the copy that resumes
@@ -74,7 +73,7 @@ def check(
     _copy_up_to(workdir / FIRST, workdir / RESUMED, middle)
     _train([*config_arguments, f"--workdir={workdir / RESUMED}"], report)
     found = [_difference(workdir, name, last) for name in (AGAIN, RESUMED)]
-    environment = json.loads((workdir / FIRST / "environment.json").read_bytes())
+    environment = RunDirectory(workdir / FIRST).need_environment()
     outcome = {
         "arm": config.arm,
         "steps": last,
@@ -86,7 +85,7 @@ def check(
         },
         "environment": environment,
     }
-    run_directory.write_json(workdir / "determinism.json", outcome)
+    files.write_json(workdir / "determinism.json", outcome)
     for name, difference in zip((AGAIN, RESUMED), found, strict=True):
         report(str(difference) if difference else f"{name}: equal to the bit")
     return outcome
@@ -125,7 +124,9 @@ def _copy_up_to(source: pathlib.Path, target: pathlib.Path, step: int) -> None:
 
 
 def _checkpoint_steps(run: pathlib.Path) -> list[int]:
-    return [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+    return [
+        int(path.name) for path in RunDirectory(run).checkpoints.iterdir() if path.name.isdigit()
+    ]
 
 
 def _difference(workdir: pathlib.Path, name: str, last: int) -> Difference | None:
@@ -133,7 +134,7 @@ def _difference(workdir: pathlib.Path, name: str, last: int) -> Difference | Non
 
     metas = []
     for run in (FIRST, name):
-        directory = workdir / run / "checkpoints"
+        directory = RunDirectory(workdir / run).checkpoints
         with contextlib.closing(checkpoint.Checkpoints(directory, read_only=True)) as checkpoints:
             metas.append(checkpoints.meta(last))
     leaves = tuple(
@@ -144,7 +145,7 @@ def _difference(workdir: pathlib.Path, name: str, last: int) -> Difference | Non
     )
     if not leaves:
         return None
-    rows = [run_directory.read_metrics(workdir / run / "metrics.jsonl") for run in (FIRST, name)]
+    rows = [RunDirectory(workdir / run).read_metrics() for run in (FIRST, name)]
     unlike = (
         first["step"]
         for first, other in zip(*rows, strict=False)

@@ -9,8 +9,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from qkjax import errors
-from qkjax.runs import directory as run_directory
+from qkjax import errors, files
 
 KINDS = ("top", "random")
 ALL = "all"  # every layer's keys are projected, instead of one layer's
@@ -114,7 +113,7 @@ def write_figure(rows: Sequence[Row], head_dim: int, title: str, csv_path: pathl
         for suffix, metadata in ((".svg", {"Date": None}), (".png", {})):
             image = io.BytesIO()
             figure.savefig(image, format=suffix[1:], dpi=150, metadata=metadata)
-            run_directory.write_bytes(csv_path.with_suffix(suffix), image.getvalue())
+            files.replace(csv_path.with_suffix(suffix), image.getvalue())
 
 
 def _draw_panel(axis: Any, rows: Sequence[Row], last_layer: int) -> None:

@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkjax import errors, losses, model, sharding
+from qkjax import errors, files, losses, model, sharding
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import pipeline
 from qkjax.measures import spectral
 from qkjax.runs import attention_check
-from qkjax.runs import directory as run_directory
 from qkjax.trained import rank_curves, trained_run
 from qkjax.trained.rank_curves import ALL, KINDS, Row
 
@@ -87,7 +86,7 @@ def measure(
         loss = passes.loss(projection(directions[kind], rank, layer), progress.batch_done)
         seed = request.seed if kind == "random" else None
         rows.append(Row(layer, request.stage, kind, rank, seed, loss, loss - full_loss))
-        run_directory.write_bytes(path, rank_curves.to_csv(rows))
+        files.replace(path, rank_curves.to_csv(rows))
         progress.row_done(rows[-1])
     report(str(path))
     report(rank_curves.answer(rows, config.model.head_dim))

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -15,7 +14,7 @@ from qkjax.data import dataset as dataset_lib
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.runs import checkpoint
-from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import RunDirectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +64,9 @@ def open_run(
         UsageError: no run, an unfinished one, no such checkpoint or a damaged one, parameters
             that are not finite, another dataset than the run's, another vocabulary.
     """
-    config = run_directory.read_config(workdir) if workdir.is_dir() else None
-    if config is None:
-        raise errors.UsageError(
-            f"{workdir}: not a run directory, expected config.json in it. "
-            "Give the --workdir of a run of qkjax.main."
-        )
-    summary = run_directory.read_summary(workdir)
+    directory = RunDirectory(workdir)
+    config = directory.need_config()
+    summary = directory.read_summary()
     if finished and summary is None:
         raise errors.UsageError(
             f"{workdir}: the run is not finished, expected summary.json in it. "
@@ -85,7 +80,7 @@ def open_run(
             f"of {workdir} has {config.model.vocab_size}. "
             f"Give the directory of the run's own dataset as {data_flag}=DIR."
         )
-    environment = _environment(workdir)
+    environment = directory.need_environment()
     fingerprint, trained_on = dataset.manifest.fingerprint, environment["dataset_fingerprint"]
     if fingerprint != trained_on:
         raise errors.UsageError(
@@ -93,7 +88,7 @@ def open_run(
             f"{fingerprint[:12]}, expected {trained_on[:12]}. "
             f"Give the directory of the run's own dataset as {data_flag}=DIR."
         )
-    step, params, digest = _restore(workdir, config, step)
+    step, params, digest = _restore(directory.checkpoints, config, step)
     return TrainedRun(
         workdir, config, step, params, digest, dataset, tokenizer, environment, summary
     )
@@ -113,23 +108,9 @@ def _open_dataset(
     return dataset_lib.Dataset(pathlib.Path(directory), manifest_lib.load(directory))
 
 
-def _environment(workdir: pathlib.Path) -> dict[str, Any]:
-    path = workdir / "environment.json"
-    try:
-        record = json.loads(path.read_bytes())
-        if not isinstance(record["dataset_fingerprint"], str):
-            raise TypeError("dataset_fingerprint is no text")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise errors.UsageError(
-            f"{path}: does not name the dataset of the run ({error!r}). Restore it from a copy."
-        ) from error
-    return record
-
-
 def _restore(
-    workdir: pathlib.Path, config: Config, step: int | None
+    directory: pathlib.Path, config: Config, step: int | None
 ) -> tuple[int, model.Params, str]:
-    directory = workdir / "checkpoints"
     with contextlib.closing(checkpoint.Checkpoints(directory, read_only=True)) as checkpoints:
         steps = checkpoints.steps()
         if not steps:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from qkjax import presets
+from qkjax.runs.results import RunResult
 from qkjax.verdicts import statistics
 from qkjax.verdicts.judgement import (
     INCONCLUSIVE,
@@ -21,7 +22,7 @@ from qkjax.verdicts.judgement import (
     Clause,
     Interval,
 )
-from qkjax.verdicts.results import RunResult, Study
+from qkjax.verdicts.results import Study
 
 Measure = Callable[[RunResult], float]
 _LISTED = 4  # runs named in one line; more are counted

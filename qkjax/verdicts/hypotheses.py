@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 from qkjax import presets
+from qkjax.runs.results import LOSS, PR, RunResult
 from qkjax.verdicts import stability, statistics
 from qkjax.verdicts.clauses import Measure, Panel, by_contrast, by_rule
 from qkjax.verdicts.judgement import (
@@ -17,7 +18,7 @@ from qkjax.verdicts.judgement import (
     Clause,
     Verdict,
 )
-from qkjax.verdicts.results import LOSS, PR, RunResult, Study
+from qkjax.verdicts.results import Study
 
 PR_BEFORE, AXES = "pr/key/pre_rope/centred", "aa/key"
 SESOI_PR_SHARE, SESOI_LOSS = 0.05, 0.01  # of head_dim; nat

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qkjax.runs.results import PR
 from qkjax.verdicts import statistics
 from qkjax.verdicts.clauses import Panel, decide, figures, listed
 from qkjax.verdicts.judgement import INCONCLUSIVE, SUPERIORITY, SUPPORTED, Clause
-from qkjax.verdicts.results import PR, Study
+from qkjax.verdicts.results import Study
 
 FIRST, SECOND = "muon_noqk", "adamw_qk"
 SESOI_POINTS, SESOI_NAT = 1.0, 0.01

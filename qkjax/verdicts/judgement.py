@@ -6,7 +6,7 @@
 import dataclasses
 from typing import Any
 
-from qkjax.runs import directory as run_directory
+from qkjax import files
 
 SUPPORTED, REFUTED, INCONCLUSIVE = "supported", "refuted", "inconclusive"
 # How a clause is decided: its interval against 0 and SESOI, against a margin, or by a rule on
@@ -76,7 +76,7 @@ class Judgement:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers, strings and None, as JSON has them."""
-        return run_directory.plain(dataclasses.asdict(self))
+        return files.plain(dataclasses.asdict(self))
 
     def verdict(self, name: str) -> Verdict:
         """By its name, "H1" to "H5"."""

@@ -5,105 +5,25 @@ files alone. What cannot be compared is refused; what is missing is named and le
 """
 
 import dataclasses
-import math
 import pathlib
-import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from qkjax import config as config_lib
-from qkjax import errors
-from qkjax.runs import directory as run_directory
+from qkjax import errors, files
+from qkjax.runs.results import RunResult, load_run
 from qkjax.study import study_files
 from qkjax.verdicts import scores
 
-LOSS, PR = "val/loss", "pr/key/post_rope/raw"
-_PLAN_FIELDS = ("scale", "recipe", "arms", "controls", "seeds")  # of study.json, read here
-_RATE_FIELDS = ("chosen", "edge", "extended", "loss_at_init", "runs", "sensitivity")
-
-
-class Probe(NamedTuple):
-    """One evaluation of a run."""
-
-    step: int  # updates done
-    tokens: int  # trained on
-    metrics: dict[str, float | None]  # names of DESIGN.md section 4; None: not finite
-
-
-@dataclasses.dataclass(frozen=True)
-class RunResult:
-    """One finished run. A diverged one is finished: divergence is an outcome."""
-
-    arm: str
-    seed: int
-    workdir: pathlib.Path
-    config: config_lib.Config
-    dataset_fingerprint: str
-    environment: dict[str, Any]  # environment.json
-    summary: dict[str, Any]  # summary.json
-    rows: tuple[dict[str, Any], ...]  # metrics.jsonl, ascending steps
-    probes: tuple[Probe, ...]  # its evaluations, ascending; at least one
-    sequence_losses: np.ndarray  # float64 [sequences], nat per token, of the reported pass
-
-    @property
-    def diverged(self) -> bool:
-        """Whether a step was not finite."""
-        return bool(self.summary["diverged"])
-
-    @property
-    def has_final_pass(self) -> bool:
-        """Whether the numbers reported are those of the pass after the last step."""
-        return f"{_final_name(LOSS)}" in self.summary
-
-    def value(self, metric: str) -> float:
-        """The number that the study reports: of the final pass where there is one, else the last.
-
-        A diverged run has its initial validation loss, and the last finite value of every other
-        metric (SCIENCE.md section 8).
-
-        Returns:
-            NaN where the run never measured it.
-        """
-        if self.diverged:
-            values = [value for _, value in self.series(metric)]
-            if not values:
-                return math.nan
-            return values[0] if metric in (LOSS, "val/perplexity") else values[-1]
-        for name in (_final_name(metric), metric):
-            if name in self.summary:
-                found = self.summary[name]
-                return math.nan if found is None else float(found)
-        return math.nan
-
-    def at_step(self, metric: str, step: int) -> float:
-        """The metric as the evaluation after `step` updates found it; NaN where there is none.
-
-        Of a diverged run: as `value`, for the steps that it did not reach.
-        """
-        for probe in self.probes:
-            if probe.step == step:
-                found = probe.metrics.get(metric)
-                return math.nan if found is None else found
-        beyond = self.diverged and step > self.probes[-1].step
-        return self.value(metric) if beyond else math.nan
-
-    def series(self, metric: str) -> list[tuple[int, float]]:
-        """(tokens, value) of every evaluation that measured the metric and found it finite."""
-        found = [(probe.tokens, probe.metrics.get(metric)) for probe in self.probes]
-        return [(tokens, value) for tokens, value in found if value is not None]
-
-    def half_losses(self) -> tuple[float, float]:
-        """Validation loss on the first and on the second half of the sequences, nat per token.
-
-        Learning rates are chosen on the first half, so the second one is untouched by the choice.
-        """
-        middle = len(self.sequence_losses) // 2
-        return (
-            float(self.sequence_losses[:middle].mean()),
-            float(self.sequence_losses[middle:].mean()),
-        )
+# Of study.json and learning_rates.json, what is read here.
+_PLAN_FIELDS = {"scale": str, "recipe": str, "arms": list, "controls": list, "seeds": list}
+_RATE_FIELDS: dict[str, files.Types] = {
+    "chosen": (float, type(None)),
+    "edge": (str, type(None)),
+    "extended": bool,
+    "loss_at_init": (float, type(None)),
+    "runs": list,
+    "sensitivity": (float, type(None)),
+}
 
 
 class Missing(NamedTuple):
@@ -213,91 +133,6 @@ def _other_plan(path: pathlib.Path, plan: Mapping[str, Any]) -> str:
     return "; ".join(said)
 
 
-def load_run(workdir: pathlib.Path) -> RunResult | str:
-    """One run directory; why it has no result yet, as text, where it is not finished.
-
-    Raises:
-        UsageError: a damaged file.
-        StorageError: the disk failed.
-    """
-    config = run_directory.read_config(workdir) if workdir.is_dir() else None
-    if config is None:
-        return "not started"
-    summary = run_directory.read_summary(workdir)
-    metrics = workdir / "metrics.jsonl"
-    if summary is None:
-        return _progress(metrics, config.train.num_steps)
-    rows = run_directory.read_metrics(metrics)
-    if not rows or rows[-1]["step"] < summary["step"]:
-        raise errors.UsageError(
-            f"{metrics}: ends at step {rows[-1]['step'] if rows else None}, but summary.json "
-            f"says {summary['step']}. Restore it from a copy, or run this run again elsewhere."
-        )
-    if rows[-1]["step"] - rows[0]["step"] != len(rows) - 1 or rows[0]["step"] != 0:
-        raise errors.UsageError(
-            f"{metrics}: holds {len(rows):,} rows up to step {rows[-1]['step']:,}, expected one of "
-            "every step from 0. Restore it from a copy, or run this run again elsewhere."
-        )
-    probes = tuple(_probe(row) for row in rows if LOSS in row)
-    if not probes:
-        raise errors.UsageError(
-            f"{metrics}: no evaluation in it, expected {LOSS}. Restore it from a copy."
-        )
-    environment = study_files.read_object(workdir / "environment.json") or {}
-    if not environment.get("dataset_fingerprint"):
-        raise errors.UsageError(
-            f"{workdir / 'environment.json'}: names no dataset_fingerprint, so nobody can tell "
-            "what the run was trained on. Restore it from a copy, or train this run again."
-        )
-    return RunResult(
-        arm=config.arm,
-        seed=config.seed,
-        workdir=workdir,
-        config=config,
-        dataset_fingerprint=str(environment["dataset_fingerprint"]),
-        environment=environment,
-        summary=summary,
-        rows=tuple(rows),
-        probes=probes,
-        sequence_losses=_sequence_losses(workdir, summary, probes[-1].step),
-    )
-
-
-def _progress(metrics: pathlib.Path, num_steps: int) -> str:
-    """How far an unfinished run has come, and whether a kill has torn its last line."""
-    rows = run_directory.read_metrics(metrics) if metrics.exists() else []
-    done = f"at step {rows[-1]['step']:,}" if rows else "before step 1"
-    lines = sum(map(bool, metrics.read_bytes().split(b"\n"))) if rows else 0
-    torn = "; the torn last line of metrics.jsonl is skipped" if lines > len(rows) else ""
-    return f"unfinished, {done} of {num_steps:,}{torn}"
-
-
-def _probe(row: Mapping[str, Any]) -> Probe:
-    names = (name for name in row if name not in ("step", "tokens"))
-    metrics = {name: row[name] for name in names if not name.startswith(("train/", "perf/"))}
-    return Probe(row["step"], row["tokens"], metrics)
-
-
-def _sequence_losses(workdir: pathlib.Path, summary: Mapping[str, Any], step: int) -> np.ndarray:
-    folder = workdir / "validation"
-    final = folder / "final.npz"
-    path = final if final.exists() and _final_name(LOSS) in summary else _of_step(folder, step)
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["loss_sum"].astype(np.float64) / arrays["count"]
-    except (ValueError, EOFError, KeyError, FileNotFoundError, zipfile.BadZipFile) as error:
-        raise errors.UsageError(
-            f"{path}: damaged ({error}), expected loss_sum and count of every validation "
-            "sequence. Restore it from a copy."
-        ) from error
-    except OSError as error:
-        raise run_directory.storage_error(path, error) from error
-
-
-def _of_step(folder: pathlib.Path, step: int) -> pathlib.Path:
-    return folder / f"step_{step:08d}.npz"
-
-
 def _check_comparable(runs: list[RunResult]) -> None:
     """Refuses runs on different data or budgets: no difference of theirs would mean anything.
 
@@ -332,9 +167,3 @@ def _incomparable(
         f"{run.workdir}: {what} {ours}, but {other.workdir} has {theirs}. Runs of a study are "
         "compared on one dataset and one budget: train this one again."
     )
-
-
-def _final_name(metric: str) -> str:
-    """val/loss -> val_final/loss."""
-    family, _, rest = metric.partition("/")
-    return f"{family}_final/{rest}"

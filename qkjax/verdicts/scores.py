@@ -1,12 +1,10 @@
 """Downstream results of a study: read, checked, and refused where they cannot be compared."""
 
-import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from qkjax import errors
-from qkjax.runs import directory as run_directory
+from qkjax import errors, files
 from qkjax.study import study_files
 
 _FIELDS = ("backend", "bos", "limit", "run", "sample", "tasks")
@@ -106,16 +104,13 @@ def _read_items(path: pathlib.Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise study_files.damaged(path, str(error)) from error
     except OSError as error:
-        raise run_directory.storage_error(path, error) from error
+        raise files.storage_error(path, error) from error
     return [_read_item(path, number, line) for number, line in enumerate(lines, start=1)]
 
 
 def _read_item(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        item = json.loads(line)
-    except ValueError as error:
-        raise study_files.damaged(path, f"line {number}: {error}") from error
+    item = study_files.parse(line.encode(), f"{path}:{number}")
     study_files.need(path, f"line {number}", item, ("task",))
-    wanted: Iterable[str] = _ITEM_FIELDS.get(item["task"], ())
+    wanted: Collection[str] = _ITEM_FIELDS.get(item["task"], ())
     study_files.need(path, f"line {number}", item, wanted)
     return item

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from qkjax.verdicts.results import RunResult
+from qkjax.runs.results import RunResult
 
 MAX_LOGIT = "attention/max_logit"
 WINDOW = 100  # steps of the running median

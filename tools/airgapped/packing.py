@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from qkjax import errors
-from qkjax.runs import directory as run_directory
+from qkjax import errors, files
 
 MEBIBYTE = 2**20
 # Of a study, and of every run; sizes are those of an 88M run: 3 MB, of which half is spectra.
@@ -82,8 +81,8 @@ def pack(
         units = [list(_matching(workdir, _STUDY_FILES))]
         units += [list(_matching(arm, _SCORE_FILES)) for arm in workdir.glob("downstream/*/")]
     for run in runs:
-        files = list(_matching(run, _RUN_FILES))
-        units.append([*files, *_latest_checkpoint(run)] if checkpoints else files)
+        kept = list(_matching(run, _RUN_FILES))
+        units.append([*kept, *_latest_checkpoint(run)] if checkpoints else kept)
     try:
         packed = [_archive(workdir, group) for group in _groups(workdir, units, limits)]
         large = [len(data) for data in packed if len(data) > limits.bytes_each]
@@ -92,9 +91,9 @@ def pack(
         out.mkdir(parents=True, exist_ok=True)
         paths = [out / f"{workdir.resolve().name}-{i}.tar.gz" for i in range(len(packed))]
         for path, data in zip(paths, packed, strict=True):
-            run_directory.write_bytes(path, data)
+            files.replace(path, data)
     except OSError as error:
-        raise run_directory.storage_error(out, error) from error
+        raise files.storage_error(out, error) from error
     return paths
 
 
@@ -134,13 +133,13 @@ def _groups(
     return [sorted(group) for group in groups if group]
 
 
-def _archive(workdir: pathlib.Path, files: Sequence[pathlib.Path]) -> bytes:
+def _archive(workdir: pathlib.Path, paths: Sequence[pathlib.Path]) -> bytes:
     """A tar.gz without times, owners or absolute paths."""
     # A study's files lie below it by their own names; a lone run is packed under its name.
     base = workdir.parent if _is_run(workdir) else workdir
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT) as archive:
-        for path in files:
+        for path in paths:
             data = _content(path)
             member = tarfile.TarInfo(str(path.relative_to(base)))
             member.size, member.mode = len(data), 0o644
