@@ -2,10 +2,10 @@
 
     python tools/run_study.py --config=configs/study.py:tiny,quick --workdir=studies/quick
     python tools/run_study.py --config=configs/study.py --config.data_dir=data/study --workdir=DIR
-    python tools/run_study.py --config=configs/study.py:pilot,seed --config.data_dir=DATA --dry_run
+    python tools/run_study.py --config=configs/study.py:pilot,original --dry_run
 
-Words after the colon: a scale (tiny, pilot, full), a recipe (fixed, seed), and `quick`: one seed,
-half the tokens, no sweep, no controls. Fields: `qkjax.study.plan_config.StudyConfig`.
+Words after the colon: a scale (tiny, pilot, full), a recipe (fixed, original), and `quick`: one
+seed, half the tokens, no sweep, no controls. Fields: `qkjax.study.plan_config.StudyConfig`.
 """
 
 import ml_collections
@@ -23,11 +23,11 @@ CONTROLS = {  # none at tiny
         "muon_qk_decayed",
         "muon_noqk_merged",
     ),
-    "seed": ("adamw_qk_frozen", "adamw_qk_undecayed", "muon_qk_frozen", "muon_qk_undecayed"),
+    "original": ("adamw_qk_frozen", "adamw_qk_undecayed", "muon_qk_frozen", "muon_qk_undecayed"),
 }
-# In recipe seed the arms themselves decay their gammas, at pilot and 4,096 tokens a step just as
-# strongly as `decayed`: then they are the decayed arms, and no second ones are trained.
-OPTIONAL_CONTROLS = {"fixed": (), "seed": ("adamw_qk_decayed", "muon_qk_decayed")}
+# In recipe original the arms themselves decay their gammas, at pilot and 4,096 tokens a step just
+# as strongly as `decayed`: then they are the decayed arms, and no second ones are trained.
+OPTIONAL_CONTROLS = {"fixed": (), "original": ("adamw_qk_decayed", "muon_qk_decayed")}
 
 
 def get_config(words: str = "") -> ml_collections.ConfigDict:
@@ -42,8 +42,8 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.seeds = (42,) if quick else (42, 137)
     config.tokens = RUN_TOKENS[scale] // 2 if quick else RUN_TOKENS[scale]
     config.sweep = ml_collections.ConfigDict()
-    # Recipe seed runs at its own rates. 0 tokens: no sweep.
-    config.sweep.tokens = 0 if quick or recipe == "seed" else SWEEP_TOKENS[scale]
+    # Recipe original runs at its own rates. 0 tokens: no sweep.
+    config.sweep.tokens = 0 if quick or recipe == "original" else SWEEP_TOKENS[scale]
     config.sweep.seed = 7  # never a seed of the study
     config.sweep.factors = (1.0, 2.0) if scale == "tiny" else (0.25, 0.5, 1.0, 2.0, 4.0)
     config.sweep.extend = scale != "tiny"  # by one rate, where the best is at an edge

@@ -179,6 +179,7 @@ class Config:
 
 def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of `Config.to_dict`, for config.json of a run directory."""
+    values = presets.with_present_recipe(values)
     sections = {}
     for field in dataclasses.fields(Config):
         value = values[field.name]
@@ -377,7 +378,9 @@ def _arm_name(config: ml_collections.ConfigDict) -> str:
     elif optimizer.gamma_decay_tau:
         name += "_decayed"
     elif (
-        model.qk_norm == "learned" and config.recipe == "seed" and not optimizer.gamma_weight_decay
+        model.qk_norm == "learned"
+        and config.recipe == "original"
+        and not optimizer.gamma_weight_decay
     ):
         name += "_undecayed"
     if (

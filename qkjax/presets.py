@@ -4,12 +4,15 @@ DESIGN.md section 3 and SCIENCE.md section 4 as tables. `qkjax.config` turns the
 """
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from qkjax import errors
 
 SCALES = ("tiny", "pilot", "full", "1b5")
-RECIPES = ("fixed", "seed")
+RECIPES = ("fixed", "original")
+# Recipes by the names that they had in files written before; fingerprints keep those names.
+FORMER_RECIPES = {"seed": "original"}
 CONTROLS = ("frozen", "decayed", "undecayed", "merged")
 WORDS = (*SCALES, *RECIPES, *CONTROLS)
 # Set by the words after the config's colon; as overrides they would only relabel the run.
@@ -51,13 +54,13 @@ SHAPES["full"] = SHAPES["pilot"]
 
 MLP: dict[tuple[str, str], tuple[str, int]] = {
     ("tiny", "fixed"): ("swiglu", 352),
-    ("tiny", "seed"): ("relu2", 512),
+    ("tiny", "original"): ("relu2", 512),
     ("pilot", "fixed"): ("swiglu", 1344),
-    ("pilot", "seed"): ("relu2", 2048),
+    ("pilot", "original"): ("relu2", 2048),
     ("full", "fixed"): ("swiglu", 1344),
-    ("full", "seed"): ("relu2", 2048),
+    ("full", "original"): ("relu2", 2048),
     ("1b5", "fixed"): ("relu2", 8192),
-    ("1b5", "seed"): ("relu2", 8192),
+    ("1b5", "original"): ("relu2", 8192),
 }
 
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -97,13 +100,13 @@ BUDGETS: dict[str, dict[str, Any]] = {
 
 TOKENS_PER_STEP: dict[tuple[str, str], int] = {
     ("tiny", "fixed"): 2_048,
-    ("tiny", "seed"): 2_048,
+    ("tiny", "original"): 2_048,
     ("pilot", "fixed"): 65_536,
-    ("pilot", "seed"): 4_096,
+    ("pilot", "original"): 4_096,
     ("full", "fixed"): 65_536,
-    ("full", "seed"): 4_096,
+    ("full", "original"): 4_096,
     ("1b5", "fixed"): 65_536,
-    ("1b5", "seed"): 65_536,
+    ("1b5", "original"): 65_536,
 }
 
 # AdamW's rate; Muon's rate and that of its auxiliary AdamW.
@@ -112,10 +115,10 @@ RATES: dict[tuple[str, str], tuple[float, float, float]] = {
     ("pilot", "fixed"): (1.2e-3, 0.012, 3e-3),
     ("full", "fixed"): (1.2e-3, 0.012, 3e-3),
     ("1b5", "fixed"): (1.2e-3, 0.012, 3e-3),
-    ("tiny", "seed"): (6e-3, 0.024, 6e-3),
-    ("pilot", "seed"): (6e-3, 0.024, 6e-3),
-    ("full", "seed"): (6e-4, 0.02, 6e-3),
-    ("1b5", "seed"): (3e-3, 0.012, 3e-3),
+    ("tiny", "original"): (6e-3, 0.024, 6e-3),
+    ("pilot", "original"): (6e-3, 0.024, 6e-3),
+    ("full", "original"): (6e-4, 0.02, 6e-3),
+    ("1b5", "original"): (3e-3, 0.012, 3e-3),
 }
 
 # The rows of SCIENCE.md section 4 that depend on the recipe alone.
@@ -134,7 +137,7 @@ RECIPE_RULES: dict[str, dict[str, Any]] = {
         "granularity": "separate",
         "newton_schulz_dtype": "auto",
     },
-    "seed": {
+    "original": {
         "end_of_text": False,
         "norm_eps": 1.19e-7,
         "clip_norm": 0.0,
@@ -151,16 +154,57 @@ RECIPE_RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def parse_words(words: str, optimizer: str, qk_norm: str) -> tuple[str, str, frozenset[str]]:
+def split_words(words: str, known: tuple[str, ...], listing: str) -> list[str]:
+    """The words after a config's colon, separated by commas.
+
+    Args:
+        known: every word that there is.
+        listing: the known words, as the refusal names them.
+    Raises:
+        UsageError: an unknown word, or the former name of one.
+    """
     given = [word.strip() for word in (words or "").split(",") if word.strip()]
     for word in given:
-        if word not in WORDS:
-            hint = suggest(word, WORDS)
+        if word in FORMER_RECIPES:
             raise errors.UsageError(
-                f"--config: unknown word {word!r} after the colon.{hint} "
-                f"Known: scales {', '.join(SCALES)}; recipes {', '.join(RECIPES)}; "
-                f"controls {', '.join(CONTROLS)}."
+                f"--config: the recipe {word!r} is called {FORMER_RECIPES[word]!r} now. "
+                f"Write {FORMER_RECIPES[word]!r} after the colon."
             )
+        if word not in known:
+            raise errors.UsageError(
+                f"--config: unknown word {word!r} after the colon.{suggest(word, known)} "
+                f"Known: {listing}."
+            )
+    return given
+
+
+def with_present_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config or study plan with the present name of its recipe."""
+    recipe = values.get("recipe")
+    words = values.get("words")  # of a study plan: "tiny,seed"
+    renamed: dict[str, Any] = {}
+    if isinstance(recipe, str):
+        renamed["recipe"] = FORMER_RECIPES.get(recipe, recipe)
+    if isinstance(words, str):
+        renamed["words"] = ",".join(FORMER_RECIPES.get(word, word) for word in words.split(","))
+    return {**values, **renamed}
+
+
+def former_recipe(recipe: str) -> str:
+    """The first name of a recipe, as fingerprints have it."""
+    return next((old for old, new in FORMER_RECIPES.items() if new == recipe), recipe)
+
+
+def parse_words(words: str, optimizer: str, qk_norm: str) -> tuple[str, str, frozenset[str]]:
+    """(scale, recipe, controls) of the words after the colon of an arm's config file.
+
+    Raises:
+        UsageError: an unknown word, two that exclude each other, or one without effect.
+    """
+    listing = (
+        f"scales {', '.join(SCALES)}; recipes {', '.join(RECIPES)}; controls {', '.join(CONTROLS)}"
+    )
+    given = split_words(words, WORDS, listing)
     scale = _only_one(given, SCALES, "scale", default="full")
     recipe = _only_one(given, RECIPES, "recipe", default="fixed")
     _only_one(given, ("frozen", "decayed", "undecayed"), "control of gamma", default="")
@@ -174,7 +218,7 @@ def parse_words(words: str, optimizer: str, qk_norm: str) -> tuple[str, str, fro
         raise errors.UsageError(
             "--config: the word 'merged' acts on Muon only. Use a muon config or leave it out."
         )
-    for word, no_op_recipe in (("undecayed", "fixed"), ("merged", "seed")):
+    for word, no_op_recipe in (("undecayed", "fixed"), ("merged", "original")):
         if word in given and recipe == no_op_recipe:
             raise errors.UsageError(
                 f"--config: the word {word!r} changes nothing in recipe {recipe}, whose default "

@@ -51,8 +51,12 @@ MISTAKES = {
         "--config.optimiser.learning_rate: no such field.",
     ),
     "unknown word": (
-        ("--config=configs/muon_noqk.py:tiny,sead",),
-        "--config: unknown word 'sead' after the colon. Did you mean 'seed'? Known: scales tiny",
+        ("--config=configs/muon_noqk.py:tiny,orignal",),
+        "--config: unknown word 'orignal' after the colon. Did you mean 'original'? Known: scales",
+    ),
+    "the recipe's former name": (
+        ("--config=configs/muon_noqk.py:tiny,seed",),
+        "--config: the recipe 'seed' is called 'original' now. Write 'original' after the colon.",
     ),
     "a word without effect": (
         ("--config=configs/muon_qk.py:tiny,undecayed",),
@@ -83,7 +87,7 @@ MISTAKES = {
         "model.head_dim is 0, it must be above 0",
     ),
     "recipe by override": (
-        (CONFIG, "--config.recipe=seed"),
+        (CONFIG, "--config.recipe=original"),
         "--config.recipe: an override would only relabel the run. Write the word after",
     ),
     "recipe by override, one dash": (

@@ -35,10 +35,10 @@ BY_BOTH = {  # mlp, d_ff; tokens a step; AdamW's rate, Muon's, its auxiliary Ada
     ("pilot", "fixed"): ("swiglu", 1344, 65_536, 1.2e-3, 0.012, 3e-3),
     ("full", "fixed"): ("swiglu", 1344, 65_536, 1.2e-3, 0.012, 3e-3),
     ("1b5", "fixed"): ("relu2", 8192, 65_536, 1.2e-3, 0.012, 3e-3),
-    ("tiny", "seed"): ("relu2", 512, 2_048, 6e-3, 0.024, 6e-3),
-    ("pilot", "seed"): ("relu2", 2048, 4_096, 6e-3, 0.024, 6e-3),
-    ("full", "seed"): ("relu2", 2048, 4_096, 6e-4, 0.02, 6e-3),
-    ("1b5", "seed"): ("relu2", 8192, 65_536, 3e-3, 0.012, 3e-3),
+    ("tiny", "original"): ("relu2", 512, 2_048, 6e-3, 0.024, 6e-3),
+    ("pilot", "original"): ("relu2", 2048, 4_096, 6e-3, 0.024, 6e-3),
+    ("full", "original"): ("relu2", 2048, 4_096, 6e-4, 0.02, 6e-3),
+    ("1b5", "original"): ("relu2", 8192, 65_536, 3e-3, 0.012, 3e-3),
 }
 # SCIENCE.md section 4: what depends on the recipe alone.
 RECIPES = {
@@ -56,7 +56,7 @@ RECIPES = {
         "muon.granularity": "separate",
         "muon.dtype": "auto",
     },
-    "seed": {
+    "original": {
         "data.end_of_text": False,
         "model.norm_eps": 1.19e-7,
         "optimizer.clip_norm": 0.0,
@@ -73,9 +73,9 @@ RECIPES = {
 }
 MATRIX_DECAY = {
     ("adamw", "fixed"): 0.1,
-    ("adamw", "seed"): 0.2,
+    ("adamw", "original"): 0.2,
     ("muon", "fixed"): 0.01,
-    ("muon", "seed"): 0.0,
+    ("muon", "original"): 0.0,
 }
 EVERYWHERE = {
     "seed": 42,
@@ -152,16 +152,16 @@ def test_table_of_scales_and_recipes(scale, recipe, optimizer):
 def test_words_default_to_full_and_fixed():
     for words in ("", "full", "fixed", " fixed , full "):
         assert resolved("muon", "none", words) == resolved("muon", "none", "full,fixed")
-    assert resolved("adamw", "none", "seed,tiny") == resolved("adamw", "none", "tiny,seed")
+    assert resolved("adamw", "none", "original,tiny") == resolved("adamw", "none", "tiny,original")
 
 
 @pytest.mark.parametrize(
     ("words", "schedule"),
     [
         ("full", (4577, 92, 916)),
-        ("full,seed", (73_242, 0, 0)),
+        ("full,original", (73_242, 0, 0)),
         ("pilot", (381, 8, 77)),
-        ("pilot,seed", (6_103, 0, 0)),
+        ("pilot,original", (6_103, 0, 0)),
         ("1b5", (747, 15, 150)),
         ("tiny", (195, 4, 39)),
     ],
@@ -220,13 +220,13 @@ def test_evaluations_always_hold_step_0_and_the_last(fields, steps):
     [
         (("adamw", "learned"), "", "adamw_qk"),
         (("adamw", "none"), "", "adamw_noqk"),
-        (("muon", "learned"), "seed", "muon_qk"),
-        (("muon", "none"), "seed", "muon_noqk"),
+        (("muon", "learned"), "original", "muon_qk"),
+        (("muon", "none"), "original", "muon_noqk"),
         (("adamw", "learned"), "frozen", "adamw_qk_frozen"),
-        (("muon", "learned"), "frozen,seed", "muon_qk_frozen"),
+        (("muon", "learned"), "frozen,original", "muon_qk_frozen"),
         (("adamw", "learned"), "decayed", "adamw_qk_decayed"),
-        (("muon", "learned"), "seed,decayed", "muon_qk_decayed"),
-        (("adamw", "learned"), "seed,undecayed", "adamw_qk_undecayed"),
+        (("muon", "learned"), "original,decayed", "muon_qk_decayed"),
+        (("adamw", "learned"), "original,undecayed", "adamw_qk_undecayed"),
         (("muon", "none"), "merged", "muon_noqk_merged"),
         (("muon", "learned"), "merged,frozen", "muon_qk_frozen_merged"),
     ],
@@ -236,12 +236,12 @@ def test_arm_is_the_config_file_s_name_with_its_controls(arm, words, name):
 
 
 def test_controls_set_what_they_say():
-    for recipe, decay in (("fixed", 0.0), ("seed", 0.2)):
+    for recipe, decay in (("fixed", 0.0), ("original", 0.2)):
         frozen = resolved("muon", "learned", f"tiny,{recipe},frozen")
         assert (frozen.model.qk_norm, frozen.optimizer.gamma_weight_decay) == ("frozen", 0)
         assert resolved("muon", "none", f"tiny,{recipe}").optimizer.gamma_weight_decay == 0
         assert frozen.optimizer.auxiliary_weight_decay == decay  # no control touches the others
-    undecayed = resolved("adamw", "learned", "tiny,seed,undecayed").optimizer
+    undecayed = resolved("adamw", "learned", "tiny,original,undecayed").optimizer
     assert (undecayed.gamma_weight_decay, undecayed.auxiliary_weight_decay) == (0, 0.2)
     merged = resolved("muon", "none", "tiny,merged")
     assert merged == dataclasses.replace(
@@ -256,17 +256,21 @@ def test_controls_set_what_they_say():
     [
         (("muon", "none"), "tinyy", "unknown word 'tinyy' .* Did you mean 'tiny'"),
         (("muon", "none"), "undecay", "unknown word 'undecay' .* Did you mean 'undecayed'"),
-        (("muon", "none"), "zzz", "Known: scales tiny, pilot, full, 1b5; recipes fixed, seed"),
+        (("muon", "none"), "zzz", "Known: scales tiny, pilot, full, 1b5; recipes fixed, original"),
         (("muon", "none"), "tiny,full", "tiny and full exclude each other: at most one scale"),
-        (("muon", "none"), "seed,fixed", "seed and fixed exclude each other: at most one recipe"),
+        (
+            ("muon", "none"),
+            "original,fixed",
+            "original and fixed exclude each other: at most one recipe",
+        ),
         (("muon", "learned"), "frozen,decayed", "at most one control of gamma"),
-        (("muon", "learned"), "seed,decayed,undecayed", "at most one control of gamma"),
+        (("muon", "learned"), "original,decayed,undecayed", "at most one control of gamma"),
         (("adamw", "learned"), "undecayed", "'undecayed' changes nothing in recipe fixed"),
-        (("muon", "none"), "seed,merged", "'merged' changes nothing in recipe seed"),
+        (("muon", "none"), "original,merged", "'merged' changes nothing in recipe original"),
         (("adamw", "none"), "merged", "'merged' acts on Muon only"),
         (("adamw", "none"), "frozen", "'frozen' acts on QK-Norm.* configs/adamw_qk.py:frozen"),
         (("muon", "none"), "decayed", "'decayed' acts on QK-Norm"),
-        (("muon", "none"), "seed,undecayed", "'undecayed' acts on QK-Norm"),
+        (("muon", "none"), "original,undecayed", "'undecayed' acts on QK-Norm"),
     ],
 )
 def test_words_that_are_refused(arm, words, message):
@@ -278,11 +282,11 @@ def test_words_that_are_refused(arm, words, message):
     ("optimizer", "words", "fields"),
     [
         ("adamw", "tiny,decayed", {}),
-        ("adamw", "full,seed,decayed", {}),
+        ("adamw", "full,original,decayed", {}),
         ("adamw", "tiny,decayed", {"optimizer__learning_rate": 7e-4, "train__tokens": 90_000}),
         ("muon", "pilot,decayed", {}),
         ("muon", "pilot,decayed", {"optimizer__adam_learning_rate": 1.5e-3}),
-        ("muon", "tiny,seed,decayed", {"optimizer__decay_fraction": 0.5}),
+        ("muon", "tiny,original,decayed", {"optimizer__decay_fraction": 0.5}),
     ],
 )
 def test_tau_is_the_summed_rate_times_decay_after_all_overrides(optimizer, words, fields):
@@ -447,7 +451,7 @@ def test_granularity_of_adamw_arms_may_be_anything():
     assert c.arm == "adamw_noqk"
 
 
-@pytest.mark.parametrize("words", ["tiny,decayed", "full,seed", "1b5"])
+@pytest.mark.parametrize("words", ["tiny,decayed", "full,original", "1b5"])
 def test_config_survives_json(words):
     for optimizer in ("adamw", "muon"):
         c = resolved(optimizer, "learned", words).for_platform("gpu")
@@ -466,7 +470,7 @@ def test_auto_dtypes_are_settled_by_the_platform():
         "gpu": ("bfloat16", "bfloat16"),
         "tpu": ("bfloat16", "bfloat16"),
     }
-    asked = resolved("muon", "none", "tiny,seed", model__dtype="float32").for_platform("tpu")
+    asked = resolved("muon", "none", "tiny,original", model__dtype="float32").for_platform("tpu")
     assert (asked.model.dtype, asked.muon.dtype) == ("float32", "bfloat16")
 
 

@@ -21,7 +21,7 @@ def made(tmp_path_factory):
     [
         ("full", "--preset=study"),
         ("pilot", "--preset=pilot"),
-        ("pilot,seed", "--preset=pilot --end_of_text=false"),
+        ("pilot,original", "--preset=pilot --end_of_text=false"),
         ("1b5", "--preset=study"),
     ],
 )

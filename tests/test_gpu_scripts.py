@@ -103,11 +103,11 @@ def test_the_parts_of_a_study_train_every_run_of_its_plan(tmp_path, monkeypatch)
         trained.setdefault(directory, set()).update(step.name for step in steps)
     assert trained == plans
     assert {directory.name: len(runs) for directory, runs in plans.items()} == {
-        "seed_65536": 12,
-        "seed_65536_controls": 20,
+        "original_65536": 12,
+        "original_65536_controls": 20,
         "fixed": 16,
         "fixed_merged": 4,
-        "seed_4096": 4,
+        "original_4096": 4,
     }
 
 
@@ -188,7 +188,7 @@ def test_without_a_gpu_it_does_not_train_on_the_cpu(data, tmp_path):
     )
     assert done.returncode == 2
     assert "ERROR: --platform: jax has no gpu here" in done.stderr
-    assert not (tmp_path / "w" / "seed_65536").exists()
+    assert not (tmp_path / "w" / "original_65536").exists()
 
 
 def benchmark(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -60,8 +60,8 @@ def tokens(c: config_lib.ModelConfig, batch: int, length: int) -> np.ndarray:
     [
         ("full", "none", 87_906_816),
         ("full", "learned", 87_909_632),
-        ("full,seed", "none", 88_627_712),
-        ("full,seed", "learned", 88_630_528),
+        ("full,original", "none", 88_627_712),
+        ("full,original", "learned", 88_630_528),
         ("1b5", "learned", 1_577_199_616),
         ("1b5", "none", 1_577_191_424),
     ],

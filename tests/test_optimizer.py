@@ -104,7 +104,7 @@ MUON_NOQK = """
     final_norm/gamma                512          -         adamw      0.003    0
 """
 # The original's recipe: relu2, the merged matrix, decay on everything that AdamW updates.
-MUON_QK_FROZEN_SEED = """
+MUON_QK_FROZEN_ORIGINAL = """
     parameter                          shape        matrix    optimiser  peak_lr  weight_decay
     blocks/attention/key/kernel        22x512x256   512x1536  muon       0.02     0
     blocks/attention/key_norm/gamma    22x64        -         frozen     0        0
@@ -128,7 +128,7 @@ MUON_QK_FROZEN_SEED = """
         (("adamw", "none"), ADAMW_NOQK),
         (("muon", "learned"), MUON_QK),
         (("muon", "none"), MUON_NOQK),
-        (("muon", "learned", "frozen,seed"), MUON_QK_FROZEN_SEED),
+        (("muon", "learned", "frozen,original"), MUON_QK_FROZEN_ORIGINAL),
     ],
     ids="-".join,
 )
@@ -385,7 +385,7 @@ def test_merged_keys_inherit_their_gradients_spectrum_and_separate_ones_do_not()
 
 
 def test_adamw_with_equal_decays_is_optax_adamw():
-    c = small("adamw", "learned", "tiny,seed")
+    c = small("adamw", "learned", "tiny,original")
     assert {r.weight_decay for r in routes_of(c)} == {0.2}
     updates, _ = two_updates(c)
     reference = optax.adamw(c.optimizer.learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.2)

@@ -72,8 +72,8 @@ def test_full_is_twenty_sweep_runs_eight_runs_and_the_controls():
     assert short.optimizer.learning_rate == 0.0003
 
 
-def test_recipe_seed_has_its_own_controls_and_no_sweep():
-    study = make("full,seed")
+def test_recipe_original_has_its_own_controls_and_no_sweep():
+    study = make("full,original")
     assert counts(study) == {
         "dataset": 1,
         "run": 2 * 10,
@@ -89,9 +89,9 @@ def test_recipe_seed_has_its_own_controls_and_no_sweep():
     assert study.left_out == {}
 
 
-def test_the_pilots_arms_in_recipe_seed_are_their_own_decayed_controls():
+def test_the_pilots_arms_in_recipe_original_are_their_own_decayed_controls():
     """At 4,096 tokens a step their tau is 7.32; at 65,536 it is 0.46 and the controls are real."""
-    study = make("pilot,seed")
+    study = make("pilot,original")
     assert study.left_out == {"adamw_qk_decayed": "adamw_qk", "muon_qk_decayed": "muon_qk"}
     assert "left out: muon_qk_decayed, because muon_qk trains the same" in plan_cost.describe(
         study, {}
@@ -102,10 +102,10 @@ def test_the_pilots_arms_in_recipe_seed_are_their_own_decayed_controls():
         "muon_qk_frozen",
         "muon_qk_undecayed",
     ]
-    larger = make("pilot,seed", overrides=("train.tokens_per_step=65536",))
+    larger = make("pilot,original", overrides=("train.tokens_per_step=65536",))
     assert larger.left_out == {}
     assert {"adamw_qk_decayed", "muon_qk_decayed"} < set(larger.arms)
-    asked = refusal("pilot,seed", controls=("muon_qk_decayed",))
+    asked = refusal("pilot,original", controls=("muon_qk_decayed",))
     assert "muon_qk_decayed and muon_qk would train the same" in asked
 
 
@@ -280,7 +280,7 @@ def test_recipes_differ_in_the_rows_of_their_tables():
 
 @pytest.mark.parametrize("scale", ["tiny", "pilot", "1b5"])
 @pytest.mark.parametrize(("optimizer", "qk_norm"), [("adamw", "none"), ("muon", "learned")])
-@pytest.mark.parametrize("recipe", ["fixed", "seed"])
+@pytest.mark.parametrize("recipe", ["fixed", "original"])
 def test_parameters_are_those_of_the_model(scale, optimizer, qk_norm, recipe):
     run = config_lib.resolve(config_lib.base(optimizer, qk_norm, f"{scale},{recipe}")).for_platform(
         "cpu"

@@ -614,8 +614,8 @@ def test_deviations_are_those_of_the_readme():
     [
         ("tiny", "fixed", "Heads here have 32 dimensions", False),
         ("pilot", "fixed", "for orientation, not as a replication", True),
-        ("pilot", "seed", "the same setting but for the deviations below", True),
-        ("full", "seed", "for orientation, not as a replication", True),
+        ("pilot", "original", "the same setting but for the deviations below", True),
+        ("full", "original", "for orientation, not as a replication", True),
     ],
 )
 def test_the_originals_numbers_are_marked_as_what_they_are(

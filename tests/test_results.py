@@ -196,7 +196,7 @@ def test_a_run_in_another_place_is_refused(study: pathlib.Path):
     [
         ({"train__tokens": 300_000}, "steps 146, but"),
         ({"train__tokens_per_step": 1_024, "train__tokens": 199_680}, "tokens a step 1024, but"),
-        ({"recipe": "seed"}, "recipe seed, but"),
+        ({"recipe": "original"}, "recipe original, but"),
     ],
 )
 def test_other_budgets_are_refused(study: pathlib.Path, fields: dict, words: str):

@@ -25,7 +25,7 @@ from qkjax.runs import directory as run_directory
 
 ARMS = {
     "adamw_qk": ("adamw", "learned", "tiny"),
-    "adamw_noqk_seed": ("adamw", "none", "tiny,seed"),
+    "adamw_noqk_original": ("adamw", "none", "tiny,original"),
     "muon_qk_decayed": ("muon", "learned", "tiny,decayed"),
     "muon_noqk_accumulated": ("muon", "none", "tiny"),
 }
@@ -36,7 +36,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path
     folder = tmp_path_factory.mktemp("datasets")
     return {
         "fixed": small_run.make_dataset(folder / "fixed"),
-        "seed": small_run.make_dataset(folder / "seed", end_of_text=False),
+        "original": small_run.make_dataset(folder / "original", end_of_text=False),
     }
 
 
@@ -48,7 +48,7 @@ def arm_config(datasets: dict[str, pathlib.Path], arm: str, **fields) -> Config:
         fields["train__tokens"] = 60 * small_run.TOKENS_PER_STEP
     if "decayed" in words:  # tau 7.3 within 20 steps would turn gamma's sign
         fields["optimizer__gamma_decay_tau"] = 0.5
-    dataset = datasets["seed" if "seed" in words else "fixed"]
+    dataset = datasets["original" if "original" in words else "fixed"]
     return small_run.make_config(dataset, optimizer, qk_norm, words, **fields)
 
 

@@ -204,7 +204,7 @@ def test_1_and_8_devices_agree(on_devices, tmp_path):
     [
         (trainer, ("adamw", "learned")),
         (unclipped, ("muon", "none", "tiny,fixed")),
-        (unclipped, ("muon", "learned", "tiny,seed")),
+        (unclipped, ("muon", "learned", "tiny,original")),
     ],
 )
 def test_a_repeated_batch_is_learned(make, arm):
@@ -267,9 +267,9 @@ def test_a_control_changes_its_own_parameters_and_no_others(arm, recipe, control
 
 def test_gamma_decay_reaches_nothing_else_in_later_steps():
     """Adam's moments do not see the decay, so after a step only gamma's own path differs."""
-    t = unclipped("adamw", "learned", "tiny,seed")
+    t = unclipped("adamw", "learned", "tiny,original")
     state, _ = t.run(initial_params(t.config), 1)
-    undecayed, _ = unclipped("adamw", "learned", "tiny,seed,undecayed").run(
+    undecayed, _ = unclipped("adamw", "learned", "tiny,original,undecayed").run(
         initial_params(t.config), 1
     )
     moments = by_name(undecayed.opt_state)

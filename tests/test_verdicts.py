@@ -392,7 +392,7 @@ def test_h3_of_a_ratio_below_two(judge: Judge):
     assert judged.verdict("H3").status == REFUTED and "H3(b)" in judged.verdict("H3").reason
 
 
-def test_h3_in_the_seed_recipe_counts_the_same_steps(judge: Judge):
+def test_h3_in_recipe_original_counts_the_same_steps(judge: Judge):
     fields = {"train__tokens": 26_000_000}  # 6,347 steps of 4,096; 25M tokens are 6,103
     courses = {LOSS: {244: 4.0, 6347: 3.5}, PR: {6103: 30.0, 6347: 20.0}}
     arms = synthetic_study.arms(
@@ -401,7 +401,7 @@ def test_h3_in_the_seed_recipe_counts_the_same_steps(judge: Judge):
         adamw_noqk={LOSS: {244: 4.1, 6347: 3.5}},
         muon_noqk={LOSS: {244: 4.1, 6347: 3.5}},
     )
-    judged = judge(arms, scale="full", recipe="seed", seeds=(42, 43), fields=fields)
+    judged = judge(arms, scale="full", recipe="original", seeds=(42, 43), fields=fields)
     assert clause(judged, "H3(a)").estimate == pytest.approx(0.1, abs=0.01)
     lead_at_25m = 60 - 20 * 6103 / 6347 - 30
     assert clause(judged, "H3(c)").estimate == pytest.approx(20 - lead_at_25m, abs=1.0)
@@ -549,9 +549,12 @@ def test_the_arms_that_serve_are_named(judge: Judge):
         "undecayed": "muon_qk",
         "decayed": "muon_qk_decayed",
     }
-    arms = with_controls(47.0, 20.0, "seed", ("adamw",))
-    seed = judge(arms, recipe="seed", seeds=(42, 43)).attributions[0]
-    assert (seed.roles["undecayed"], seed.roles["decayed"]) == ("adamw_qk_undecayed", "adamw_qk")
+    arms = with_controls(47.0, 20.0, "original", ("adamw",))
+    original = judge(arms, recipe="original", seeds=(42, 43)).attributions[0]
+    assert (original.roles["undecayed"], original.roles["decayed"]) == (
+        "adamw_qk_undecayed",
+        "adamw_qk",
+    )
 
 
 def test_pairs_that_disagree_in_the_attribution_are_said(judge: Judge):
@@ -596,17 +599,17 @@ def test_attribution_without_its_arms(judge: Judge):
     assert "muon_qk_frozen" in judged.attributions[1].parts[0].reason
 
 
-def test_in_the_seed_pilot_the_parent_is_the_decayed_arm(judge: Judge):
-    arms = with_controls(47.0, 20.0, "seed", ("adamw",))
-    judged = judge(arms, recipe="seed", seeds=(42, 43))
+def test_in_the_original_pilot_the_parent_is_the_decayed_arm(judge: Judge):
+    arms = with_controls(47.0, 20.0, "original", ("adamw",))
+    judged = judge(arms, recipe="original", seeds=(42, 43))
     assert judged.attributions[0].explained_by_decay is True
     assert judged.attributions[0].total.estimate == pytest.approx(30, abs=1.5)
     assert judged.attributions[0].parts[2].estimate == pytest.approx(26, abs=1.5)
 
 
-def test_elsewhere_in_the_seed_recipe_the_parent_is_not(judge: Judge):
+def test_elsewhere_in_recipe_original_the_parent_is_not(judge: Judge):
     """At tiny's 195 steps gamma's tau is 0.23."""
-    judged = judge(with_controls(47.0, 20.0, "seed"), scale="tiny", recipe="seed")
+    judged = judge(with_controls(47.0, 20.0, "original"), scale="tiny", recipe="original")
     assert judged.attributions[0].status == INCONCLUSIVE
     assert "the plan has no arm adamw_qk_decayed" in judged.attributions[0].reason
 

@@ -20,7 +20,7 @@ _EXPONENT = re.compile(r"(--?config\.[\w.]+=)(\d+(?:\.\d*)?[eE]\+?\d+)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)")  # absl takes one dash as well
 
 
-def define(example: str = "configs/muon_noqk.py:tiny,seed") -> flags.FlagHolder:
+def define(example: str = "configs/muon_noqk.py:tiny,original") -> flags.FlagHolder:
     """Defines the flag --config of a command that trains."""
     return config_flags.DEFINE_config_file(
         "config", None, f"Config file, with words after a colon: {example}"
@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> list[str]:
         if override and override[1] in presets.WORD_FIELDS:
             raise errors.UsageError(
                 f"--config.{override[1]}: an override would only relabel the run. Write the word "
-                "after the config's colon: --config=configs/muon_noqk.py:tiny,seed."
+                "after the config's colon: --config=configs/muon_noqk.py:tiny,original."
             )
     path = _config_path(argv)
     if path and not pathlib.Path(path).is_file():

@@ -1,7 +1,7 @@
 """What the original PyTorch study published, and where this project departs from it. Data alone."""
 
-# Post-RoPE raw PR of keys, mean over 22 layers, by tokens: 88M relu2, recipe seed at 4,096 tokens a
-# step, one seed; read off its plot, +-0.3.
+# Post-RoPE raw PR of keys, mean over 22 layers, by tokens: 88M relu2, recipe original at
+# 4,096 tokens a step, one seed; read off its plot, +-0.3.
 PUBLISHED_PR: dict[int, dict[str, float]] = {
     0: {"adamw_qk": 60.8, "adamw_noqk": 60.8, "muon_qk": 60.8, "muon_noqk": 60.8},
     1_000_000: {"adamw_qk": 35.1, "adamw_noqk": 35.7, "muon_qk": 46.0, "muon_noqk": 46.1},
@@ -31,7 +31,11 @@ DEVIATIONS: tuple[tuple[str, str, str], ...] = (
         "predicts 2,047 of 2,048",
         "records of T+1 tokens, all T positions, in both recipes",
     ),
-    ("documents", "concatenated", "`fixed`: an end-of-text token after each; `seed`: concatenated"),
+    (
+        "documents",
+        "concatenated",
+        "`fixed`: an end-of-text token after each; `original`: concatenated",
+    ),
     (
         "validation set",
         "drawn from the training rows",
@@ -42,39 +46,39 @@ DEVIATIONS: tuple[tuple[str, str, str], ...] = (
         "autocast: residual stream in float32",
         "residual stream in bfloat16; norms, softmax, loss and spectra float32",
     ),
-    ("MLP", "ReLU^2 (its text says SwiGLU)", "`fixed`: SwiGLU of 1344; `seed`: ReLU^2 of 2048"),
+    ("MLP", "ReLU^2 (its text says SwiGLU)", "`fixed`: SwiGLU of 1344; `original`: ReLU^2 of 2048"),
     (
         "batch, schedule, clipping",
         "4,096 tokens (certain for its AdamW arms only), constant, none",
-        "`fixed`: 65,536 tokens, 2% warm-up, 20% decay, 1.0; `seed`: as the original",
+        "`fixed`: 65,536 tokens, 2% warm-up, 20% decay, 1.0; `original`: as the original",
     ),
     (
         "AdamW",
         "betas .9 .999, decay 0.2 on everything",
-        "`fixed`: .9 .95, 0.1 on block matrices only; `seed`: as the original",
+        "`fixed`: .9 .95, 0.1 on block matrices only; `original`: as the original",
     ),
     (
         "Muon",
         "Q, K, V, O as one matrix, no decay",
-        "`fixed`: four matrices, decay 0.01; `seed`: as the original",
+        "`fixed`: four matrices, decay 0.01; `original`: as the original",
     ),
     (
         "learning rates",
         "AdamW 6e-3 (25M pilot), 6e-4 (300M plan); Muon 0.024, 0.02 (in its 20M study 0.012), "
         "auxiliary 6e-3, never swept",
-        "`fixed`: swept around 1.2e-3; Muon around 0.012, auxiliary 3e-3 with it; `seed`: "
+        "`fixed`: swept around 1.2e-3; Muon around 0.012, auxiliary 3e-3 with it; `original`: "
         "original's",
     ),
     (
         "Newton-Schulz",
         "bfloat16",
-        "`fixed`: bfloat16 on accelerators, float32 on CPU; `seed`: as the original",
+        "`fixed`: bfloat16 on accelerators, float32 on CPU; `original`: as the original",
     ),
-    ("RMSNorm eps", "1.19e-7", "`fixed`: 1e-6; `seed`: as the original"),
+    ("RMSNorm eps", "1.19e-7", "`fixed`: 1e-6; `original`: as the original"),
     (
         "decay of gamma_q and gamma_k",
         "0.2, as of everything",
-        "`fixed`: 0; `seed`: 0.2; the controls `decayed` and `undecayed` set it",
+        "`fixed`: 0; `original`: 0.2; the controls `decayed` and `undecayed` set it",
     ),
     (
         "precision",

@@ -67,7 +67,7 @@ def _setting(material: Material) -> str:
         )
     step = run.config.train.tokens_per_step if run else None
     own_rates = plan["scale"] == "pilot" and not plan.get("sweep")
-    if plan["recipe"] == "seed" and step == original.TOKENS_PER_STEP and own_rates:
+    if plan["recipe"] == "original" and step == original.TOKENS_PER_STEP and own_rates:
         return (
             "This study runs the recipe of the original's pilot at its batch size (4,096 tokens a "
             "step: certain for its AdamW arms only): the same setting but for the deviations "

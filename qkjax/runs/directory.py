@@ -217,7 +217,9 @@ class RunDirectory:
                 self.environment,
             )
         old_dataset = record.get("dataset_fingerprint", dataset_fingerprint)
-        changes = _differences({**flatten(stored), "dataset": old_dataset}, new)
+        changes = _differences(
+            {**flatten(presets.with_present_recipe(stored)), "dataset": old_dataset}, new
+        )
         refused = [c for c in changes if c["field"] not in allowed or c["field"] in FIXED_FIELDS]
         if refused:
             raise errors.UsageError(_refusal(self.config, refused, allowed))

@@ -13,7 +13,7 @@ from typing import Any
 import ml_collections
 
 from qkjax import config as config_lib
-from qkjax import errors, files
+from qkjax import errors, files, presets
 from qkjax.study import plan_arms, plan_config
 from qkjax.study.plan_arms import Arm
 from qkjax.study.plan_config import StudyConfig
@@ -181,13 +181,13 @@ def _steps(plan: Plan) -> Iterator[Step]:
     ) -> Step:
         bare = Step(name, kind, arm, seed, rate, tuple(needs), "")
         if kind in TRAINING:
-            inputs = plan_arms.identity(plan.run_config(bare, rate))
+            inputs = plan_arms.fingerprinted(plan.run_config(bare, rate))
         above = [made[need].fingerprint for need in needs]
         fingerprint = plan_arms.digest([kind, inputs, above])
         made[name] = dataclasses.replace(bare, fingerprint=fingerprint)
         return made[name]
 
-    yield step("dataset", DATASET, inputs=[study.scale, study.recipe])
+    yield step("dataset", DATASET, inputs=[study.scale, presets.former_recipe(study.recipe)])
     for arm in study.arms if study.sweep.tokens else ():
         names = [f"sweep/{arm}/lr_{rate:.6g}" for rate in plan.grid(arm)]
         for name, rate in zip(names, plan.grid(arm), strict=True):

@@ -17,7 +17,7 @@ from qkjax.runs import directory as run_directory
 from qkjax.study.plan_config import StudyConfig
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# Two weight decays closer than this make one arm (recipe seed's pilot has tau 7.32, not 7.3).
+# Two weight decays closer than this make one arm (recipe original's pilot has tau 7.32, not 7.3).
 _SAME_DECAY = 0.01
 
 
@@ -135,6 +135,11 @@ def identity(config: config_lib.Config) -> dict[str, Any]:
     """Everything that a run's result depends on but for its data: all fields that matter."""
     values = run_directory.flatten(files.plain(config.to_dict()))
     return {name: v for name, v in values.items() if name not in run_directory.FREE_FIELDS}
+
+
+def fingerprinted(config: config_lib.Config) -> dict[str, Any]:
+    """`identity` as a step's fingerprint hashes it: by the names that stored plans have."""
+    return {**identity(config), "recipe": presets.former_recipe(config.recipe)}
 
 
 def digest(value: Any) -> str:

@@ -54,14 +54,8 @@ def parse_words(words: str) -> tuple[str, str, bool]:
     Raises:
         UsageError: an unknown word, or two that exclude each other.
     """
-    given = [word.strip() for word in (words or "").split(",") if word.strip()]
     known = (*SCALES, *presets.RECIPES, "quick")
-    for word in given:
-        if word not in known:
-            raise errors.UsageError(
-                f"--config: unknown word {word!r} after the colon.{presets.suggest(word, known)} "
-                f"Known: {', '.join(known)}."
-            )
+    given = presets.split_words(words, known, ", ".join(known))
     scales, recipes = (
         [word for word in dict.fromkeys(given) if word in group]
         for group in (SCALES, presets.RECIPES)

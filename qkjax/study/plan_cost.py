@@ -153,12 +153,12 @@ def _recipes(study: StudyConfig) -> Iterator[str]:
     table = [("setting", *presets.RECIPES, "arms")]
     table += [(field, str(a), str(b), arms) for field, a, b, arms in recipe_differences(study)]
     widths = [max(len(row[column]) for row in table) for column in range(3)]
-    for field, fixed, seed, arms in table:
-        yield f"  {field:<{widths[0]}}  {fixed:<{widths[1]}}  {seed:<{widths[2]}}  {arms}"
+    for field, fixed, original, arms in table:
+        yield f"  {field:<{widths[0]}}  {fixed:<{widths[1]}}  {original:<{widths[2]}}  {arms}"
 
 
 def recipe_differences(study: StudyConfig) -> list[tuple[str, Any, Any, str]]:
-    """(setting, its value in recipe fixed, in recipe seed, the arms that this is true of).
+    """(setting, its value in recipe fixed, in recipe original, the arms that this is true of).
 
     Of the arms, not of the controls: some of their words exist in one recipe only. Without what
     follows from other settings (numbers of steps), and without Muon's settings in AdamW arms.
@@ -170,9 +170,9 @@ def recipe_differences(study: StudyConfig) -> list[tuple[str, Any, Any, str]]:
     ]
     found: dict[str, tuple[str, Any, Any, list[str]]] = {}
     for name in study.arms:
-        fixed, seed = (_settings(side[name].config) for side in sides)
-        for field in dict.fromkeys((*fixed, *seed)):
-            pair = fixed.get(field), seed.get(field)
+        fixed, original = (_settings(side[name].config) for side in sides)
+        for field in dict.fromkeys((*fixed, *original)):
+            pair = fixed.get(field), original.get(field)
             if pair[0] != pair[1]:
                 found.setdefault(f"{field} {pair}", (field, *pair, []))[3].append(name)
     return [

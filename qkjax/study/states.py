@@ -9,7 +9,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from qkjax import config as config_lib
-from qkjax import errors, files
+from qkjax import errors, files, presets
 from qkjax.runs import directory as run_directory
 from qkjax.runs.directory import RunDirectory
 from qkjax.runs.results import newest_input
@@ -215,7 +215,7 @@ def check_plan(plan: Plan, workdir: pathlib.Path) -> None:
             f"{path}: no such file, expected a study of tools/run_study.py. Give its --workdir."
         )
     ours = plan.to_dict()
-    theirs = study_files.read_object(path) or {}
+    theirs = presets.with_present_recipe(study_files.read_object(path) or {})
     steps = theirs.get("steps") or []
     study_files.need(path, "", {"steps": steps}, {"steps": list})
     for number, step in enumerate(steps):

@@ -158,7 +158,7 @@ def attribute(panel: Panel, optimizer: str) -> Attribution:
 def _roles(panel: Panel, optimizer: str) -> dict[str, str]:
     """The arms that serve as none, frozen, undecayed and decayed, in this order.
 
-    In recipe seed the parent decays its gammas; where its tau is the original pilot's it is the
+    In recipe original the parent decays its gammas; where its tau is the original pilot's it is the
     decayed arm.
     """
     parent, none = f"{optimizer}_qk", f"{optimizer}_noqk"

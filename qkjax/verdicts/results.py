@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qkjax import errors, files
+from qkjax import errors, files, presets
 from qkjax.runs.results import RunResult, load_run
 from qkjax.study import study_files
 from qkjax.verdicts import scores
@@ -82,6 +82,7 @@ def load_study(workdir: str | pathlib.Path) -> Study:
             "Give the --workdir of a study."
         )
     study_files.need(path / "study.json", "", plan, _PLAN_FIELDS)
+    plan = presets.with_present_recipe(plan)
     runs: dict[tuple[str, int], RunResult] = {}
     missing = []
     for arm in (*plan["arms"], *plan["controls"]):

@@ -8,12 +8,12 @@
 #
 # Text is prepared as --source, --weight and --tokenizer say (as of prepare_data.py), or
 # --data=DIR is a prepared dataset. --part: one of
-#   a, b  recipe seed at 65,536 tokens a step: the four arms, one seed (a is b, for its first steps)
+#   a, b  recipe original at 65,536 tokens a step: the four arms, one seed (a is b, for its first steps)
 #   c     the same with the controls (gamma frozen, undecayed, decayed), two seeds, by itself
 #   d     a second and a third seed of b
 #   e     recipe fixed: the four arms, frozen, decayed, two seeds
 #   f     recipe fixed: Muon on separate and on merged Q, K, V, O matrices, two seeds
-#   g     recipe seed at its own 4,096 tokens a step, one seed: AdamW+QK with gamma decayed and
+#   g     recipe original at its own 4,096 tokens a step, one seed: AdamW+QK with gamma decayed and
 #         undecayed, both Muon arms
 # The same command again goes on where the time limit stopped it. Results, without checkpoints, are
 # packed into at most 8 archives of 16 MiB in --out, whatever happens.
@@ -29,16 +29,16 @@ gpu_parse "$@"
 
 # Every study is planned with exactly the arms and seeds that its parts train: a seed that lacks an
 # arm of the plan enters no contrast.
-recipe=seed end_of_text=false seeds='(42,137)' overrides='("train.tokens_per_step=65536",)' only=run
+recipe=original end_of_text=false seeds='(42,137)' overrides='("train.tokens_per_step=65536",)' only=run
 arms=adamw_qk,adamw_noqk,muon_qk,muon_noqk controls='()'
 case "$part" in
-  a | b) study=seed_65536 seeds='(42,137,43)' only='runs/*/seed_42' ;;
+  a | b) study=original_65536 seeds='(42,137,43)' only='runs/*/seed_42' ;;
   c)
-    study=seed_65536_controls
+    study=original_65536_controls
     controls=adamw_qk_frozen,adamw_qk_undecayed,adamw_qk_decayed
     controls+=,muon_qk_frozen,muon_qk_undecayed,muon_qk_decayed
     ;;
-  d) study=seed_65536 seeds='(42,137,43)' only='runs/*/seed_137,runs/*/seed_43' ;;
+  d) study=original_65536 seeds='(42,137,43)' only='runs/*/seed_137,runs/*/seed_43' ;;
   e)
     study=fixed recipe=fixed end_of_text=true overrides='()'
     controls=adamw_qk_frozen,adamw_qk_decayed,muon_qk_frozen,muon_qk_decayed
@@ -48,7 +48,7 @@ case "$part" in
     arms=muon_noqk controls=muon_noqk_merged
     ;;
   g)
-    study=seed_4096 seeds='(42,)' overrides='()'
+    study=original_4096 seeds='(42,)' overrides='()'
     arms=adamw_qk,muon_qk,muon_noqk controls=adamw_qk_undecayed
     ;;
   *) gpu_fail "--part: ${part:-missing}, expected one of a to g." ;;
