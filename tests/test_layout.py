@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 import sys
 
 import pytest
@@ -222,3 +223,15 @@ def test_configs_and_scripts_are_the_end_of_the_street():
 def test_benchmarks_stand_beside_the_package():
     for path in [*(ROOT / "qkjax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
         assert "benchmarks" not in outsiders(imports(path)), path
+
+
+def test_the_picture_in_the_docs_is_this_street():
+    """docs/architecture.md: rooms, rows and their order, and whether each is a file or a wing."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = re.findall(r"^\| (\d+) \| `(\w+)(\.py|/)` \|", page, re.MULTILINE)
+    assert [(int(row), room) for row, room, _ in drawn] == [
+        (row, room) for row, rooms in enumerate(STREET) for room in rooms.split()
+    ]
+    for _, room, ending in drawn:
+        place = ROOT / "qkjax" / f"{room}{ending}"
+        assert place.is_dir() if ending == "/" else place.is_file(), place

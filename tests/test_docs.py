@@ -1,0 +1,51 @@
+"""README and docs name what exists: links, headings, files of the repository, modules."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+# The lab book tells what was: its older entries name files as they were called then.
+PRESENT = [page for page in PAGES if page.name not in ("log.md", "CHANGELOG.md")]
+FOLDERS = "benchmarks|docs|qkjax|tests|tools"
+
+
+def name_of(page: pathlib.Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """The headings of a page as GitHub makes anchors of them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links {target}"
+
+
+@pytest.mark.parametrize("page", PRESENT, ids=name_of)
+def test_files_that_are_named_exist(page):
+    """`tools/test.sh`, `qkjax/study/*.py`, `tests/` and their like."""
+    named = re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./*-]*[\w*/]", page.read_text())
+    missing = [name for name in set(named) if not any(ROOT.glob(name.rstrip("/")))]
+    assert not missing, f"{page.name} names {missing}"
+
+
+@pytest.mark.parametrize("page", PRESENT, ids=name_of)
+def test_modules_that_are_named_exist(page):
+    """`python -m qkjax.main`, and the module of a dotted name such as `qkjax.muon.muon`."""
+    for name in re.findall(r"\bqkjax\.(?!json\b)[\w.]*\w", page.read_text()):
+        parts = name.split(".")
+        modules = [ROOT.joinpath(*parts[:end]) for end in range(2, len(parts) + 1)]
+        found = [path for path in modules if path.is_dir() or path.with_suffix(".py").is_file()]
+        assert found, f"{page.name} names {name}"
