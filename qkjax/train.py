@@ -45,7 +45,7 @@ def train_and_evaluate(
     platform = jax.default_backend()
     config = attention_check.settle(config.for_platform(platform), platform)
     with directory.lock(), signals.StopRequest() as stop:
-        dataset = dataset_lib.open_dataset(config)
+        dataset = dataset_lib.open_dataset(config, directory.recorded_dataset())
         run = _Run(config, directory, dataset, stop)
         changes = directory.config_changes(
             config, dataset.manifest.fingerprint, allow_config_change

@@ -80,3 +80,29 @@ def test_a_bucket_is_refused_before_anything_is_written(made, tmp_path, monkeypa
     with pytest.raises(errors.UsageError, match=r"data\.dir: s3://bucket/x is a remote path"):
         dataset_lib.open_dataset(small_run.make_config("s3://bucket/x"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "end_of_text", "name"),
+    [
+        (4096, True, "embedded-v2"),
+        (8192, True, "embedded-v2-8192"),
+        (4096, False, "embedded-v2-without-end-of-text"),
+        (8192, False, "embedded-v2-8192-without-end-of-text"),
+    ],
+)
+def test_the_folder_of_the_embedded_corpus_says_what_it_holds(vocab_size, end_of_text, name):
+    assert dataset_lib.embedded_directory(vocab_size, end_of_text).name == name
+
+
+def test_a_run_on_an_earlier_embedded_corpus_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_lib, "_EMBEDDED", tmp_path)
+    old = small_run.make_dataset(tmp_path / "embedded", seed=1)
+    new = small_run.make_dataset(tmp_path / "embedded-v2", seed=2)
+    monkeypatch.setattr(prepare, "prepare_embedded", lambda directory, **options: new)
+    config = small_run.make_config("")
+    assert dataset_lib.open_dataset(config).directory == new
+    for folder in (old, new):
+        trained_on = dataset_lib.manifest_lib.load(folder).fingerprint
+        assert dataset_lib.open_dataset(config, trained_on).directory == folder
+    assert dataset_lib.open_dataset(config, "f" * 64).directory == new  # refused by its reader

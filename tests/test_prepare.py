@@ -10,6 +10,7 @@ import os
 import pathlib
 import random
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -598,10 +599,30 @@ def test_a_disk_that_is_full_at_the_very_end_does_not_block_the_directory(
 
 @pytest.fixture
 def few_libraries(monkeypatch):
-    """The embedded corpus in small: three libraries and the topics, half a minute less of it."""
+    """The embedded corpus in small: three libraries and the topics, and of each text a twin."""
     few = (("absl-py", "absl"), ("optax", "optax"), ("ml-collections", "ml_collections"))
     monkeypatch.setattr(docstrings, "_DISTRIBUTIONS", few)
     monkeypatch.setattr(docstrings, "_standard_library", lambda: [])
+    documents = docstrings.documents
+
+    def with_twins():
+        for name, text in documents():
+            yield name, text
+            yield f"{name} twin", f"Another library says of {name}: {text[:1000]}"
+
+    monkeypatch.setattr(docstrings, "documents", with_twins)
+
+
+def _ngrams(out, split):
+    """The 13-grams of a split's decoded documents, by a definition of their own."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    stream = _stream(out, split)
+    found = set()
+    for piece in np.split(stream, np.flatnonzero(stream == 0)):
+        text = unicodedata.normalize("NFKC", tokenizer.decode(piece[piece != 0].tolist()))
+        words = text.casefold().translate(str.maketrans("", "", string.punctuation)).split()
+        found |= {tuple(words[i : i + 13]) for i in range(len(words) - 12)}
+    return found
 
 
 def test_the_embedded_corpus_is_made_once_and_reused(tmp_path, few_libraries, monkeypatch):
@@ -617,6 +638,9 @@ def test_the_embedded_corpus_is_made_once_and_reused(tmp_path, few_libraries, mo
         "ml-collections",
     }
     check.check(out, progress=_quiet)
+    assert made.dropped["overlapping"] > 0 and made.overlap["documents_dropped"]
+    training, held_out = _ngrams(out, "train"), _ngrams(out, "validation")
+    assert len(held_out) > 500 and not training & held_out
     # Other versions of the libraries do not take the dataset away; other options are refused.
     monkeypatch.setattr(docstrings, "versions", lambda: {"python": "4.0"})
     before = _files(out)

@@ -10,7 +10,10 @@ from qkjax.config import Config
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import prepare, request, staging
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_EMBEDDED = pathlib.Path(__file__).resolve().parents[2] / "data"
+# The version stands for what `prepare_embedded` makes; raise it with any change of that.
+_EMBEDDED_VERSION = "embedded-v2"
+_EMBEDDED_VOCABULARY = 4096  # needs no word in the folder's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +43,12 @@ def require_directory(config: Config) -> None:
         )
 
 
-def open_dataset(config: Config) -> Dataset:
+def open_dataset(config: Config, trained_on: str = "") -> Dataset:
     """The dataset of the config, checked against the model, the recipe and the budget.
 
+    Args:
+        trained_on: fingerprint of the dataset that the run has on record, "" for a new run. A run
+            on an earlier version of the embedded corpus keeps that version.
     Raises:
         UsageError: no dataset, a damaged one, or one that does not fit the config.
     """
@@ -51,9 +57,10 @@ def open_dataset(config: Config) -> Dataset:
         staging.require_local("data.dir", config.data.dir)
         directory = pathlib.Path(config.data.dir)
     else:
-        name = "embedded" if config.data.end_of_text else "embedded-without-end-of-text"
-        directory = prepare.prepare_embedded(
-            _REPOSITORY / "data" / name, end_of_text=config.data.end_of_text
+        directory = _embedded_of_fingerprint(trained_on) or prepare.prepare_embedded(
+            embedded_directory(config.model.vocab_size, config.data.end_of_text),
+            vocab_size=config.model.vocab_size,
+            end_of_text=config.data.end_of_text,
         )
     manifest = manifest_lib.load(directory)
     foreign = manifest_lib.verify_files(manifest, directory)
@@ -80,6 +87,24 @@ def open_dataset(config: Config) -> Dataset:
     if passes > 1:
         logging.warning("%s: this run passes %.2f times over its training split", where, passes)
     return Dataset(directory, manifest)
+
+
+def embedded_directory(vocab_size: int, end_of_text: bool) -> pathlib.Path:
+    """Where the embedded corpus lies: `embedded-v2[-VOCAB][-without-end-of-text]` in data/."""
+    name = _EMBEDDED_VERSION
+    if vocab_size != _EMBEDDED_VOCABULARY:
+        name += f"-{vocab_size}"
+    return _EMBEDDED / (name if end_of_text else f"{name}-without-end-of-text")
+
+
+def _embedded_of_fingerprint(fingerprint: str) -> pathlib.Path | None:
+    """The finished embedded corpus, of any version, that a run was trained on; None without one."""
+    if not fingerprint:
+        return None
+    for path in sorted(_EMBEDDED.glob(f"embedded*/{manifest_lib.FILE_NAME}")):
+        if manifest_lib.load(path.parent).fingerprint == fingerprint:
+            return path.parent
+    return None
 
 
 def passes_over_data(config: Config, manifest: manifest_lib.Manifest, steps: int) -> float:

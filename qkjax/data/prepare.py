@@ -76,6 +76,8 @@ def prepare_embedded(
 ) -> pathlib.Path:
     """The embedded corpus as a dataset in `directory`: made when absent, reused when present.
 
+    Libraries repeat each other's docstrings (jax.numpy those of numpy), so training documents that
+    share a 13-gram with a validation document are dropped.
     A dataset that was made with other versions of the libraries is still reused, so that an
     upgrade does not take the data away from under the runs that are compared on it.
     Several processes may ask at once: one makes it, the others wait.
@@ -87,6 +89,7 @@ def prepare_embedded(
         sequence_length=sequence_length,
         validation_tokens=validation_tokens,
         end_of_text=end_of_text,
+        decontaminate=True,
     )
     if _find_finished(request, folder) is None:
         prepare(request, folder, wait=True, progress=progress)

@@ -184,6 +184,15 @@ class RunDirectory:
             )
         return record
 
+    def recorded_dataset(self) -> str:
+        """Fingerprint of the dataset that the directory has on record; "" in a new directory.
+
+        Raises:
+            UsageError: environment.json is damaged.
+            StorageError: the disk failed.
+        """
+        return str((self.read_environment() or {}).get("dataset_fingerprint", ""))
+
     def config_changes(
         self, config: config_lib.Config, dataset_fingerprint: str, allowed: Sequence[str] = ()
     ) -> list[dict[str, Any]]:

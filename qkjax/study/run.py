@@ -103,7 +103,7 @@ def _settle_dataset(plan: Plan, directory: pathlib.Path) -> None:
         raise errors.UsageError(
             f"{path}: this study was begun on the dataset {theirs['name']}, fingerprint "
             f"{theirs['fingerprint'][:12]}, but {dataset.directory} is {ours['fingerprint'][:12]}. "
-            "Give the first one back, or use another --workdir."
+            "Name the first one with --config.data_dir=DIR, or use another --workdir."
         )
 
 

@@ -72,7 +72,9 @@ def open_run(
             f"{workdir}: the run is not finished, expected summary.json in it. "
             "Run its qkjax.main command again until it is done."
         )
-    dataset = _open_dataset(workdir, config, data_dir, data_flag)
+    environment = directory.need_environment()
+    trained_on = environment["dataset_fingerprint"]
+    dataset = _open_dataset(workdir, config, trained_on, data_dir, data_flag)
     tokenizer = tokenizer_lib.of_dataset(dataset.manifest, dataset.directory)
     if tokenizer.vocab_size != config.model.vocab_size:
         raise errors.UsageError(
@@ -80,8 +82,7 @@ def open_run(
             f"of {workdir} has {config.model.vocab_size}. "
             f"Give the directory of the run's own dataset as {data_flag}=DIR."
         )
-    environment = directory.need_environment()
-    fingerprint, trained_on = dataset.manifest.fingerprint, environment["dataset_fingerprint"]
+    fingerprint = dataset.manifest.fingerprint
     if fingerprint != trained_on:
         raise errors.UsageError(
             f"{dataset.directory}: another dataset than the run's, fingerprint "
@@ -95,11 +96,12 @@ def open_run(
 
 
 def _open_dataset(
-    workdir: pathlib.Path, config: Config, data_dir: str | None, data_flag: str
+    workdir: pathlib.Path, config: Config, trained_on: str, data_dir: str | None, data_flag: str
 ) -> dataset_lib.Dataset:
     directory = config.data.dir if data_dir is None else data_dir
     if not directory:
-        return dataset_lib.open_dataset(config)  # the embedded corpus, made where it is missing
+        # The embedded corpus, made where it is missing.
+        return dataset_lib.open_dataset(config, trained_on)
     if not pathlib.Path(directory, manifest_lib.FILE_NAME).is_file():
         raise errors.UsageError(
             f"{directory}: no dataset.json there, expected the dataset of {workdir}. "
