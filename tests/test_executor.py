@@ -22,7 +22,7 @@ from qkjax.data import dataset as dataset_lib
 from qkjax.runs import directory as run_directory
 from qkjax.runs import signals
 from qkjax.runs.directory import RunDirectory
-from qkjax.study import devices, plan, run, states, table
+from qkjax.study import plan, run, states, table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 METRICS = (synthetic_study.LOSS, synthetic_study.PR, synthetic_study.PR_BEFORE)
@@ -440,7 +440,7 @@ def test_only_does_what_it_names_and_says_what_that_waits_for(world):
 def test_jobs_run_side_by_side_each_on_its_devices(world):
     study, workdir, machine = world()
     machine.asleep = 3
-    run.execute(study, workdir, places=devices.places(None, ["0", "5"]))
+    run.execute(study, workdir, places=run.places_of(None, ["0", "5"]))
     assert machine.most_alive == 2
     used = {environment["CUDA_VISIBLE_DEVICES"] for environment in machine.environments}
     assert used == {"0", "5"}
@@ -450,14 +450,14 @@ def test_jobs_run_side_by_side_each_on_its_devices(world):
 
 
 def test_places():
-    assert devices.places(None, []) == [{}]
-    assert devices.places(3, []) == [{}, {}, {}]
-    four = devices.places(4, ["0", "1"])
+    assert run.places_of(None, []) == [{}]
+    assert run.places_of(3, []) == [{}, {}, {}]
+    four = run.places_of(4, ["0", "1"])
     assert [place["CUDA_VISIBLE_DEVICES"] for place in four] == ["0", "1", "0", "1"]
     assert {place["XLA_PYTHON_CLIENT_MEM_FRACTION"] for place in four} == {"0.45"}
     assert len({place["TPU_PROCESS_PORT"] for place in four}) == 4
     with pytest.raises(errors.UsageError, match="3 devices for --jobs=2"):
-        devices.places(2, ["0", "1", "2"])
+        run.places_of(2, ["0", "1", "2"])
 
 
 def test_the_report_comes_last_and_again_when_something_is_new(world):
@@ -578,7 +578,7 @@ def test_an_error_of_its_own_waits_until_the_runs_have_saved(world, monkeypatch)
 
     monkeypatch.setattr(run._Executor, "_note", full)
     with pytest.raises(errors.StorageError, match="no space left"):
-        run.execute(study, workdir, places=devices.places(2, []))
+        run.execute(study, workdir, places=run.places_of(2, []))
     assert machine.started == ["sweep/muon_qk/lr_0.012", "sweep/muon_qk/lr_0.024"]
     assert machine.exit_codes["sweep/muon_qk/lr_0.024"] == 143  # asked to stop
     assert machine.alive == 0

@@ -14,7 +14,7 @@ from qkjax import config as config_lib
 from qkjax import errors, files, flops, model
 from qkjax.cli import config_flag
 from qkjax.runs.directory import RunDirectory
-from qkjax.study import plan, plan_cost, plan_lines
+from qkjax.study import plan, plan_cost
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ARMS = ["adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk"]
@@ -311,7 +311,16 @@ def test_the_time_comes_from_finished_runs_or_is_said_to_be_unknown(tmp_path):
         directory = tmp_path / "sweep" / arm / "lr_1"
         directory.mkdir(parents=True)
         RunDirectory(directory).write_summary(
-            {"arm": arm, "tokens": 20_000, "wall_seconds": seconds, "diverged": diverged},
+            {
+                "arm": arm,
+                "seed": 1,
+                "step": 9,
+                "tokens": 20_000,
+                "params_sha256": "0" * 64,
+                "diverged": diverged,
+                "diverged_step": 10 if diverged else None,
+                "wall_seconds": seconds,
+            },
         )
     rates = plan_cost.measured_rates(tmp_path)
     assert rates == {"adamw_qk": 2_000.0}
@@ -328,7 +337,7 @@ def test_the_time_comes_from_finished_runs_or_is_said_to_be_unknown(tmp_path):
 def test_lines_for_a_scheduler_say_what_they_wait_for():
     study = make("tiny")
     command = ["python", "tools/run_study.py", "--config=configs/study.py:tiny", "--workdir=a b"]
-    lines = plan_lines.shell_lines(study, command, "/home/me")
+    lines = plan.shell_lines(study, command, "/home/me")
     assert len(lines) == len(study.steps)
     number = {step.name: i for i, step in enumerate(study.steps, start=1)}
     run = lines[number["runs/muon_qk/seed_42"] - 1]

@@ -8,7 +8,7 @@ import pytest
 import test_plan
 
 from qkjax import config as config_lib
-from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import RunDirectory
 from qkjax.study import states
 from qkjax.verdicts import results
 
@@ -29,8 +29,8 @@ def test_a_stored_config_is_that_of_today(tmp_path, file, words, tokens):
     """Read as today's, and the run resumes without a question about its settings."""
     shutil.copy(STORED / file, tmp_path / "config.json")
     today = present(words, tokens)
-    assert run_directory.read_config(tmp_path) == today
-    assert run_directory.config_changes(tmp_path, today, "fingerprint") == []
+    assert RunDirectory(tmp_path).read_config() == today
+    assert RunDirectory(tmp_path).config_changes(today, "fingerprint") == []
 
 
 @pytest.mark.parametrize(

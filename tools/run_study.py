@@ -15,7 +15,7 @@ from absl import flags
 
 from qkjax import errors
 from qkjax.cli import command_line, config_flag
-from qkjax.study import devices, plan, plan_cost, plan_lines, run, states, table
+from qkjax.study import plan, plan_cost, run, states, table
 
 _EXAMPLE = "configs/study.py:tiny,quick"
 _CONFIG = config_flag.define(_EXAMPLE)
@@ -53,12 +53,12 @@ def main() -> None:
         raise errors.UsageError("--workdir: missing. Name the directory, --workdir=studies/NAME.")
     if _PRINT_COMMANDS.value:
         command = [sys.executable, sys.argv[0], *config_flag.as_flags(), f"--workdir={workdir}"]
-        print("\n".join(plan_lines.shell_lines(study, command, os.getcwd())))
+        print("\n".join(plan.shell_lines(study, command, os.getcwd())))
         return
     if _STATUS.value:
         table.print_status(states.StudyFiles(study, workdir))
         return
-    run.execute(study, workdir, _ONLY.value, devices.places(_JOBS.value, _DEVICES.value))
+    run.execute(study, workdir, _ONLY.value, run.places_of(_JOBS.value, _DEVICES.value))
 
 
 if __name__ == "__main__":

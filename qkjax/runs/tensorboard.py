@@ -22,7 +22,33 @@ _FLUSH_SECONDS = 10.0  # a kill loses at most this much of what TensorBoard show
 _REPLACED = "clu.metric_writers.summary_writer"
 
 
-class SummaryWriter:
+class ScalarsOnly:
+    """The kinds of CLU's MetricWriter that nothing here writes: accepted, and not written."""
+
+    def write_summaries(
+        self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Does nothing."""
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
+        """Does nothing."""
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Does nothing."""
+
+    def write_histograms(
+        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
+    ) -> None:
+        """Does nothing."""
+
+
+class SummaryWriter(ScalarsOnly):
     """CLU's MetricWriter (a virtual subclass) that appends a new event file to a directory.
 
     It writes in the caller's thread, so that a full disk raises where it is met (tensorboardX's own
@@ -98,27 +124,6 @@ class SummaryWriter:
                 values.append(summary.Value(tag=name, image=png))
         self._write_values(step, values)
 
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Writes texts, which TensorBoard shows as Markdown."""
-        from tensorboardX import summary
-
-        for tag, text in texts.items():
-            self._write_values(step, summary.text(tag, text).value)
-
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
-    ) -> None:
-        """Writes a histogram of each array, of 30 equal buckets unless `num_buckets` says more.
-
-        Raises:
-            ValueError: an array is empty or holds a NaN or infinity.
-        """
-        from tensorboardX import summary
-
-        for tag, array in arrays.items():
-            buckets = (num_buckets or {}).get(tag) or 30
-            self._write_values(step, summary.histogram(tag, array, bins=buckets).value)
-
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Writes a flat mapping of options; once for an event file. A None is left out."""
         from tensorboardX import summary
@@ -131,20 +136,6 @@ class SummaryWriter:
         # Without tensorboardX's "experiment", TensorBoard offers every scalar as a metric.
         _, session_start, _ = summary.hparams(simple, {})
         self._write_values(0, session_start.value)
-
-    def write_summaries(
-        self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
-    ) -> None:
-        """Refuses: this writer has no tensors of other plugins."""
-        raise NotImplementedError("event files here hold no raw tensor summaries")
-
-    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
-        """Refuses: this writer has no videos."""
-        raise NotImplementedError("event files here hold no videos")
-
-    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
-        """Refuses: this writer has no sounds."""
-        raise NotImplementedError("event files here hold no sounds")
 
     def flush(self) -> None:
         """Brings everything to the disk.

@@ -1,4 +1,4 @@
-"""What a run writes as it goes: metrics.jsonl, TensorBoard event files, npz arrays.
+"""What a run writes while it trains: metrics.jsonl and TensorBoard event files.
 
 The writers have the interface of CLU's `metric_writers.MetricWriter`. metrics.jsonl is the record
 of truth: an error there stops the run. TensorBoard is a convenience: an error is a warning.
@@ -15,16 +15,10 @@ from absl import logging
 from qkjax import files
 from qkjax.runs import directory as run_directory
 from qkjax.runs import tensorboard
-from qkjax.runs.tensorboard import MetricWriter
-
-__all__ = [
-    "CompositeWriter",
-    "JsonlWriter",
-    "create_run_writer",
-]
+from qkjax.runs.tensorboard import MetricWriter, ScalarsOnly
 
 
-class JsonlWriter(MetricWriter):
+class JsonlWriter(ScalarsOnly, MetricWriter):
     """metrics.jsonl: one JSON object a line, `step` first, steps ascending.
 
     Each row goes to the operating system as it is written, and to the disk at `flush`. What the
@@ -137,30 +131,6 @@ class JsonlWriter(MetricWriter):
         finally:
             self._file.close()
 
-    # metrics.jsonl holds scalars; everything else is left to the other writers.
-
-    def write_summaries(
-        self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
-    ) -> None:
-        """Does nothing."""
-
-    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
-    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
-    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
-        """Does nothing."""
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Does nothing."""
-
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
-    ) -> None:
-        """Does nothing."""
-
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Does nothing: config.json has them."""
 
@@ -169,7 +139,7 @@ def _line(row: Mapping[str, Any]) -> bytes:
     return (json.dumps(row, allow_nan=False) + "\n").encode()
 
 
-class CompositeWriter(MetricWriter):
+class CompositeWriter(ScalarsOnly, MetricWriter):
     """Calls several writers; what one of them cannot write, the others still do.
 
     An error of metrics.jsonl is raised, once all writers were called: as StorageError where the
@@ -204,7 +174,7 @@ class CompositeWriter(MetricWriter):
             name = type(writer).__name__
             if name not in self._errors and writer is not self.jsonl:
                 logging.warning(
-                    "%s failed: %r. metrics.jsonl goes on; more errors of %s are not shown.",
+                    "%s failed: %r. metrics.jsonl is written on; more errors of %s are not shown.",
                     name,
                     error,
                     name,
@@ -254,33 +224,9 @@ class CompositeWriter(MetricWriter):
 
         return self._call(replace)
 
-    def write_summaries(
-        self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
-    ) -> None:
-        """Writes tensors, where a writer takes them."""
-        self._call(lambda writer: writer.write_summaries(step, values, metadata))
-
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         """Writes images [H, W, C] or [N, H, W, C]."""
         self._call(lambda writer: writer.write_images(step, images))
-
-    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
-        """Writes videos, where a writer takes them."""
-        self._call(lambda writer: writer.write_videos(step, videos))
-
-    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
-        """Writes sounds, where a writer takes them."""
-        self._call(lambda writer: writer.write_audios(step, audios, sample_rate=sample_rate))
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Writes texts."""
-        self._call(lambda writer: writer.write_texts(step, texts))
-
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
-    ) -> None:
-        """Writes histograms."""
-        self._call(lambda writer: writer.write_histograms(step, arrays, num_buckets))
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Writes a flat mapping of options; call it once."""

@@ -40,6 +40,8 @@ _DIVERGED_EXIT = errors.NonFiniteError.exit_code
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # before any fork
 _PR_SET_PDEATHSIG = 1  # of Linux, sys/prctl.h
 
+_TPU_PORT = 8476  # of the first of several runs side by side
+
 
 class Incomplete(errors.QkjaxError):
     """Steps of the study are missing; exit code 1, or 4 where the disk was the only reason."""
@@ -60,7 +62,7 @@ def execute(
     One process at a time may execute a whole study; parts of it (`only`) may run side by side.
 
     Args:
-        places: environment variables of each process that runs side by side (devices.places).
+        places: environment variables of each process that runs side by side (`places_of`).
     Raises:
         UsageError: another plan, dataset or config in the directory, or another process.
         Incomplete: steps failed, or wait for such; names them.
@@ -366,3 +368,40 @@ def _last_words(log: pathlib.Path, start: int) -> str:
     lines = [line.strip() for line in lines if line.strip()]
     mistakes = [line for line in lines if line.startswith("ERROR: ")]
     return (mistakes or lines or [""])[-1].removeprefix("ERROR: ")
+
+
+def places_of(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
+    """Environment variables of each place that runs may take side by side.
+
+    Args:
+        jobs: how many; None: one a device, or one.
+        devices: indices that CUDA_VISIBLE_DEVICES and TPU_VISIBLE_CHIPS take; () leaves all
+            devices to every run. Several jobs on one device share its memory evenly.
+    Raises:
+        UsageError: more devices than jobs.
+    """
+    jobs = jobs or max(1, len(devices))
+    if len(devices) > jobs:
+        raise errors.UsageError(
+            f"--devices: {len(devices)} devices for --jobs={jobs}, so some would idle. "
+            "Give as many jobs as devices, or more."
+        )
+    if not devices:
+        return [{} for _ in range(jobs)]
+    share = -(-jobs // len(devices))
+    found = []
+    for number in range(jobs):
+        device, port = devices[number % len(devices)], _TPU_PORT + number
+        variables = {
+            "CUDA_VISIBLE_DEVICES": device,
+            "TPU_VISIBLE_CHIPS": device,
+            "TPU_PROCESS_BOUNDS": "1,1,1",
+            "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
+            "TPU_PROCESS_ADDRESSES": f"localhost:{port}",
+            "TPU_PROCESS_PORT": str(port),
+            "CLOUD_TPU_TASK_ID": "0",
+        }
+        if share > 1:
+            variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / share:.2f}"
+        found.append(variables)
+    return found

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from qkjax.study import states, watching
+from qkjax.study import states
 from qkjax.study.plan import TRAINING, Step
 from qkjax.study.plan_cost import duration
 
@@ -39,14 +39,14 @@ def print_status(files: states.StudyFiles) -> None:
         shown = state.status in (states.DONE, states.DIVERGED, states.RUNNING, states.UNFINISHED)
         glance = None
         if step.kind in TRAINING and shown and state.detail != "not needed":
-            glance = watching.Watch(files.directory(step)).look()
+            glance = states.Watch(files.directory(step)).look()
         rows.append((step, state, glance))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(_table(rows))
     console.print(f"{files.workdir}: {counts(found.values())}", markup=False, highlight=False)
 
 
-def _table(rows: Iterable[tuple[Step, states.State, watching.Glance | None]]) -> Table:
+def _table(rows: Iterable[tuple[Step, states.State, states.Glance | None]]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("step of the plan", no_wrap=True)
     table.add_column("state", overflow="fold")
@@ -58,7 +58,7 @@ def _table(rows: Iterable[tuple[Step, states.State, watching.Glance | None]]) ->
     return table
 
 
-def _cells(state: states.State, glance: watching.Glance | None) -> list[str]:
+def _cells(state: states.State, glance: states.Glance | None) -> list[str]:
     if glance is None:
         return [""] * 6
     moving = state.status == states.RUNNING
@@ -84,7 +84,7 @@ class View:
         self._workdir = workdir
         self._console = Console(highlight=False, markup=False)
         self._live: Live | None = None
-        self._watches: dict[Step, watching.Watch] = {}
+        self._watches: dict[Step, states.Watch] = {}
         self._shown: dict[Step, float] = {}  # when a run has last had a plain line
 
     def __enter__(self) -> "View":
@@ -110,7 +110,7 @@ class View:
         """Shows the runs that are under way; `running` are their directories."""
         rows = []
         for step, directory in running.items():
-            watch = self._watches.setdefault(step, watching.Watch(directory))
+            watch = self._watches.setdefault(step, states.Watch(directory))
             rows.append((step, states.State(states.RUNNING), watch.look()))
         if self._live is not None:
             title = Text(f"{self._workdir}: {counts(found.values())}", overflow="fold")

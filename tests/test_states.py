@@ -13,7 +13,7 @@ import small_run
 from rich.console import Console
 
 from qkjax import files
-from qkjax.study import plan, states, table, watching
+from qkjax.study import plan, states, table
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def row(step: int, **values: float) -> str:
 
 
 def test_a_watch_sees_the_last_value_of_every_metric(directory):
-    watch = watching.Watch(directory)
+    watch = states.Watch(directory)
     assert watch.look() is None
     append(directory, row(0, val__loss=5.7, pr__key__post_rope__raw=14.0))
     assert watch.look() == (0, 20, None, 5.7, 14.0, None, None)
@@ -43,7 +43,7 @@ def test_a_watch_sees_the_last_value_of_every_metric(directory):
 
 
 def test_a_watch_waits_for_whole_lines_and_follows_a_resumed_run(directory):
-    watch = watching.Watch(directory)
+    watch = states.Watch(directory)
     line = row(2, train__loss=5.0)
     append(directory, row(1, train__loss=5.5) + line[:20])
     assert watch.look().step == 1
@@ -54,7 +54,7 @@ def test_a_watch_waits_for_whole_lines_and_follows_a_resumed_run(directory):
 
 
 def test_a_run_is_running_while_the_process_that_locked_it_lives(directory):
-    assert not watching.is_running(directory)
+    assert not states.is_running(directory)
     code = (
         "import sys; from qkjax.runs.directory import RunDirectory\n"
         "with RunDirectory(sys.argv[1]).lock():\n    print('locked', flush=True); input()"
@@ -66,19 +66,19 @@ def test_a_run_is_running_while_the_process_that_locked_it_lives(directory):
         text=True,
     )
     assert process.stdout.readline() == "locked\n"
-    assert watching.is_running(directory)
+    assert states.is_running(directory)
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet reaped
-    assert not watching.is_running(directory)
+    assert not states.is_running(directory)
     process.wait()
-    assert not watching.is_running(directory)
+    assert not states.is_running(directory)
     holder = json.loads((directory / "run.lock").read_text())
     files.write_json(directory / "run.lock", {**holder, "pid": os.getpid()})
-    assert watching.is_running(directory)
-    assert watching.other_host(directory) is None
+    assert states.is_running(directory)
+    assert states.other_host(directory) is None
     files.write_json(directory / "run.lock", {**holder, "pid": os.getpid(), "host": "x"})
-    assert not watching.is_running(directory)
-    assert watching.other_host(directory) == "x"
+    assert not states.is_running(directory)
+    assert states.other_host(directory) == "x"
 
 
 @pytest.fixture
