@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import arrays
-from qkjax import attention, eval_step, losses, model, optimizer, sharding, train_step
+from qkjax import attention, evaluation, losses, model, optimizer, sharding, train_step
 from qkjax import config as config_lib
 from qkjax.cli import startup
 from qkjax.config import Config
@@ -188,7 +188,7 @@ class LossEvaluation(JaxWork):
         self.compile(settings)
 
     def compile(self, settings: Config) -> None:
-        self._step: Any = eval_step.make_loss_step(settings, self._mesh)
+        self._step: Any = evaluation.make_loss_step(settings, self._mesh)
 
     def evaluate(self) -> jax.Array:
         """Losses of the sequences."""
@@ -207,8 +207,8 @@ class FullEvaluation(LossEvaluation):
     """The same with every measure of keys, queries and values; the decomposition not included."""
 
     def compile(self, settings: Config) -> None:
-        self._step = eval_step.make_eval_step(settings, self._mesh)
-        self._statistics = eval_step.empty_statistics(settings, self._mesh)
+        self._step = evaluation.make_eval_step(settings, self._mesh)
+        self._statistics = evaluation.empty_statistics(settings, self._mesh)
 
     def evaluate(self) -> jax.Array:
         self._statistics, losses = self._step(

@@ -1,16 +1,190 @@
-"""One pass over the frozen validation split: the host's loop around the jitted eval step."""
+"""One pass over the frozen validation split: loss and spectra.
+
+Statistics are accumulated and decomposed under jit (`make_eval_step`, `decompose`); `Evaluator` is
+the host's loop around them.
+"""
 
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qkjax import eval_step, model, sharding
+from qkjax import losses, model, sharding
 from qkjax.config import Config
 from qkjax.data import pipeline
+from qkjax.measures import probes, spectral
+
+
+class Spectra(NamedTuple):
+    """What the statistics of a whole evaluation decompose into."""
+
+    metrics: dict[str, jax.Array]  # DESIGN.md section 4's metric name -> [] float32
+    arrays: dict[str, jax.Array]  # its array name -> float32
+
+
+EvalStep = Callable[
+    [model.Params, probes.Statistics, jax.Array, jax.Array], tuple[probes.Statistics, jax.Array]
+]
+LossStep = Callable[[model.Params, jax.Array, jax.Array], jax.Array]
+
+
+def empty_statistics(config: Config, mesh: Mesh) -> probes.Statistics:
+    """The start of an evaluation: nothing seen; on every device of the mesh."""
+    empty = probes.empty_statistics(config, mesh.devices.flat[0].platform)
+    return jax.device_put(empty, sharding.replicated(mesh))
+
+
+def make_eval_step(config: Config, mesh: Mesh) -> EvalStep:
+    """Compiles `step(params, statistics, tokens, valid) -> (statistics, loss_sum [B])`.
+
+    tokens [B, T+1] and valid [B] are sharded over `data`. Rows that are not valid count nowhere;
+    loss_sum is the float32 sum over the T predicted positions of each row, in nats.
+    """
+
+    def step(
+        params: model.Params, statistics: probes.Statistics, tokens: jax.Array, valid: jax.Array
+    ) -> tuple[probes.Statistics, jax.Array]:
+        exact = not isinstance(statistics.vectors, spectral.Factor)
+        sequences_seen = statistics.vectors.count[0, 0] // config.model.sequence_length
+        rows = probes.rows_of(valid, sequences_seen)
+
+        def probe(vectors: model.HeadVectors) -> probes.Statistics:
+            return probes.look(vectors, rows, exact)
+
+        with sharding.ambient(mesh):
+            hidden, seen = model.apply_with_probe(params, tokens[:, :-1], config.model, probe)
+        return probes.merge(statistics, seen), _loss_sums(
+            config, mesh, params, hidden, tokens, valid
+        )
+
+    replicated, over_rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(replicated, replicated, over_rows, over_rows),
+        out_shardings=(replicated, replicated),
+        donate_argnums=1,
+    )
+
+
+def make_loss_step(config: Config, mesh: Mesh) -> LossStep:
+    """Compiles `step(params, tokens, valid) -> loss_sum`: the eval step without its probes."""
+
+    def step(params: model.Params, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+        with sharding.ambient(mesh):
+            hidden = model.apply(params, tokens[:, :-1], config.model)
+        return _loss_sums(config, mesh, params, hidden, tokens, valid)
+
+    replicated, over_rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    return jax.jit(step, in_shardings=(replicated, over_rows, over_rows), out_shardings=replicated)
+
+
+def _loss_sums(
+    config: Config,
+    mesh: Mesh,
+    params: model.Params,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    valid: jax.Array,
+) -> jax.Array:
+    loss_sum = losses.token_losses(
+        hidden,
+        params["embedding"],
+        tokens[:, 1:],
+        chunk_tokens=config.train.loss_chunk_tokens * mesh.size,
+    )
+    return jnp.where(valid, loss_sum, 0.0)
+
+
+def decompose(statistics: probes.Statistics, params: model.Params) -> Spectra:
+    """Every array and metric of an evaluation but the loss, after its last batch.
+
+    A metric is the mean over heads, then over layers; of `aa` and `overlap` over the heads that
+    have one; `attention/max_logit` is the largest of all, `pr/undefined_heads` a count. Call it
+    under jit, on one device.
+    """
+    # jaxlib's batched LAPACK calls wait on XLA's thread pool for parts of themselves: as many of
+    # them at a time as the pool has threads, and none goes on. So all stages go into one call, and
+    # each call comes after the one before; many devices of one host would break that order.
+    factors = probes.factor(statistics.vectors)
+    centred = spectral.singular_values(factors, centred=True)
+    raw = spectral.singular_values(_after(factors, centred), centred=False)
+    metrics: dict[str, jax.Array] = {}
+    arrays: dict[str, jax.Array] = {}
+    slices = probes.slices_of(statistics)
+    for stage, heads in slices.items():
+        where = stage.replace("_", "/", 1)
+        for centring, sigma in (("raw", raw[:, heads]), ("centred", centred[:, heads])):
+            arrays[f"{stage}_{centring}"] = sigma
+            for name, measure in spectral.MEASURES.items():
+                metrics[f"{name}/{where}/{centring}"] = _over_heads(measure(sigma))
+        arrays[f"{stage}_mean"] = factors.mean[:, heads]
+
+    pr = spectral.participation_ratio(arrays["key_post_rope_raw"])
+    metrics["pr/undefined_heads"] = jnp.isnan(pr).sum(dtype=jnp.float32)
+    keys = jax.tree.map(lambda leaf: leaf[:, slices["key_pre_rope"]], factors)
+    ratio, arrays["aa"] = spectral.axis_alignment(_after(keys, raw))
+    arrays["aa_ratio"] = ratio
+    arrays["overlap"] = overlap = spectral.subspace_overlap(_after(keys, ratio))
+    metrics["aa/key"] = jnp.nanmean(arrays["aa"])
+    metrics["overlap/key"] = jnp.nanmean(overlap)
+    for name, norms in statistics.norms.items():
+        arrays[f"{name}_norm_mean"] = norms.mean
+        arrays[f"{name}_norm_p99"] = probes.norm_quantile(norms)
+        arrays[f"{name}_norm_max"] = norms.largest
+        metrics[f"norm/{name}"] = _over_heads(norms.mean)
+    arrays["max_logit"] = statistics.attention.max_logit
+    arrays["entropy"] = statistics.attention.entropy
+    metrics["attention/max_logit"] = arrays["max_logit"].max()
+    metrics["attention/entropy"] = _over_heads(arrays["entropy"])
+    of_weights = _of_weights(params["blocks"]["attention"], keys.r.shape[-1], overlap)
+    metrics["wqk/pr"] = _over_heads(spectral.participation_ratio(of_weights["wqk_singular_values"]))
+    arrays["num_tokens"] = keys.count[0, 0].astype(jnp.float32)
+    return Spectra(metrics, arrays | of_weights)
+
+
+def _after(factor: spectral.Factor, done: jax.Array) -> spectral.Factor:
+    """The factor, but not before `done`, which is never negative: a dependency XLA cannot drop."""
+    return factor._replace(r=_wait(factor.r, done))
+
+
+def _wait(x: jax.Array, done: jax.Array) -> jax.Array:
+    return jnp.where(done.ravel()[0] < 0, 0.0, x)
+
+
+def _of_weights(attention: model.Params, head_dim: int, done: jax.Array) -> dict[str, jax.Array]:
+    """Gammas, where there are any, and the spectrum of W_q^T W_k of every query head.
+
+    In the [in, out] layout of the kernels that product is W_q W_k^T. The gammas of QK-Norm are
+    folded in; the normalisation itself, which depends on the input, is not.
+    """
+    arrays = {}
+    kernels = {}
+    for name in ("query", "key"):
+        kernel = attention[name]["kernel"]
+        kernel = kernel.reshape(*kernel.shape[:2], -1, head_dim).swapaxes(1, 2)  # [N, heads, D, K]
+        if f"{name}_norm" in attention:
+            gamma = attention[f"{name}_norm"]["gamma"]
+            arrays[f"gamma_{name[0]}"] = gamma
+            kernel = kernel * gamma[:, None, None, :]
+        kernels[name] = kernel
+    sharing = kernels["query"].shape[1] // kernels["key"].shape[1]
+    key = jnp.repeat(kernels["key"], sharing, axis=1)
+    arrays["wqk_singular_values"] = spectral.product_singular_values(
+        _wait(kernels["query"], done), key
+    )
+    return arrays
+
+
+def _over_heads(values_NH: jax.Array) -> jax.Array:
+    return values_NH.mean(axis=1).mean(axis=0)
+
+
+# --------------------------------------------------------------------------------------------
+# The pass, on the host.
 
 
 class Evaluation(NamedTuple):
@@ -28,9 +202,9 @@ class Evaluator:
         self._config = config
         self._mesh = mesh
         self._jitted: dict[str, Any] = {
-            "step": eval_step.make_eval_step(config, mesh),
-            "decompose": jax.jit(eval_step.decompose),
-            "loss": eval_step.make_loss_step(config, mesh),
+            "step": make_eval_step(config, mesh),
+            "decompose": jax.jit(decompose),
+            "loss": make_loss_step(config, mesh),
         }
         self._compiled: dict[tuple[str, int], Any] = {}  # by name and rows of a batch
         self._probe_fraction: float | None = None
@@ -54,7 +228,7 @@ class Evaluator:
             None when it was given up.
         """
         begun = time.monotonic()
-        statistics = eval_step.empty_statistics(self._config, self._mesh)
+        statistics = empty_statistics(self._config, self._mesh)
         clock = _Clock(self._probe_fraction is None)
         sums, masks, length = [], [], self._config.model.sequence_length
         for batch in batches:

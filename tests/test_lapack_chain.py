@@ -11,7 +11,7 @@ import pytest
 import small_run
 from jax.extend.core import Literal
 
-from qkjax import eval_step, model, sharding
+from qkjax import evaluation, model, sharding
 from qkjax.measures import probes
 
 _LAPACK = {"geqrf", "qr", "householder_product", "svd", "eigh", "lu", "cholesky"}
@@ -74,7 +74,7 @@ def test_the_check_sees_independent_calls():
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])  # float64 moments, QR factors
 def test_evaluation_has_none(platform, tmp_path):
     config = small_run.make_config(tmp_path, "muon", "learned").for_platform("cpu")
-    step = eval_step.make_eval_step(config, sharding.make_mesh())
+    step = evaluation.make_eval_step(config, sharding.make_mesh())
     rows, length = 5, config.model.sequence_length + 1
     params = model.parameter_shapes(config.model)
     statistics = jax.eval_shape(lambda: probes.empty_statistics(config, platform))
@@ -83,6 +83,6 @@ def test_evaluation_has_none(platform, tmp_path):
     program = jax.make_jaxpr(step)(params, statistics, tokens, valid).jaxpr
     assert contains_lapack(program) == (platform == "tpu")
     assert independent_calls(program) == []
-    program = jax.make_jaxpr(eval_step.decompose)(statistics, params).jaxpr
+    program = jax.make_jaxpr(evaluation.decompose)(statistics, params).jaxpr
     assert contains_lapack(program)
     assert independent_calls(program) == []

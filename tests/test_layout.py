@@ -18,7 +18,7 @@ STREET = (
     "config",
     "model optimizer flops cli data __init__",
     "measures train_step",
-    "eval_step evaluation runs",
+    "evaluation runs",
     "train main trained export tasks study verdicts report",
 )
 PLACES = {

@@ -7,10 +7,10 @@ import orbax.checkpoint as ocp
 import pytest
 import reference_model
 import small_run
-import test_eval_step
+import test_evaluation
 import test_spectral
 
-from qkjax import attention, eval_step, evaluation, model, sharding, train
+from qkjax import attention, evaluation, model, sharding, train
 from qkjax import config as config_lib
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
@@ -364,7 +364,7 @@ def test_planted_collapse_is_seen_by_the_measures_that_can():
     key[:, 1] = axes @ generic @ generic.T
     key[:, 2, 4:] = 0
     evaluator = evaluation.Evaluator(c, sharding.make_mesh())
-    evaluator._compile = test_eval_step.compile_quickly
+    evaluator._compile = test_evaluation.compile_quickly
     tokens = rng.integers(0, 512, (1, 2049)).astype(np.int32)
     batch = pipeline.ValidationBatch(tokens, np.ones(1, bool))
     params = jax.device_put(params, sharding.replicated(sharding.make_mesh()))
@@ -468,8 +468,8 @@ def test_product_spectrum_without_the_product():
 
 def test_qr_factors_give_what_moments_give():
     """The way of TPUs, which have no float64: the same step with the other statistics."""
-    c, measure, params = test_eval_step.learned()
-    tokens = test_eval_step.skewed_sequences(3)
+    c, measure, params = test_evaluation.learned()
+    tokens = test_evaluation.skewed_sequences(3)
     valid = np.array([True, True, False])
     found = {}
     for platform, kind in (
@@ -481,11 +481,11 @@ def test_qr_factors_give_what_moments_give():
         assert isinstance(empty.vectors, kind)
         if platform == "cuda":
             continue
-        step = eval_step.make_eval_step(c, measure.mesh)
+        step = evaluation.make_eval_step(c, measure.mesh)
         arguments = (params, empty, tokens, valid)
-        compiled = step.lower(*arguments).compile(compiler_options=test_eval_step.QUICK)
+        compiled = step.lower(*arguments).compile(compiler_options=test_evaluation.QUICK)
         found[platform] = jax.device_get(
-            jax.jit(eval_step.decompose)(compiled(*arguments)[0], params)
+            jax.jit(evaluation.decompose)(compiled(*arguments)[0], params)
         )
     for name, array in found["cpu"].arrays.items():
         limit = 1e-4 if name in ("aa", "aa_ratio", "overlap") else 1e-5 * np.abs(array).max()
@@ -497,10 +497,10 @@ def test_qr_factors_give_what_moments_give():
 
 
 def test_a_dead_head_leaves_the_measures_of_the_others():
-    _, measure, params = test_eval_step.learned()
+    _, measure, params = test_evaluation.learned()
     params = jax.tree.map(np.copy, params)
     params["blocks"]["attention"]["key"]["kernel"][1, :, :8] = 0  # layer 1, head 0 of 2
-    found = measure(params, test_eval_step.skewed_sequences(4))
+    found = measure(params, test_evaluation.skewed_sequences(4))
     np.testing.assert_array_equal(np.isnan(found.spectra["aa"]), [[False, False], [True, False]])
     # Of two heads, the other has none left to be compared with.
     np.testing.assert_array_equal(
@@ -530,7 +530,7 @@ def test_probe_fraction_is_the_share_that_the_loss_alone_would_not_take(monkeypa
 
 
 def test_probe_fraction_is_measured_once(monkeypatch):
-    _, measure, params = test_eval_step.learned()
+    _, measure, params = test_evaluation.learned()
     calls = []
     original = evaluation._Clock.probe_fraction
     monkeypatch.setattr(
@@ -540,6 +540,6 @@ def test_probe_fraction_is_measured_once(monkeypatch):
     )
     evaluator = measure.evaluator
     monkeypatch.setattr(evaluator, "_probe_fraction", None)
-    sequences = test_eval_step.skewed_sequences(4)
+    sequences = test_evaluation.skewed_sequences(4)
     fractions = [measure(params, sequences).metrics["perf/eval_probe_fraction"] for _ in range(2)]
     assert fractions[0] == fractions[1] < 1 and len(calls) == 1

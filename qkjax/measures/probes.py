@@ -267,7 +267,7 @@ def _stream(by_stage: list[jax.Array], valid_B: jax.Array, exact: bool) -> Strea
         with jax.enable_x64(True):
             seen = [moments.moments(vectors, valid_B) for vectors in by_stage]
             return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *seen)
-    # One batched QR: see `eval_step.decompose` for what two at a time may do.
+    # One batched QR: see `evaluation.decompose` for what two at a time may do.
     by_sequence = spectral.factor(jnp.concatenate(by_stage, axis=1))
     counted = jnp.where(valid_B[:, None], by_sequence.count, 0)
     return spectral.merge_leading_axis(by_sequence._replace(count=counted))

@@ -1,4 +1,4 @@
-"""eval_step.py and evaluation.py against float64: the loss, the spectra, batches and devices."""
+"""evaluation.py against float64: the loss, the spectra, batches and devices."""
 
 import functools
 import zlib
@@ -9,7 +9,7 @@ import reference_model
 from compile_options import QUICK
 
 from qkjax import config as config_lib
-from qkjax import eval_step, evaluation, model, sharding
+from qkjax import evaluation, model, sharding
 from qkjax.data import pipeline
 
 import jax  # isort: skip  (after qkjax, which sets the XLA flags)
@@ -207,7 +207,7 @@ def test_tokens_of_padded_rows_are_not_read():
         tokens = skewed_sequences(measure.size)
         tokens[-1] = filling
         valid = np.arange(measure.size) < measure.size - 1
-        statistics = eval_step.empty_statistics(c, measure.mesh)
+        statistics = evaluation.empty_statistics(c, measure.mesh)
         arguments = (params, statistics, tokens, valid)
         step = measure.evaluator._program("step", measure.size, *arguments)
         results.append(jax.device_get(step(*arguments)))
@@ -229,7 +229,8 @@ def measure_to(path):
 
 def test_1_and_8_devices_agree(on_devices, tmp_path):
     """Eight devices take the eleven sequences in one batch: other merges of the same keys."""
-    code = "import sys; sys.path.insert(0, 'tests'); import test_eval_step as t; t.measure_to({!r})"
+    code = "import sys; sys.path.insert(0, 'tests'); import test_evaluation; "
+    code += "test_evaluation.measure_to({!r})"
     on_devices(code.format(str(tmp_path / "8.npz")), 8)
     measure_to(tmp_path / "1.npz")
     with np.load(tmp_path / "1.npz") as one, np.load(tmp_path / "8.npz") as eight:
