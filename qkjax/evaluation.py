@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from qkjax import losses, model, sharding
 from qkjax.config import Config
 from qkjax.data import pipeline
-from qkjax.measures import probes, spectral
+from qkjax.measures import probes, ranks, spectral
 
 
 class Spectra(NamedTuple):
@@ -119,11 +119,11 @@ def decompose(statistics: probes.Statistics, params: model.Params) -> Spectra:
         where = stage.replace("_", "/", 1)
         for centring, sigma in (("raw", raw[:, heads]), ("centred", centred[:, heads])):
             arrays[f"{stage}_{centring}"] = sigma
-            for name, measure in spectral.MEASURES.items():
+            for name, measure in ranks.MEASURES.items():
                 metrics[f"{name}/{where}/{centring}"] = _over_heads(measure(sigma))
         arrays[f"{stage}_mean"] = factors.mean[:, heads]
 
-    pr = spectral.participation_ratio(arrays["key_post_rope_raw"])
+    pr = ranks.participation_ratio(arrays["key_post_rope_raw"])
     metrics["pr/undefined_heads"] = jnp.isnan(pr).sum(dtype=jnp.float32)
     keys = jax.tree.map(lambda leaf: leaf[:, slices["key_pre_rope"]], factors)
     ratio, arrays["aa"] = spectral.axis_alignment(_after(keys, raw))
@@ -141,7 +141,7 @@ def decompose(statistics: probes.Statistics, params: model.Params) -> Spectra:
     metrics["attention/max_logit"] = arrays["max_logit"].max()
     metrics["attention/entropy"] = _over_heads(arrays["entropy"])
     of_weights = _of_weights(params["blocks"]["attention"], keys.r.shape[-1], overlap)
-    metrics["wqk/pr"] = _over_heads(spectral.participation_ratio(of_weights["wqk_singular_values"]))
+    metrics["wqk/pr"] = _over_heads(ranks.participation_ratio(of_weights["wqk_singular_values"]))
     arrays["num_tokens"] = keys.count[0, 0].astype(jnp.float32)
     return Spectra(metrics, arrays | of_weights)
 

@@ -14,7 +14,7 @@ from qkjax import attention, evaluation, model, sharding, train
 from qkjax import config as config_lib
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
-from qkjax.measures import moments, probes, spectral
+from qkjax.measures import moments, probes, ranks, spectral
 from qkjax.runs.directory import RunDirectory
 
 import jax  # isort: skip  (after qkjax, which sets the XLA flags)
@@ -243,7 +243,7 @@ def test_every_array_and_metric_of_a_run_equals_float64(runs, arm):
         else:
             assert row[name] == pytest.approx(value, rel=2e-3 if "overlap" in name else 1e-4), name
     for stage in STAGES:
-        for name in spectral.MEASURES:
+        for name in ranks.MEASURES:
             assert 1 <= row[f"{name}/{stage.replace('_', '/', 1)}/raw"] <= K
     assert row["perf/eval_probe_fraction"] < 1
     assert row["val/loss"] > 0
@@ -279,7 +279,7 @@ def test_moments_of_500_batches_agree_with_float64(name):
         for centred in (True, False):
             expected, sigma = test_spectral._float64_pr(heads[spectrum, spreads], centred)
             found = spectral.singular_values(jax.tree.map(lambda x, h=head: x[h], factors), centred)
-            ratio = float(spectral.participation_ratio(found))
+            ratio = float(ranks.participation_ratio(found))
             assert ratio == pytest.approx(expected, rel=1e-5), (spreads, centred)
             np.testing.assert_allclose(found / sigma[0], sigma / sigma[0], rtol=0, atol=1e-5)
 
@@ -299,9 +299,7 @@ def test_identities_of_both_streams():
     turned = (skewed @ np.linalg.qr(rng.standard_normal((64, 64)))[0]).astype(np.float32)
     for way in range(2):
         pr = [
-            float(
-                spectral.participation_ratio(spectral.singular_values(both_streams(rows)[way], 0))
-            )
+            float(ranks.participation_ratio(spectral.singular_values(both_streams(rows)[way], 0)))
             for rows in (orthonormal, line, skewed, 1000 * skewed, turned)
         ]
         assert pr[:2] == pytest.approx([64, 1], rel=1e-4)  # 63 zeros of 1e-7 each
@@ -317,7 +315,7 @@ def after_rope(rows):
 
 def raw_pr(rows):
     f = moments.to_factor(moments.moments(jnp.asarray(rows)[None], np.ones(1, bool)))
-    return float(spectral.participation_ratio(spectral.singular_values(f, centred=False)))
+    return float(ranks.participation_ratio(spectral.singular_values(f, centred=False)))
 
 
 def test_constant_keys_look_as_docs_metrics_says():

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from qkjax.measures import spectral
+from qkjax.measures import ranks, spectral
 
 import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
@@ -78,7 +78,7 @@ def test_500_batches_agree_with_float64(name, spreads, centred):
     sigma = _singular_values(total, centred)[head]
     assert total.count[head] == NUM_BATCHES * BATCH_ROWS
     assert sigma.dtype == jnp.float32
-    assert abs(float(spectral.participation_ratio(sigma)) / expected - 1) < TOLERANCE
+    assert abs(float(ranks.participation_ratio(sigma)) / expected - 1) < TOLERANCE
     assert np.abs(sigma / expected_sigma[0] - expected_sigma / expected_sigma[0]).max() < TOLERANCE
     assert np.all(np.diff(sigma) <= 0)
 
@@ -100,8 +100,8 @@ def test_the_order_of_batches_does_not_matter():
     shuffled = _stream(batches[order], np.ones((NUM_BATCHES, BATCH_ROWS), bool))
     assert np.array_equal(shuffled.count, total.count)
     for centred in (True, False):
-        one = spectral.participation_ratio(_singular_values(total, centred))
-        other = spectral.participation_ratio(_singular_values(shuffled, centred))
+        one = ranks.participation_ratio(_singular_values(total, centred))
+        other = ranks.participation_ratio(_singular_values(shuffled, centred))
         np.testing.assert_allclose(other, one, rtol=TOLERANCE)
 
 
@@ -156,7 +156,7 @@ def test_a_partial_batch_counts_only_its_rows():
     for centred in (True, False):
         expected, _ = _float64_pr(rows, centred)
         sigma = _singular_values(total, centred)[0]
-        assert abs(float(spectral.participation_ratio(sigma)) / expected - 1) < TOLERANCE
+        assert abs(float(ranks.participation_ratio(sigma)) / expected - 1) < TOLERANCE
 
 
 def test_fewer_rows_than_dimensions():
@@ -166,7 +166,7 @@ def test_fewer_rows_than_dimensions():
     raw = np.linalg.svd(rows.astype(np.float64), compute_uv=False)
     np.testing.assert_allclose(_singular_values(few, False)[:5], raw, rtol=1e-5)
     np.testing.assert_allclose(_singular_values(few, False)[5:], 0, atol=1e-5)
-    assert float(spectral.participation_ratio(_singular_values(few, True))) < 4.01
+    assert float(ranks.participation_ratio(_singular_values(few, True))) < 4.01
 
 
 def test_empty_sets_are_exact_no_ops():
@@ -214,7 +214,7 @@ def test_a_non_finite_vector_gives_nan_and_no_crash():
     rows = np.ones((2, 96, K), np.float32)
     rows[0, 3, 3] = np.inf
     sigma = _singular_values(_factor(rows), True)
-    for name, measure in spectral.MEASURES.items():
+    for name, measure in ranks.MEASURES.items():
         assert np.isnan(measure(sigma)[0]), name
 
 
@@ -231,19 +231,19 @@ def _reference_measures(sigma):
 
 
 def test_measures_equal_their_formulae():
-    assert list(spectral.MEASURES) == ["pr", "pr_cov", "erank", "srank", "r90"]
+    assert list(ranks.MEASURES) == ["pr", "pr_cov", "erank", "srank", "r90"]
     spectra = [np.random.default_rng(10).random(K), *SPECTRA.values()]
     for sigma in spectra:
         sigma = np.sort(sigma)[::-1]
         for name, expected in _reference_measures(sigma).items():
-            found = spectral.MEASURES[name](jnp.asarray(sigma, jnp.float32))
+            found = ranks.MEASURES[name](jnp.asarray(sigma, jnp.float32))
             assert found.dtype == jnp.float32
             np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("name", spectral.MEASURES)
+@pytest.mark.parametrize("name", ranks.MEASURES)
 def test_identities_of_every_measure(name):
-    measure = spectral.MEASURES[name]
+    measure = ranks.MEASURES[name]
     sigma = np.zeros((3, K), np.float32)
     sigma[0] = 1  # orthonormal
     sigma[1, 0] = 1  # rank 1
@@ -259,10 +259,10 @@ def test_identities_of_every_measure(name):
 
 
 def test_r90_counts_a_tie_as_held():
-    assert float(spectral.r90(jnp.ones(10))) == 9
-    assert float(spectral.r90(jnp.ones(20))) == 18
-    assert float(spectral.r90(jnp.asarray([3.0, 1.0]))) == 1  # 9 of 10
-    assert float(spectral.r90(jnp.asarray([3.0, 1.0001]))) == 2
+    assert float(ranks.r90(jnp.ones(10))) == 9
+    assert float(ranks.r90(jnp.ones(20))) == 18
+    assert float(ranks.r90(jnp.asarray([3.0, 1.0]))) == 1  # 9 of 10
+    assert float(ranks.r90(jnp.asarray([3.0, 1.0001]))) == 2
 
 
 _alignment = jax.jit(spectral.axis_alignment)

@@ -1,4 +1,4 @@
-"""Spectra of keys, queries and values: streaming factors, singular values, measures.
+"""Spectra of keys, queries and values: streaming factors, singular values, how heads lie.
 
 The n vectors of one head form an [n, K] matrix that is never stored. A `Factor` holds count, mean
 and the triangular R of the QR factorisation of the centred vectors: all that both spectra, raw and
@@ -7,14 +7,13 @@ of the sum of squares), in float32, without loss where a Gram matrix or a downda
 lose half of the digits. Everything is pure, jit- and vmap-able, and needs no float64.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-_HOLDS = 0.9  # the share of r90
-_TIE = 1e-6  # float32 sums: 9 of 10 equal directions do hold 90%
+from qkjax.measures import ranks
+
 _ISOTROPIC_ABOVE = 0.95  # r0 of axis alignment: such a covariance has no orientation to speak of
 _LEADING = 8  # directions of a head that overlap compares
 
@@ -180,75 +179,6 @@ def _triangular(rows: jax.Array) -> jax.Array:
         return jnp.linalg.qr(rows, mode="r")
 
 
-def _over_largest(sigma_S: jax.Array) -> jax.Array:
-    """Singular values divided by the largest, so that no square under- or overflows; 0/0 is NaN."""
-    sigma_S = sigma_S.astype(jnp.float32)
-    return sigma_S / jnp.max(sigma_S, axis=-1, keepdims=True)
-
-
-def participation_ratio(sigma_S: jax.Array) -> jax.Array:
-    """Effective number of directions in use: (sum s)^2 / sum s^2.
-
-    Args:
-        sigma_S: [..., S] singular values, any order, non-negative.
-    Returns:
-        [...] float32 in [1, S]; NaN where every singular value is 0 or one is not finite.
-    Source: the QK-Norm study's PR (`pr`); for the covariance form see `participation_ratio_cov`.
-    """
-    s = _over_largest(sigma_S)
-    return s.sum(axis=-1) ** 2 / (s**2).sum(axis=-1)
-
-
-def participation_ratio_cov(sigma_S: jax.Array) -> jax.Array:
-    """Participation ratio of the covariance's eigenvalues: (sum s^2)^2 / sum s^4.
-
-    Args and returns: as `participation_ratio`.
-    Source: the usual PR of the literature (Gao et al. 2017), `pr_cov`.
-    """
-    return participation_ratio(_over_largest(sigma_S) ** 2)
-
-
-def effective_rank(sigma_S: jax.Array) -> jax.Array:
-    """Exponential of the entropy of the normalised singular values.
-
-    Args and returns: as `participation_ratio`.
-    Source: Roy & Vetterli 2007; RankMe (Garrido et al. 2023), `erank`.
-    """
-    s = _over_largest(sigma_S)
-    p = s / s.sum(axis=-1, keepdims=True)
-    return jnp.exp(jax.scipy.special.entr(p).sum(axis=-1))
-
-
-def stable_rank(sigma_S: jax.Array) -> jax.Array:
-    """Squared Frobenius norm over squared spectral norm: sum s^2 / max s^2.
-
-    Args and returns: as `participation_ratio`.
-    Source: Rudelson & Vershynin 2007, `srank`.
-    """
-    return (_over_largest(sigma_S) ** 2).sum(axis=-1)
-
-
-def r90(sigma_S: jax.Array) -> jax.Array:
-    """Fewest directions that hold 90% of sum s^2.
-
-    Args and returns: as `participation_ratio`; whole numbers. A tie within 1e-6 counts as held.
-    """
-    energy = jnp.sort(_over_largest(sigma_S) ** 2, axis=-1, descending=True)
-    held = jnp.cumsum(energy, axis=-1)
-    total = held[..., -1:]
-    short = (held < (_HOLDS - _TIE) * total).sum(axis=-1).astype(jnp.float32)
-    return jnp.where(jnp.isfinite(total[..., 0]), short + 1.0, jnp.nan)
-
-
-MEASURES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "pr": participation_ratio,
-    "pr_cov": participation_ratio_cov,
-    "erank": effective_rank,
-    "srank": stable_rank,
-    "r90": r90,
-}
-
-
 def axis_alignment(f: Factor) -> tuple[jax.Array, jax.Array]:
     """How far the covariance's eigenvectors are the coordinate axes.
 
@@ -264,9 +194,9 @@ def axis_alignment(f: Factor) -> tuple[jax.Array, jax.Array]:
     """
     sigma = singular_values(f, centred=True)
     dim = sigma.shape[-1]
-    scaled = f.r / sigma[..., :1, None]  # R^T R neither under- nor overflows, as in the measures
-    of_eigenvalues = participation_ratio_cov(sigma)
-    r = of_eigenvalues / participation_ratio((scaled**2).sum(axis=-2))
+    scaled = f.r / sigma[..., :1, None]  # R^T R neither under- nor overflows, as in `ranks`
+    of_eigenvalues = ranks.participation_ratio_cov(sigma)
+    r = of_eigenvalues / ranks.participation_ratio((scaled**2).sum(axis=-2))
     r0 = (of_eigenvalues + 2) / (dim + 2)
     return r, jnp.where(r0 > _ISOTROPIC_ABOVE, jnp.nan, (r - r0) / (1 - r0))
 

@@ -1,41 +1,23 @@
 """Numbers per layer and head, by name: measures of singular values, and saved arrays.
 
-Measures are computed here, in numpy, from the singular values that a run saves, so that any of
-them can be had of any run that is on the disk. The formulas are those of `qkjax.measures.spectral`.
+Measures are computed from the singular values that a run saves, so that each of them can be had of
+any run that is on the disk.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from qkjax import errors
+from qkjax.measures.ranks import MEASURES
 
-_HOLDS, _TIE = 0.9, 1e-6  # of r90, as in qkjax.measures.spectral
-
-
-def _pr(s: np.ndarray) -> np.ndarray:
-    return s.sum(axis=-1) ** 2 / (s**2).sum(axis=-1)
-
-
-def _erank(s: np.ndarray) -> np.ndarray:
-    p = s / s.sum(axis=-1, keepdims=True)
-    return np.exp(-(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1))
-
-
-def _r90(s: np.ndarray) -> np.ndarray:
-    held = np.cumsum(np.sort(s**2, axis=-1)[..., ::-1], axis=-1)
-    short = (held < (_HOLDS - _TIE) * held[..., -1:]).sum(axis=-1)
-    return np.where(np.isfinite(held[..., -1]), short + 1.0, np.nan)
-
-
-# Of singular values divided by the largest one, [..., S] -> [...]; name -> formula and title.
-MEASURES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
-    "pr": (_pr, "participation ratio"),
-    "pr_cov": (lambda s: _pr(s**2), "covariance participation ratio"),
-    "erank": (_erank, "effective rank"),
-    "srank": (lambda s: (s**2).sum(axis=-1), "stable rank"),
-    "r90": (_r90, "directions for 90% of the energy"),
+# Of `ranks.MEASURES`, in words.
+TITLES: dict[str, str] = {
+    "pr": "participation ratio",
+    "pr_cov": "covariance participation ratio",
+    "erank": "effective rank",
+    "srank": "stable rank",
+    "r90": "directions for 90% of the energy",
 }
 # Saved per head as they are; name -> title and unit.
 SAVED: dict[str, tuple[str, str]] = {
@@ -49,19 +31,6 @@ VECTORS = ("key", "query", "value", "wqk")
 STAGES = ("pre_rope", "post_rope")
 CENTRINGS = ("raw", "centred")
 _WQK = "wqk_singular_values"
-
-
-def measure(name: str, sigma_S: np.ndarray) -> np.ndarray:
-    """A measure of MEASURES of singular values, as `qkjax.measures.spectral.MEASURES` defines it.
-
-    Args:
-        sigma_S: [..., S] singular values, any order, non-negative.
-    Returns:
-        [...] float64 in [1, S]; NaN where every singular value is 0 or one is not finite.
-    """
-    sigma_S = np.asarray(sigma_S, np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return MEASURES[name][0](sigma_S / sigma_S.max(axis=-1, keepdims=True))
 
 
 class Quantity(NamedTuple):
@@ -89,7 +58,7 @@ class Quantity(NamedTuple):
     @property
     def title(self) -> str:
         """The measure in words."""
-        return SAVED[self.measure][0] if self.measure in SAVED else MEASURES[self.measure][1]
+        return SAVED[self.measure][0] if self.measure in SAVED else TITLES[self.measure]
 
     @property
     def counts_directions(self) -> bool:
@@ -106,7 +75,8 @@ class Quantity(NamedTuple):
             return None
         if self.measure in SAVED:
             return np.asarray(array, np.float64)
-        return measure(self.measure, array)
+        with np.errstate(divide="ignore", invalid="ignore"):  # of keys that are all zero
+            return MEASURES[self.measure](np.asarray(array, np.float64))
 
 
 def quantity(

@@ -1,0 +1,82 @@
+"""How many directions a spectrum uses: one formula each, for arrays of jax and of numpy.
+
+An evaluation computes them in float32 under jit, a figure in float64 from the singular values that
+a run saved. Every function takes [..., S] singular values, any order, non-negative, and returns
+[...] of their dtype in [1, S]; NaN where every singular value is 0 or one is not finite.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import jax
+
+Array = TypeVar("Array", np.ndarray, "jax.Array")
+
+_HOLDS = 0.9  # the share of r90
+_TIE = 1e-6  # float32 sums: 9 of 10 equal directions do hold 90%
+
+
+def participation_ratio(sigma_S: Array) -> Array:
+    """Effective number of directions in use: (sum s)^2 / sum s^2.
+
+    Source: the QK-Norm study's PR (`pr`); for the covariance form see `participation_ratio_cov`.
+    """
+    s = _over_largest(sigma_S)
+    return s.sum(axis=-1) ** 2 / (s**2).sum(axis=-1)
+
+
+def participation_ratio_cov(sigma_S: Array) -> Array:
+    """Participation ratio of the covariance's eigenvalues: (sum s^2)^2 / sum s^4.
+
+    Source: the usual PR of the literature (Gao et al. 2017), `pr_cov`.
+    """
+    return participation_ratio(_over_largest(sigma_S) ** 2)
+
+
+def effective_rank(sigma_S: Array) -> Array:
+    """Exponential of the entropy of the normalised singular values.
+
+    Source: Roy & Vetterli 2007; RankMe (Garrido et al. 2023), `erank`.
+    """
+    s, xp = _over_largest(sigma_S), _namespace(sigma_S)
+    p = s / s.sum(axis=-1, keepdims=True)
+    return xp.exp(xp.where(p == 0, 0, -(p * xp.log(xp.where(p == 0, 1, p)))).sum(axis=-1))
+
+
+def stable_rank(sigma_S: Array) -> Array:
+    """Squared Frobenius norm over squared spectral norm: sum s^2 / max s^2.
+
+    Source: Rudelson & Vershynin 2007, `srank`.
+    """
+    return (_over_largest(sigma_S) ** 2).sum(axis=-1)
+
+
+def r90(sigma_S: Array) -> Array:
+    """Fewest directions that hold 90% of sum s^2, whole; a tie within 1e-6 counts as held."""
+    s, xp = _over_largest(sigma_S), _namespace(sigma_S)
+    held = xp.cumsum(xp.flip(xp.sort(s**2, axis=-1), axis=-1), axis=-1)
+    total = held[..., -1:]
+    short = (held < (_HOLDS - _TIE) * total).sum(axis=-1).astype(s.dtype)
+    return xp.where(xp.isfinite(total[..., 0]), short + 1, xp.nan)
+
+
+MEASURES: dict[str, Callable[[Any], Any]] = {
+    "pr": participation_ratio,
+    "pr_cov": participation_ratio_cov,
+    "erank": effective_rank,
+    "srank": stable_rank,
+    "r90": r90,
+}
+
+
+def _over_largest(sigma_S: Array) -> Array:
+    """Singular values divided by the largest, so that no square under- or overflows; 0/0 is NaN."""
+    return sigma_S / sigma_S.max(axis=-1, keepdims=True)
+
+
+def _namespace(array: Array) -> Any:
+    """numpy or jax.numpy, by the array (the Python array API standard)."""
+    return array.__array_namespace__()
