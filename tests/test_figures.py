@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -16,8 +16,9 @@ import pytest
 import small_run
 
 from qkjax import train
-from qkjax.measures import spectral
+from qkjax.measures import ranks
 from qkjax.report import drawing, figures, quantities, run_spectra
+from qkjax.trained import rank_curves
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -123,11 +124,11 @@ def test_measures_are_those_of_the_evaluation():
     zeros, rank_one = np.zeros(64), np.eye(1, 64)[0] * 1e-20
     not_finite = [np.append(random[0, 1:], bad) for bad in (np.nan, np.inf)]
     sigma = np.stack([*random, steep, tie, zeros, rank_one, *not_finite]).astype(np.float32)
-    assert quantities.MEASURES.keys() == spectral.MEASURES.keys()
-    for measure, formula in spectral.MEASURES.items():
+    assert quantities.TITLES.keys() == ranks.MEASURES.keys()
+    for measure, formula in ranks.MEASURES.items():
         # Sums of 64 terms of one sign in float32, twice: under 2 * 64 * 6e-8.
         expected = np.asarray(jax.jit(formula)(sigma))
-        found = quantities.measure(measure, sigma)
+        found = quantities.quantity(measure).values({"key_post_rope_raw": sigma})
         np.testing.assert_allclose(found, expected, rtol=8e-6, err_msg=measure)
         undefined = [False] * 7 + [True, False, True, True]
         assert np.isnan(found).tolist() == undefined
@@ -246,7 +247,7 @@ def test_trajectory_is_what_the_run_measured(run):
     """The lines are the metrics that the training run wrote, by way of jax."""
     loaded = run_spectra.load_run(run)
     rows = [row for row in small_run.rows(run) if row["step"] in STEPS]
-    for measure in quantities.MEASURES:
+    for measure in ranks.MEASURES:
         views = (("post_rope", "raw"), ("pre_rope", "centred"))
         shown = [quantities.quantity(measure, "key", *view) for view in views]
         drawn = figures.trajectories([loaded], shown)
@@ -620,3 +621,47 @@ def test_a_full_disk_is_exit_code_4(run, call, tmp_path):
 
 def test_formats_are_written_once():
     assert drawing.check_formats(["png", "svg", "png"]) == ("png", "svg")
+
+
+# --------------------------------------------------------------------------------------------
+# rank_surgery.
+
+
+def rank_rows(layers: Iterable[str]) -> list[rank_curves.Row]:
+    return [
+        rank_curves.Row(layer, "pre_rope", kind, rank, None, 3.0, 1 / rank - 0.1)
+        for layer in layers
+        for kind in rank_curves.KINDS
+        for rank in (1, 8, 16)
+    ]
+
+
+def test_rank_curves_name_their_axes_and_are_the_same_every_time():
+    rows = rank_rows(("all", *map(str, range(9))))
+    drawn = [figures.rank_curves(rows, 16, "A title") for _ in range(2)]
+    images = [drawing.to_bytes(figure, "svg") for figure in drawn]
+    assert images[0] == images[1]
+    for text in (
+        "A title",
+        "all layers together",
+        "one layer at a time, random directions",
+        "directions kept of each head's 16 (log2)",
+        "added validation loss (nat per token; linear below 0.01)",
+        "0.01 nat",
+        "layer",
+    ):
+        assert f">{text}<" in images[0].decode(), text
+    (line,) = (line for line in drawn[0].axes[0].lines if line.get_label() == "top directions")
+    assert list(line.get_xdata()) == [1, 8, 16] and line.get_ydata()[0] == 0.9
+
+
+@pytest.mark.parametrize("layers", [("all",), ("0", "1"), ("all", "0", "1")])
+def test_the_title_of_rank_curves_is_whole(layers: tuple[str, ...]):
+    title = (
+        "Keys projected pre-RoPE: muon_qk_undecayed_merged, step 195, 65,536 validation tokens, "
+        "val/loss 5.1234"
+    )
+    figure = figures.rank_curves(rank_rows(layers), 16, title)
+    box = figure.texts[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+    assert figure.texts[0].get_text().replace("\n", " ") == title

@@ -15,6 +15,7 @@ from absl import flags
 
 from qkjax import errors
 from qkjax.cli import command_line
+from qkjax.report import drawing, figures
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; the latest unless given.")
@@ -51,7 +52,9 @@ def main() -> None:
         data_dir=_DATA_DIR.value,
     )
     workdir = pathlib.Path(_WORKDIR.value).expanduser().absolute()
-    rank_surgery.measure(workdir, request, report=functools.partial(print, flush=True))
+    found = rank_surgery.measure(workdir, request, report=functools.partial(print, flush=True))
+    figure = figures.rank_curves(found.rows, found.head_dim, found.title)
+    drawing.save(figure, found.path.with_suffix(""), drawing.FORMATS)
 
 
 def _rank(text: str) -> int:

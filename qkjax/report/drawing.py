@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("svg", "png")
-_HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP*"
 VALUE_COLOURS, DIFFERENCE_COLOURS = "cividis", "PuOr"
 _STYLE: dict[str, Any] = {
@@ -193,12 +193,27 @@ def layer_ticks(num_layers: int) -> list[int]:
 
 def hue_and_marker(i: int) -> tuple[str, str]:
     """Of the i-th run of a figure."""
-    return _HUES[i % len(_HUES)], _MARKERS[i % len(_MARKERS)]
+    return HUES[i % len(HUES)], _MARKERS[i % len(_MARKERS)]
 
 
 def colours(number: int) -> list[Any]:
     """So many colours in order; the palest yellow, unreadable on white, is left out."""
     return list(_matplotlib().colormaps["viridis"](np.linspace(0, 0.92, number)))
+
+
+def tolerance(axes: "Axes", most: float) -> None:
+    """A vertical axis of added loss in nat: linear to the most that is allowed, then log."""
+    axes.set_yscale("symlog", linthresh=most)
+    axes.axhline(most, color="#777777", lw=0.8, ls=":")
+    axes.annotate(
+        f"{most} nat",
+        (0.01, most),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -2),
+        textcoords="offset points",
+        va="top",
+        color="#777777",
+    )
 
 
 def say_not_recorded(axes: "Axes") -> None:

@@ -1,5 +1,6 @@
-"""Figures of spectra: data in, matplotlib Figure out; `figures_of_run` draws all of one run."""
+"""Figures of runs: data in, matplotlib Figure out; `figures_of_run` draws a run's spectra."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ import numpy as np
 from qkjax.report import drawing
 from qkjax.report.quantities import Quantity, quantity
 from qkjax.report.run_spectra import Compared, Evaluation, RunSpectra
+from qkjax.trained.rank_curves import ALL, KINDS, TOLERANCE, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -310,3 +312,63 @@ def _scale(shown: Quantity, head_dim: int, values: Sequence[np.ndarray]) -> tupl
 def _who(run: RunSpectra) -> str:
     named = run.arm in run.label.split("/")
     return f"{run.label}, seed {run.seed}" if named else f"{run.label} ({run.arm}, seed {run.seed})"
+
+
+# --------------------------------------------------------------------------------------------
+# Rank surgery.
+
+_KIND_LINES = {"top": "-", "random": "--"}
+_MOST_IN_A_LEGEND = 6  # layers; more of them get a colour bar
+_PANEL = 4.6  # inches
+_LETTERS = 56  # of a title, as wide as one panel
+
+
+@drawing.styled
+def rank_curves(rows: Sequence[Row], head_dim: int, title: str) -> "Figure":
+    """Added validation loss against the directions kept.
+
+    One panel for all layers together and one for each kind of directions in one layer at a time,
+    as far as they were measured.
+    """
+    together = [row for row in rows if row.layer == ALL]
+    alone = [row for row in rows if row.layer != ALL]
+    parts: list[tuple[str, list[Row]]] = [("all layers together", together)] if together else []
+    for kind in KINDS if alone else ():
+        of_kind = [row for row in alone if row.kind == kind]
+        parts.append((f"one layer at a time, {kind} directions", of_kind))
+    figure = drawing.new_figure(_PANEL * len(parts) + 0.4, 4.4)
+    figure.suptitle(textwrap.fill(title, _LETTERS * len(parts)))
+    panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    last = max((int(row.layer) for row in alone), default=0)
+    for axes, (name, shown) in zip(panels, parts, strict=True):
+        _rank_panel(axes, shown, last)
+        axes.set_title(name)
+        axes.set_xlabel(f"directions kept of each head's {head_dim} (log2)")
+    if last >= _MOST_IN_A_LEGEND:
+        drawing.layer_bar(figure, panels[-1:], last + 1)
+    panels[0].set_ylabel(f"added validation loss (nat per token; linear below {TOLERANCE})")
+    return figure
+
+
+def _rank_panel(axes: "Axes", rows: Sequence[Row], last_layer: int) -> None:
+    """One line for each kind of directions, or for each layer."""
+    of_layer = drawing.colours(last_layer + 1)
+    for layer, kind in dict.fromkeys((row.layer, row.kind) for row in rows):
+        line = [row for row in rows if (row.layer, row.kind) == (layer, kind)]
+        hue, marker = drawing.hue_and_marker(KINDS.index(kind))
+        together = layer == ALL
+        axes.plot(
+            [row.rank for row in line],
+            [row.delta for row in line],
+            ls=_KIND_LINES[kind],
+            marker=marker,
+            color=hue if together else of_layer[int(layer)],
+            label=f"{kind} directions" if together else f"layer {layer}",
+        )
+    drawing.tolerance(axes, TOLERANCE)
+    ranks = sorted({row.rank for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.minorticks_off()
+    if rows[0].layer == ALL or last_layer < _MOST_IN_A_LEGEND:
+        axes.legend()

@@ -41,10 +41,19 @@ class Request:
     data_dir: str | None = None  # where the dataset lies now; where the run found it
 
 
+class Measured(NamedTuple):
+    """What a measurement found, and what it is of."""
+
+    rows: list[Row]
+    path: pathlib.Path  # of the CSV
+    head_dim: int
+    title: str  # for a figure
+
+
 def measure(
     workdir: pathlib.Path, request: Request, report: Callable[[str], None] = print
-) -> list[Row]:
-    """Measures a checkpoint of a run: CSV and figure `rank_surgery/step_*` in its directory.
+) -> Measured:
+    """Measures a checkpoint of a run: `rank_surgery/step_*.csv` in its directory.
 
     The CSV is replaced after every row, so a call that is stopped leaves what it has. One that is
     there already is never replaced: it may have taken hours, with other settings.
@@ -54,7 +63,7 @@ def measure(
         report: gets one line for every row, with the time left, and the answer.
     Raises:
         UsageError: no run, no such checkpoint or a damaged one, no dataset or another one, a
-            wrong request, a CSV that is there; or no matplotlib, once the CSV is complete.
+            wrong request, or a CSV that is there.
         StorageError: the disk failed.
     """
     run = trained_run.open_run(
@@ -91,8 +100,7 @@ def measure(
     report(str(path))
     report(rank_curves.answer(rows, config.model.head_dim))
     title = f"Keys projected {STAGES[request.stage]}: {config.arm}, {about}"
-    rank_curves.write_figure(rows, config.model.head_dim, title, path)
-    return rows
+    return Measured(rows, path, config.model.head_dim, title)
 
 
 # --------------------------------------------------------------------------------------------
