@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["qkjax", "qkjax.*"]),
+    package_data={"qkjax.report": ["style.css"]},
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8.1",

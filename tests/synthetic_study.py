@@ -7,6 +7,7 @@
 A number is where a metric ends; its course is linear from START. {step: value} gives the course.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -18,6 +19,7 @@ import numpy as np
 
 from qkjax import config as config_lib
 from qkjax import files
+from qkjax.runs import environment
 from qkjax.runs.directory import RunDirectory
 
 LOSS, PR, PR_BEFORE, AA = (
@@ -28,7 +30,7 @@ LOSS, PR, PR_BEFORE, AA = (
 )
 LOGIT = "attention/max_logit"
 ARMS = ("adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk")
-FINGERPRINT = "0" * 64
+FINGERPRINT, COMMIT = "0" * 64, "c" * 40
 # All arms alike: the null study. Metrics not named here follow from these, see `_metrics`.
 DEFAULTS: dict[str, float] = {LOSS: 3.5, PR: 40.0, PR_BEFORE: 30.0, AA: 0.2, LOGIT: 20.0}
 START: dict[str, float] = {LOSS: 10.8, PR: 60.0, PR_BEFORE: 58.0, AA: 0.0, LOGIT: 3.0}
@@ -340,7 +342,7 @@ def write_run(
 
 
 def _environment(run_config: config_lib.Config, fingerprint: str) -> dict[str, Any]:
-    """environment.json of one start on a machine that there is not."""
+    """environment.json of one start at a commit that there is not."""
     command = [
         "python",
         "-m",
@@ -348,18 +350,20 @@ def _environment(run_config: config_lib.Config, fingerprint: str) -> dict[str, A
         f"--config=configs/{run_config.arm}.py",
         f"--config.seed={run_config.seed}",
     ]
+    described = _described()
     return {
         "dataset_fingerprint": fingerprint,
+        **described,
         "command": command,
-        "python": "3.11.7",
-        "versions": {"qkjax": "0.1.0", "jax": "0.10.2"},
-        "variables": {},
-        "cpu_count": 2,
-        "devices": {"platform": "cpu", "kind": "cpu", "count": 1, "process_count": 1},
-        "jax_threefry_partitionable": True,
-        "git": {"commit": "0" * 40, "dirty": False},
+        "git": {**described["git"], "sha": COMMIT, "dirty": False},
         "starts": [{"time": "2026-11-26T00:00:00+00:00", "command": command}],
     }
+
+
+@functools.cache
+def _described() -> dict[str, Any]:
+    """What a run on this machine records: the fields are those of the code that writes them."""
+    return environment.describe(())
 
 
 def _course(course: Course, start: float, shift: float, last: int):

@@ -20,10 +20,10 @@ import synthetic_study
 from synthetic_study import LOSS, PR
 
 from qkjax import errors
-from qkjax.report import csv as report_csv
-from qkjax.report import material as report_data
-from qkjax.report import original, report, sections_record, sections_verdicts
+from qkjax.report import material, original, report, sections_record, sections_verdicts
 from qkjax.report.blocks import Report, Table
+from qkjax.report.csv import COLUMNS, results_csv
+from qkjax.runs import environment
 from qkjax.verdicts import results
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
@@ -86,9 +86,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Repor
     synthetic_study.write_sweep(folder, RATES)
     right = {"muon_noqk": 0.4, "adamw_qk": 0.3}
     synthetic_study.write_downstream(folder, right, seeds=SEEDS, items=100)
-    material = report_data.load(folder)
-    made = report.assemble(material)
-    report.write(made, report_csv.results_csv(material), folder / "report")
+    found = material.load(folder)
+    made = report.assemble(found)
+    report.write(made, results_csv(found), folder / "report")
     return folder, made
 
 
@@ -197,7 +197,7 @@ def test_the_text_has_the_facts_of_the_page(built: tuple[pathlib.Path, Report]):
             facts += [cell for row in getattr(block, "rows", ()) for cell in row]
             facts += getattr(block, "items", ())
             facts += [block.text] if hasattr(block, "text") else []
-    for verdict in report_data.load(whole).judgement.verdicts:
+    for verdict in material.load(whole).judgement.verdicts:
         facts += [verdict.title, verdict.question, verdict.qualifier or verdict.status]
         facts += [clause.reason for clause in (*verdict.clauses, *verdict.shown)]
     assert len(facts) > 400
@@ -228,11 +228,11 @@ def test_equal_results_give_equal_bytes(whole: pathlib.Path, tmp_path: pathlib.P
         ours, other = whole / "report" / name, tmp_path / "out" / name
         assert other.read_bytes() == ours.read_bytes(), name
     for run in (copy / "runs").glob("*/*"):
-        environment = json.loads((run / "environment.json").read_text())
-        (run / "environment.json").write_text(json.dumps({**environment, "command": ["other"]}))
+        recorded = json.loads((run / "environment.json").read_text())
+        (run / "environment.json").write_text(json.dumps({**recorded, "command": ["other"]}))
         summary = json.loads((run / "summary.json").read_text())
         (run / "summary.json").write_text(json.dumps({**summary, "wall_seconds": 7.0}))
-    csv_text = report_csv.results_csv(report_data.load(copy))
+    csv_text = results_csv(material.load(copy))
     assert csv_text == (whole / "report" / "results.csv").read_text()
 
 
@@ -240,7 +240,7 @@ def test_results_csv(whole: pathlib.Path):
     text = (whole / "report" / "results.csv").read_text()
     assert str(whole) not in text and "seconds" not in text and "perf/" not in text
     rows = list(csv.DictReader(text.splitlines()))
-    assert tuple(rows[0]) == report_csv.COLUMNS
+    assert tuple(rows[0]) == COLUMNS
     assert {row["table"] for row in rows} == {
         "clause",
         "downstream",
@@ -371,8 +371,8 @@ def test_a_finished_run_that_lost_rows_is_refused(write: Callable[..., pathlib.P
 def test_another_dataset_is_refused_with_both_digests(write: Callable[..., pathlib.Path]):
     study = write()
     path = study / "runs" / "muon_qk" / "seed_43" / "environment.json"
-    environment = json.loads(path.read_text())
-    path.write_text(json.dumps({**environment, "dataset_fingerprint": "f" * 64}))
+    recorded = json.loads(path.read_text())
+    path.write_text(json.dumps({**recorded, "dataset_fingerprint": "f" * 64}))
     done = command(f"--workdir={study}")
     assert done.returncode == 2
     assert f"dataset {'f' * 64}, but" in done.stderr and f"has {'0' * 64}" in done.stderr
@@ -470,7 +470,7 @@ def test_what_decides_beside_the_intervals(write: Callable[..., pathlib.Path]):
     report.make_report(study)
     page = Page(study / "report" / "index.html").sections["verdicts"]
     text = (study / "report" / "report.md").read_text().replace("\\", "")
-    judged = report_data.load(study).judgement
+    judged = material.load(study).judgement
     assert judged.verdict("H1").status == "refuted" and not judged.verdict("H1").holm_rejected
     for said in (page, text):
         assert "Holm over H1–H4 at 0.025: not asked, refuted takes the interval as it is" in said
@@ -577,14 +577,14 @@ def test_differences_of_scores_are_of_items_in_pairs(whole: pathlib.Path):
 
 
 def test_what_runs_and_results_say_is_text(write: Callable[..., pathlib.Path]):
-    """Nothing of a study becomes markup (FAULTS.md H9)."""
+    """Nothing of a study becomes markup."""
     evil = "<script>alert('`x`')</script><img src=x onerror=alert(1)>|[a](http://b)"
     study = write()
     synthetic_study.write_downstream(study, {"muon_noqk": 0.3}, seeds=SEEDS, items=20)
     for path in study.glob("runs/*/*/environment.json"):
-        environment = json.loads(path.read_text())
-        environment |= {"command": ["python", evil], "variables": {evil: evil}}
-        path.write_text(json.dumps(environment))
+        recorded = json.loads(path.read_text())
+        recorded |= {"command": ["python", evil], "variables": {evil: evil}}
+        path.write_text(json.dumps(recorded))
     bos = {"added": True, "token": "<s>", "token_id": 0, "why": evil}
     for path in study.glob("downstream/*/*.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "bos": bos}))
@@ -600,6 +600,37 @@ def test_what_runs_and_results_say_is_text(write: Callable[..., pathlib.Path]):
     text = (study / "report" / "report.md").read_text()
     assert "\n    python" in text  # a block of code; elsewhere:
     assert not re.search(r"^(?!    ).*<script", text, re.MULTILINE) and "\\[a\\](http" in text
+
+
+def test_the_record_names_the_source_commit(write: Callable[..., pathlib.Path]):
+    """Of a real checkout, as a run records it; without one there is no such row."""
+    study = write()
+    source = study / "source"
+    for arguments in (
+        ("init", "-q", str(source)),
+        (
+            "-C",
+            str(source),
+            "-c",
+            "user.name=n",
+            "-c",
+            "user.email=e",
+            "commit",
+            "-q",
+            "--allow-empty",
+            "-m",
+            "m",
+        ),
+    ):
+        subprocess.run(["git", *arguments], check=True, timeout=60)
+    (source / "change").touch()
+    recorded = environment.git_state(source)
+    assert recorded["sha"] and recorded["dirty"]
+    for number, path in enumerate(sorted(study.glob("runs/*/*/environment.json"))):
+        git = environment.git_state(study) if number else recorded
+        path.write_text(json.dumps({**json.loads(path.read_text()), "git": git}))
+    said = sections(study)["record"]
+    assert said.count("source") == 1 and f"{recorded['sha']} with changes" in said
 
 
 def test_deviations_are_those_of_the_readme():
@@ -624,7 +655,7 @@ def test_the_originals_numbers_are_marked_as_what_they_are(
     arms = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
     options = {"fields": {"train__tokens": 1_100_000}} if scale != "tiny" else {}
     synthetic_study.write(tmp_path, arms, seeds=(42,), scale=scale, recipe=recipe, **options)
-    section = sections_record.comparison(report_data.load(tmp_path))
+    section = sections_record.comparison(material.load(tmp_path))
     text, table, _ = section.blocks
     assert words in text.text
     starts = {column: cell for column, cell in zip(table.columns, table.rows[0], strict=True)}
@@ -634,9 +665,7 @@ def test_the_originals_numbers_are_marked_as_what_they_are(
     assert [row[-1] for row in table.rows[:3]] == (
         ["60.0", f"{ours:.1f}", "–"] if numbers else ["60.8", "46.1", "50.1"]
     )
-    assert (
-        f"recipe {recipe}" in sections_record.deviations(report_data.load(tmp_path)).blocks[0].text
-    )
+    assert f"recipe {recipe}" in sections_record.deviations(material.load(tmp_path)).blocks[0].text
 
 
 @pytest.mark.parametrize(
@@ -657,7 +686,7 @@ def test_the_page_says_first_what_its_verdicts_are_about(
     every = [("muon_noqk", 42)]  # a study that has not begun says so too
     synthetic_study.write(tmp_path, arms, seeds=(42,), scale=scale, missing=every)
     change_plan(tmp_path, **plan)
-    section = sections_verdicts.verdicts(report_data.load(tmp_path))
+    section = sections_verdicts.verdicts(material.load(tmp_path))
     before = section.blocks[: [type(block) for block in section.blocks].index(Table)]
     assert any(words in getattr(block, "text", "") for block in before)
 

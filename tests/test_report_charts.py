@@ -7,8 +7,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from qkjax.report import arms, charts, drawing, spectra_charts
-from qkjax.report import svg as report_svg
+from qkjax.report import arms, charts, drawing, html
 from qkjax.report.blocks import Chart
 from qkjax.report.charts import Curve, Scale, SweepPoint
 from qkjax.report.quantities import quantity
@@ -17,6 +16,8 @@ from qkjax.verdicts.judgement import Clause
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
 TOKENS = np.array([0, 1_000, 10_000, 40_000])
 SCALE = Scale("loss (nat)", 0.0, 12.0)
+NAMES = ("adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk", "adamw_qk_frozen", "muon_noqk_merged")
+LOOKS = arms.looks(NAMES)
 
 
 def curve(*values: float, tokens: np.ndarray = TOKENS, diverged: bool = False) -> Curve:
@@ -36,7 +37,7 @@ def lines_of(figure, arm: str) -> list:
 
 def test_a_line_is_the_mean_of_the_seeds_and_the_band_their_range():
     runs = [curve(10, 8, 6, 4), curve(10, 9, 8, 7)]
-    figure = charts.over_tokens({"muon_qk": runs}, SCALE)
+    figure = charts.over_tokens({"muon_qk": runs}, SCALE, LOOKS)
     axes = figure.axes[0]
     (mean,) = lines_of(figure, "muon_qk")
     assert list(mean.get_xdata()) == TOKENS.tolist()
@@ -51,7 +52,7 @@ def test_a_line_is_the_mean_of_the_seeds_and_the_band_their_range():
 
 
 def test_one_seed_has_no_band_and_says_so():
-    figure = charts.over_tokens({"muon_qk": [curve(10, 8, 6, 4)]}, SCALE)
+    figure = charts.over_tokens({"muon_qk": [curve(10, 8, 6, 4)]}, SCALE, LOOKS)
     assert not figure.axes[0].collections
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["Muon + QK (n = 1)"]
@@ -59,10 +60,10 @@ def test_one_seed_has_no_band_and_says_so():
 
 def test_a_run_that_diverged_ends_in_a_cross_and_the_mean_with_it():
     runs = [curve(10, 8, 6, 4), curve(10, 9, diverged=True)]
-    figure = charts.over_tokens({"muon_qk": runs}, SCALE)
+    figure = charts.over_tokens({"muon_qk": runs}, SCALE, LOOKS)
     (mean,) = lines_of(figure, "muon_qk (×: diverged)")
     assert list(mean.get_ydata()) == [10, 8.5]
-    late = charts.over_tokens({"muon_qk": runs}, SCALE, after=10_000)
+    late = charts.over_tokens({"muon_qk": runs}, SCALE, LOOKS, after=10_000)
     (mean,) = lines_of(late, "muon_qk (×: diverged)")  # of no common evaluation, but named
     assert not len(mean.get_xdata())
     crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
@@ -70,7 +71,7 @@ def test_a_run_that_diverged_ends_in_a_cross_and_the_mean_with_it():
 
 
 def test_from_some_tokens_on_nothing_before_is_drawn():
-    figure = charts.over_tokens({"muon_qk": [curve(10, 8, 6, 4)]}, SCALE, after=10_000)
+    figure = charts.over_tokens({"muon_qk": [curve(10, 8, 6, 4)]}, SCALE, LOOKS, after=10_000)
     (line,) = figure.axes[0].lines
     assert list(line.get_xdata()) == [10_000, 40_000]
     assert figure.axes[0].get_xscale() == "linear"
@@ -88,22 +89,12 @@ def test_a_scale_holds_every_group():
 
 
 def test_hue_is_the_optimiser_and_line_the_normalisation():
-    looks = {
-        arm: arms.look(arm)
-        for arm in (
-            "adamw_qk",
-            "adamw_noqk",
-            "adamw_qk_frozen",
-            "muon_qk",
-            "muon_noqk",
-            "muon_noqk_merged",
-        )
-    }
+    looks = LOOKS
     assert {looks[a].hue for a in looks if a.startswith("adamw")} == {arms.HUES["adamw"]}
     assert {looks[a].hue for a in looks if a.startswith("muon")} == {arms.HUES["muon"]}
     assert looks["adamw_qk"].line == looks["muon_qk"].line != looks["muon_noqk"].line
-    assert len({(look.hue, look.line) for look in looks.values()}) == len(looks)
-    figure = charts.over_tokens({arm: [curve(3, 2)] for arm in looks}, SCALE)
+    assert len(set(looks.values())) == len(looks)
+    figure = charts.over_tokens({arm: [curve(3, 2)] for arm in looks}, SCALE, LOOKS)
     assert {line.get_color() for line in figure.axes[0].lines} == set(arms.HUES.values())
 
 
@@ -113,7 +104,18 @@ def test_names_of_arms():
     assert arms.label("muon_qk_frozen_merged") == "Muon + QK-Norm, γ frozen, QKVO merged"
     assert arms.label("muon_noqk_per_head") == "Muon, no QK-Norm, per head"
     assert arms.label("lion_qk") == "lion_qk" and arms.label("mine") == "mine"
-    assert arms.look("lion_qk").hue == arms.look("lion_noqk").hue not in arms.HUES.values()
+    assert arms.label("muon_qk_to_one") == "Muon + QK-Norm, γ pulled to 1"
+
+
+def test_arms_of_ones_own_are_told_apart_by_their_order_in_the_plan():
+    names = ("muon_qk", "lion_noqk", "sophia_noqk", "lion_qk", "muon_qk_merged", "muon_noqk_merged")
+    looks = arms.looks(names)
+    assert len(set(looks.values())) == len(names)
+    hues = [looks[name].hue for name in names]
+    assert hues[0] == hues[4] == hues[5] == arms.HUES["muon"]
+    assert hues[1] == hues[3] != hues[2] and not {hues[1], hues[2]} & set(arms.HUES.values())
+    many = [f"o{number}_qk" for number in range(20)]  # more of them than hues
+    assert len(set(arms.looks(many).values())) == 20
 
 
 # --------------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def test_sweep_rings_the_chosen_rate_and_puts_diverged_ones_on_top():
         SweepPoint(2e-3, 3.5, True),
         SweepPoint(4e-3, None, False),
     ]
-    figure = charts.sweep({"adamw_qk": points}, SCALE)
+    figure = charts.sweep({"adamw_qk": points}, SCALE, LOOKS)
     axes = figure.axes[0]
     (line,) = lines_of(figure, "adamw_qk")
     assert list(zip(*line.get_data(), strict=True)) == [(1e-3, 4.0), (2e-3, 3.5)]
@@ -146,7 +148,7 @@ def test_heat_maps_are_the_mean_over_seeds_on_one_scale():
 
     ends = {"muon_qk": [arrays(0.0), arrays(1.0)], "adamw_qk": [arrays(1.0)]}
     shown = quantity("pr", "key", "post_rope", "raw")
-    figure = spectra_charts.heat_maps(ends, shown, 8)
+    figure = charts.heat_maps(ends, shown, 8)
     meshes = {axes.get_title(): axes.collections[0] for axes in figure.axes if axes.get_title()}
     values = meshes["Muon + QK"].get_array()
     assert values.shape == (3, 2) and values[1, 0] == pytest.approx(6.0)
@@ -158,12 +160,12 @@ def test_spectra_are_of_the_layer_and_over_the_largest():
     sigma = np.tile(np.array([4.0, 2.0, 1.0], np.float32), (2, 2, 1))
     sigma[1, :, 1:] = 1.0
     ends = {"muon_qk": [{"key": sigma}], "adamw_qk": [{"other": sigma}]}
-    assert spectra_charts.lowest_ratio(ends, "key") == 0.25
-    figure = spectra_charts.spectra(ends, "key", 0, 0.01)
+    assert charts.lowest_ratio(ends, "key") == 0.25
+    figure = charts.spectra(ends, "key", 0, 0.01, LOOKS)
     (line,) = figure.axes[0].lines
     assert list(line.get_xdata()) == [1, 2, 3]
     assert line.get_ydata() == pytest.approx([1.0, 0.5, 0.25])
-    last = spectra_charts.spectra(ends, "key", 1, 0.01).axes[0]
+    last = charts.spectra(ends, "key", 1, 0.01, LOOKS).axes[0]
     assert last.lines[0].get_ydata() == pytest.approx([1.0, 0.25, 0.25])
     assert last.get_ylim() == figure.axes[0].get_ylim() and last.get_ylim()[0] < 0.01
 
@@ -173,10 +175,10 @@ def test_spectra_are_of_the_layer_and_over_the_largest():
 
 
 def test_charts_of_one_page_share_no_id_and_follow_its_theme():
-    figure = charts.over_tokens({"muon_qk": [curve(3, 2), curve(3, 1)]}, SCALE)
+    figure = charts.over_tokens({"muon_qk": [curve(3, 2), curve(3, 1)]}, SCALE, LOOKS)
     svg = drawing.to_bytes(figure, "svg")
     assert svg == drawing.to_bytes(figure, "svg")
-    first, second = (report_svg.inline(Chart(n, "Loss", "falls", svg)) for n in ("one", "two"))
+    first, second = (html.inline(Chart(n, "Loss", "falls", svg)) for n in ("one", "two"))
     ids = [[e.get("id") for e in root.iter() if e.get("id")] for root in (first, second)]
     assert len(set(ids[0])) == len(ids[0]) and not set(ids[0]) & set(ids[1])
     text = ET.tostring(first, encoding="unicode")
@@ -208,7 +210,7 @@ def make_clause(**changed) -> Clause:
 
 
 def test_interval_figure_is_to_scale_and_cuts_a_long_interval_with_arrows():
-    root = report_svg.interval_figure(make_clause())
+    root = html.interval_figure(make_clause())
     kinds = {line.get("class"): line for line in root.iter("line")}
     x = {kind: (float(line.get("x1")), float(line.get("x2"))) for kind, line in kinds.items()}
     per_unit = (x["pooled"][1] - x["pooled"][0]) / 2
@@ -219,15 +221,15 @@ def test_interval_figure_is_to_scale_and_cuts_a_long_interval_with_arrows():
         [3.5 * per_unit, 4.5 * per_unit], abs=0.2
     )
     assert x["paired"] == (12.0, 268.0) and len(list(root.iter("polygon"))) == 2
-    short = report_svg.interval_figure(make_clause(paired=(2.0, 6.0)))
+    short = html.interval_figure(make_clause(paired=(2.0, 6.0)))
     assert not list(short.iter("polygon"))
     assert "paired [+2, +6]" in short.get("aria-label")
 
 
 def test_interval_figure_of_too_little():
-    assert report_svg.interval_figure(make_clause(estimate=None, per_seed={42: None})) is None
+    assert html.interval_figure(make_clause(estimate=None, per_seed={42: None})) is None
     lone = make_clause(pooled=None, paired=None, per_seed={42: 4.0})
-    assert [line.get("class") for line in report_svg.interval_figure(lone).iter("line")] == [
+    assert [line.get("class") for line in html.interval_figure(lone).iter("line")] == [
         "zero",
         "sesoi",
         "estimate",

@@ -39,6 +39,11 @@ class Material:
             return run.config.model.head_dim
         return int(presets.SHAPES[self.study.plan["scale"]]["head_dim"])
 
+    @property
+    def looks(self) -> dict[str, arms.Look]:
+        """How each arm of the plan is drawn, the same in every chart."""
+        return arms.looks(self.study.arms)
+
     def curves(self, metric: str, names: list[str] | None = None) -> dict[str, list[Curve]]:
         """By arm the metric over training of every finished run that measured it."""
         found = {}

@@ -10,7 +10,6 @@ from qkjax.report import (
     sections_keys,
     sections_losses,
     sections_record,
-    sections_sweep,
     sections_verdicts,
 )
 from qkjax.report.blocks import Report
@@ -79,7 +78,7 @@ def assemble(material: Material) -> Report:
             sections_verdicts.warnings(material),
             sections_verdicts.missing(material),
             sections_verdicts.at_the_end(material),
-            sections_sweep.sweep(material),
+            sections_losses.sweep(material),
             sections_losses.losses(material),
             sections_keys.keys(material),
             sections_downstream.downstream(material),

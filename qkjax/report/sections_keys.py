@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from qkjax.report import arms, spectra_charts
-from qkjax.report import charts as report_charts
+from qkjax.report import arms, charts
 from qkjax.report.blocks import Block, Charts, Section, Table, Text, mean, number
 from qkjax.report.material import Material
 from qkjax.report.quantities import quantity
@@ -82,32 +81,32 @@ def _key_table(material: Material) -> Table:
 
 def _trajectories(material: Material) -> Iterator[Block]:
     by_metric = {metric: material.curves(metric) for metric, *_ in (*_VIEWS, (AXES,))}
-    charts = []
-    scale = report_charts.Scale(
+    shown = []
+    scale = charts.Scale(
         f"participation ratio of keys\n(directions of {material.head_dim})",
         0.0,
         float(material.head_dim),
     )
-    axes_scale = report_charts.common_scale(
+    axes_scale = charts.common_scale(
         "axis alignment of keys\n(0 random, 1 axes)", [by_metric[AXES]]
     )
     for names, stem, words in material.groups(by_metric[PR]):
         for metric, name, title in _VIEWS:
-            charts.append(
+            shown.append(
                 _over_tokens(
                     material, metric, names, f"{name}_{stem}", f"PR {title}: {words}", scale
                 )
             )
-        charts.append(
+        shown.append(
             _over_tokens(
                 material, AXES, names, f"axes_{stem}", f"Axis alignment: {words}", axes_scale
             )
         )
-    if charts:
+    if shown:
         yield Charts(
             "Participation ratio of keys over training, on one scale, and their alignment with "
-            f"the axes. {report_charts.BANDS}",
-            tuple(charts),
+            f"the axes. {charts.BANDS}",
+            tuple(shown),
             columns=3,
         )
 
@@ -118,13 +117,13 @@ def _over_tokens(
     names: list[str],
     stem: str,
     title: str,
-    scale: report_charts.Scale,
-) -> report_charts.Chart:
-    return report_charts.chart(
+    scale: charts.Scale,
+) -> charts.Chart:
+    return charts.chart(
         stem,
         title,
         f"{metric} over training tokens; at the end: {material.said(metric, names)}.",
-        report_charts.over_tokens(material.curves(metric, names), scale),
+        charts.over_tokens(material.curves(metric, names), scale, material.looks),
     )
 
 
@@ -132,23 +131,23 @@ def _heat_maps(material: Material) -> Iterator[Block]:
     if not material.ends:
         yield Text("No run has saved spectra: no heat maps and no singular values.")
         return
-    charts = []
+    shown = []
     for names, stem, words in material.groups(material.ends):
         ends = {arm: material.ends[arm] for arm in names}
         for array, title in _ARRAYS:
-            shown = quantity("pr", "key", *array.removeprefix("key_").rsplit("_", 1))
-            charts.append(
-                report_charts.chart(
+            measured = quantity("pr", "key", *array.removeprefix("key_").rsplit("_", 1))
+            shown.append(
+                charts.chart(
                     f"heat_maps_{array}_{stem}",
                     f"PR {title}, by layer and head: {words}",
                     f"Participation ratio of every layer and kv head at the end, {title}.",
-                    spectra_charts.heat_maps(ends, shown, material.head_dim),
+                    charts.heat_maps(ends, measured, material.head_dim),
                 )
             )
     yield Charts(
         f"Layer by head at the end, mean over seeds; every map runs from 1 to {material.head_dim}. "
         f"{_LAST}",
-        tuple(charts),
+        tuple(shown),
     )
 
 
@@ -156,44 +155,42 @@ def _spectra(material: Material) -> Iterator[Block]:
     if not material.ends:
         return
     first = next(iter(material.ends.values()))[0]
-    charts = []
+    shown = []
     main = {arm: runs for arm, runs in material.ends.items() if arm in material.study.plan["arms"]}
     ends = main or material.ends
-    lows = [spectra_charts.lowest_ratio(ends, array) for array, _ in _ARRAYS]
+    lows = [charts.lowest_ratio(ends, array) for array, _ in _ARRAYS]
     for array, title in _ARRAYS:
         if array not in first:
             continue
         count = len(first[array])
         for layer in sorted({0, count // 2, count - 1}):
-            charts.append(
-                report_charts.chart(
+            shown.append(
+                charts.chart(
                     f"spectra_{array}_layer_{layer}",
                     f"Spectrum of layer {layer}, {title}",
                     f"Singular values of keys over the largest, layer {layer} of {count}, {title}.",
-                    spectra_charts.spectra(ends, array, layer, min(lows)),
+                    charts.spectra(ends, array, layer, min(lows), material.looks),
                 )
             )
     yield Charts(
         "Singular values of the keys of the first, middle and last layer at the end, divided by "
         f"the largest; mean over heads and seeds. One scale. {_LAST}",
-        tuple(charts),
+        tuple(shown),
         columns=3,
     )
 
 
 def _attention(material: Material) -> Iterator[Block]:
-    charts = []
+    shown = []
     logits = material.curves(LOGIT)
     for names, stem, words in material.groups(logits):
-        scale = report_charts.common_scale(
-            "largest attention logit\n(dimensionless)", [logits], low=0.0
-        )
+        scale = charts.common_scale("largest attention logit\n(dimensionless)", [logits], low=0.0)
         if (scale.high or 0.0) > MAX_LOGIT / 2:  # near the limit of H4: then it is in the picture
             scale = scale._replace(
                 high=max(scale.high or 0.0, 1.05 * MAX_LOGIT),
                 reference=(MAX_LOGIT, f"limit of H4: {MAX_LOGIT:g}"),
             )
-        charts.append(
+        shown.append(
             _over_tokens(
                 material,
                 LOGIT,
@@ -203,11 +200,11 @@ def _attention(material: Material) -> Iterator[Block]:
                 scale,
             )
         )
-    if charts:
+    if shown:
         yield Charts(
             "Largest attention logit of all heads and layers, after 1/√head_dim, causal pairs "
             f"only, of the first {LOGIT_SEQUENCES} validation sequences: larger ones exist.",
-            tuple(charts),
+            tuple(shown),
             columns=3,
         )
     if gammas := tuple(_gammas(material)):
@@ -224,21 +221,21 @@ _STATISTICS: tuple[tuple[str, str, Callable[[np.ndarray], np.ndarray]], ...] = (
 )
 
 
-def _gammas(material: Material) -> Iterator[report_charts.Chart]:
+def _gammas(material: Material) -> Iterator[charts.Chart]:
     for name, words, statistic in _STATISTICS:
-        by_array: dict[str, dict[str, list[report_charts.Curve]]] = {}
+        by_array: dict[str, dict[str, list[charts.Curve]]] = {}
         for array in ("gamma_k", "gamma_q"):
             for arm in material.study.arms:
                 runs = [run for (name_, _), run in material.spectra.items() if name_ == arm]
-                if curves := spectra_charts.gamma_curves(runs, array, statistic):
+                if curves := charts.gamma_curves(runs, array, statistic):
                     by_array.setdefault(array, {})[arm] = curves
         for array, curves_ in by_array.items():
-            scale = report_charts.common_scale(
+            scale = charts.common_scale(
                 f"{array}, {words}\n(dimensionless)", list(by_array.values()), low=0.0
             )
-            yield report_charts.chart(
+            yield charts.chart(
                 f"{array}_{name}",
                 f"{array}: {words}",
                 f"{array} of the arms with QK-Norm over training, {words}.",
-                report_charts.over_tokens(curves_, scale),
+                charts.over_tokens(curves_, scale, material.looks),
             )

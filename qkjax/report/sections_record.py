@@ -202,7 +202,7 @@ def _facts(environment: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         "Python": str(environment.get("python", "")),
         **{str(name): str(v) for name, v in (environment.get("versions") or {}).items() if v},
         **{str(name): str(v) for name, v in (environment.get("variables") or {}).items()},
-        "source": f"{git['commit']}{dirty}" if git.get("commit") else "",
+        "source": f"{git['sha']}{dirty}" if git.get("sha") else "",
     }
     return tuple((name, value) for name, value in found.items() if value)
 
