@@ -397,7 +397,7 @@ def test_another_dataset_is_refused(case, tmp_path):
 
 
 def test_what_is_no_run_is_refused(case, tmp_path):
-    with pytest.raises(errors.UsageError, match=r"not a run directory, expected config\.json"):
+    with pytest.raises(errors.UsageError, match=r"not a run directory, expected a config\.json"):
         measure(tmp_path, rank_surgery.Request())
     for name in ("config.json", "environment.json"):
         shutil.copy(case[0] / name, tmp_path)

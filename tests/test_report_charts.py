@@ -11,7 +11,7 @@ from qkjax.report import arms, charts, drawing, html
 from qkjax.report.blocks import Chart
 from qkjax.report.charts import Curve, Scale, SweepPoint
 from qkjax.report.quantities import quantity
-from qkjax.verdicts.judgement import Clause
+from qkjax.verdicts.judgement import SUPERIORITY, Clause
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
 TOKENS = np.array([0, 1_000, 10_000, 40_000])
@@ -195,8 +195,8 @@ def make_clause(**changed) -> Clause:
     fields = {
         "name": "H",
         "text": "",
-        "status": "supported",
-        "reason": "",
+        "kind": SUPERIORITY,
+        "word": "supported",
         "estimate": 4.0,
         "pooled": (3.0, 5.0),
         "paired": (-90.0, 98.0),

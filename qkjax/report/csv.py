@@ -108,23 +108,25 @@ def _verdicts(material: Material) -> Iterator[Row]:
     for verdict in material.judgement.verdicts:
         yield Row("verdict", verdict.name, None, None, "status", verdict.status)
         yield Row("verdict", verdict.name, None, None, "reason", verdict.reason)
-        yield Row("verdict", verdict.name, None, None, "qualifier", verdict.qualifier or None)
+        yield Row("verdict", verdict.name, None, None, "headline", verdict.headline)
         yield Row("verdict", verdict.name, None, None, "p", verdict.p)
-        yield Row("verdict", verdict.name, None, None, "holm_rejected", verdict.holm_rejected)
+        yield Row("verdict", verdict.name, None, None, "level", verdict.level)
+        yield Row("verdict", verdict.name, None, None, "correction", verdict.correction)
         for clause in (*verdict.clauses, *verdict.shown):
             yield from _clause(clause)
     for found in material.judgement.attributions:
         name = f"attribution {found.optimizer}"
         yield Row("verdict", name, None, None, "status", found.status)
         yield Row("verdict", name, None, None, "reason", found.reason)
-        yield Row("verdict", name, None, None, "explained_by_decay", found.explained_by_decay)
-        for clause in (found.total, *found.parts):
+        yield Row("verdict", name, None, None, "share", found.share or None)
+        for clause in (found.total, *found.parts, *found.beside, found.half):
             yield from _clause(clause)
 
 
 def _clause(clause: Clause) -> Iterator[Row]:
     values: dict[str, Any] = {
         "status": clause.status,
+        "word": clause.word,
         "kind": clause.kind,
         "estimate": clause.estimate,
         "p": clause.p,
@@ -132,7 +134,8 @@ def _clause(clause: Clause) -> Iterator[Row]:
         "unit": clause.unit,
         "seeds_needed": clause.seeds_needed,
     }
-    for name, ends in (("pooled", clause.pooled), ("paired", clause.paired)):
+    ends_of = {"deciding": clause.deciding, "pooled": clause.pooled, "paired": clause.paired}
+    for name, ends in ends_of.items():
         low, high = ends or (None, None)
         values |= {f"{name}_low": low, f"{name}_high": high}
     for metric, value in values.items():

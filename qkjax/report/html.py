@@ -25,14 +25,14 @@ from qkjax.report.blocks import (
     p_value,
     short,
 )
-from qkjax.report.sections_verdicts import holm, per_seed
+from qkjax.report.sections_verdicts import per_seed
 from qkjax.verdicts.judgement import (
     INCONCLUSIVE,
     NON_INFERIORITY,
     REFUTED,
     RULE,
-    SHOWN,
     SUPPORTED,
+    WORDS,
     Clause,
 )
 
@@ -172,13 +172,14 @@ def _kind(kind: str, text: str) -> str:
 
 
 def _cell(text: str) -> list[Child]:
-    is_status = text.split(" for ")[0] in _STATUSES
+    is_status = text in WORDS
     return [_status(text)] if is_status else _words(text)
 
 
 def _status(words: str) -> ET.Element:
-    """ "supported", or "supported for ..."."""
-    status = words.split()[0]
+    """A word, or a headline that holds several: the sign and colour of the first status in it."""
+    places = {words.find(status): status for status in _STATUSES if status in words}
+    status = places[min(places)] if places else INCONCLUSIVE
     return _element("span", f"{_SIGNS[status]} {words}", cls=f"status {status}")
 
 
@@ -187,7 +188,7 @@ def _(block: Box) -> list[ET.Element]:
     verdict = block.verdict
     facts = []
     if verdict.p is not None:
-        facts = [f"p (largest of its clauses): {p_value(verdict.p)}", holm(verdict)]
+        facts = [f"p (largest of its clauses): {p_value(verdict.p)}", verdict.correction]
     clauses = [_clause(clause) for clause in verdict.clauses]
     if verdict.shown:
         clauses.append(_element("p", "Shown beside it, without deciding", cls="aside"))
@@ -198,7 +199,7 @@ def _(block: Box) -> list[ET.Element]:
             _element(
                 "header",
                 _element("h3", f"{verdict.name} · {verdict.title}"),
-                _status(verdict.qualifier or verdict.status),
+                _status(verdict.headline),
             ),
             _element("p", verdict.question, cls="question"),
             _element("p", *_words(_sentence(verdict.reason)), cls="reason"),
@@ -220,7 +221,7 @@ def _clause(clause: Clause) -> ET.Element:
     )
     words = _element(
         "div",
-        _element("p", _element("strong", clause.name), " ", _status(clause.status)),
+        _element("p", _element("strong", clause.name), " ", _status(clause.word)),
         _element("p", *_words(clause.text)),
         _element("p", *_words(_sentence(clause.reason)), cls="because"),
         *notes,
@@ -236,11 +237,12 @@ def _clause(clause: Clause) -> ET.Element:
 
 def clause_facts(clause: Clause) -> list[tuple[str, str]]:
     """The numbers of a clause that there are."""
-    names = {RULE: "limit", NON_INFERIORITY: "margin", SHOWN: "SESOI, margin"}
+    names = {RULE: "limit", NON_INFERIORITY: "margin"}
     limit = names.get(clause.kind, "SESOI")
     estimate = short(clause.estimate, signed=clause.kind != RULE)
     found = (
         ("estimate", clause.estimate, amount(estimate, clause.unit)),
+        ("deciding 95%", clause.deciding, interval(clause.deciding)),
         ("pooled 95%", clause.pooled, interval(clause.pooled)),
         ("paired 95%", clause.paired, interval(clause.paired)),
         ("p, one-sided", None if clause.kind == RULE else clause.p, p_value(clause.p)),

@@ -15,7 +15,7 @@ from qkjax.report.blocks import (
     p_value,
     short,
 )
-from qkjax.report.sections_verdicts import holm, per_seed
+from qkjax.report.sections_verdicts import per_seed
 from qkjax.verdicts.judgement import Clause
 
 
@@ -78,11 +78,10 @@ def _(block: Table) -> str:
 @_block.register
 def _(block: Box) -> str:
     verdict = block.verdict
-    facts = "; ".join(filter(None, (f"p {p_value(verdict.p)}", holm(verdict))))
+    facts = f"p {p_value(verdict.p)}, {verdict.correction}"
     tested = f" {facts}." if verdict.p is not None else ""
     head = [
-        f"### {_escape(verdict.name)}. {_escape(verdict.title)}: "
-        f"{_escape(verdict.qualifier or verdict.status)}",
+        f"### {_escape(verdict.name)}. {_escape(verdict.title)}: {_escape(verdict.headline)}",
         _escape(verdict.question),
         _escape(f"{verdict.reason}.{tested}"),
         _block(_clauses("Clauses.", verdict.clauses)),
@@ -107,6 +106,7 @@ def _clauses(caption: str, clauses: tuple[Clause, ...]) -> Table:
             "Reason",
             "Estimate",
             "Unit",
+            "Deciding 95%",
             "Pooled 95%",
             "Paired 95%",
             "p",
@@ -117,10 +117,11 @@ def _clauses(caption: str, clauses: tuple[Clause, ...]) -> Table:
             (
                 clause.name,
                 clause.text,
-                clause.status,
+                clause.word,
                 clause.reason,
                 short(clause.estimate, signed=True),
                 clause.unit,
+                interval(clause.deciding),
                 interval(clause.pooled),
                 interval(clause.paired),
                 p_value(clause.p),

@@ -9,7 +9,8 @@ from qkjax.report.blocks import Block, Charts, Section, Table, Text, mean, numbe
 from qkjax.report.material import Material
 from qkjax.report.quantities import quantity
 from qkjax.runs.results import PR
-from qkjax.verdicts.hypotheses import AXES, LOGIT_SEQUENCES, MAX_LOGIT, PR_BEFORE
+from qkjax.verdicts.hypotheses import LOGIT_SEQUENCES, MAX_LOGIT
+from qkjax.verdicts.predictions import AXES, PR_BEFORE
 from qkjax.verdicts.stability import MAX_LOGIT as LOGIT
 
 _VIEWS = (  # metric, stem, title; the published number first

@@ -25,7 +25,7 @@ from qkjax.verdicts import statistics
 from qkjax.verdicts.results import Study
 
 BASELINE = "adamw_qk"
-_DIVERGED = "The loss of a diverged run counts as that of its start. "
+_DIVERGED = "A diverged run has no loss at its end. "
 _CHOSEN = "The learning rate was chosen on the first half of the validation sequences. "
 
 

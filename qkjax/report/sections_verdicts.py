@@ -20,7 +20,7 @@ from qkjax.report.blocks import (
 from qkjax.report.material import SKIPPED, Material
 from qkjax.runs.results import LOSS, PR
 from qkjax.verdicts.judge import scope
-from qkjax.verdicts.judgement import REFUTED, RULE, SUPPORTED, Attribution, Clause, Verdict
+from qkjax.verdicts.judgement import RULE, Attribution, Clause
 from qkjax.verdicts.results import Study
 
 _QUESTION = (
@@ -47,35 +47,19 @@ def verdicts(material: Material) -> Section:
     state = (
         f"{scope(study)} {len(study.runs)} of {planned} runs are finished. Seeds that have every "
         f"arm, and so enter the contrasts: {used}. A hypothesis is supported only where all of its "
-        "clauses are and Holm's correction over H1–H4 (one-sided 0.025) agrees; one refuted "
-        "clause refutes it."
+        "clauses are, and still after correction (H1 at one-sided .0125, H2–H4 by Holm at .0125); "
+        "a clause that is refuted at 97.5% refutes it."
     )
     board = Table(
         "The verdicts at a glance.",
         ("Hypothesis", "Verdict", "p"),
-        tuple(
-            (f"{v.name} {v.title}", v.qualifier or v.status, p_value(v.p))
-            for v in judgement.verdicts
-        ),
+        tuple((f"{v.name} {v.title}", v.headline, p_value(v.p)) for v in judgement.verdicts),
         words=2,
     )
     boxes = (Box(verdict) for verdict in judgement.verdicts)
     question = _QUESTION + _ANSWER[bool(study.plan["controls"])] + _FIXED
     blocks: list[Block] = [Text(question), Text(state), board, Text(_KEY), *boxes]
     return Section("verdicts", "Question and verdicts", tuple(blocks))
-
-
-def holm(verdict: Verdict) -> str:
-    """What Holm's correction says of a hypothesis, or why it is not asked; "" outside H1 to H4."""
-    if verdict.holm_rejected is None:
-        return ""
-    if all(clause.status == SUPPORTED for clause in verdict.clauses):
-        said = "agrees" if verdict.holm_rejected else "does not agree"
-    elif verdict.status == REFUTED:
-        said = "not asked, refuted takes the interval as it is"
-    else:
-        said = "not asked, a clause is undecided"
-    return f"Holm over H1–H4 at 0.025: {said}"
 
 
 def warnings(material: Material) -> Section:
@@ -143,10 +127,8 @@ def attribution(material: Material) -> Section:
         Text(
             "The PR that QK-Norm costs under one optimiser, A = none - decayed, is cut into "
             "normalisation (none - frozen), the learned gamma (frozen - undecayed) and the decay "
-            "of "
-            "gamma (undecayed - decayed). It is attributed only where A itself is supported; a "
-            "decay "
-            "of half of A or more reads “explained by decay at the original's tau”."
+            "of gamma (undecayed - decayed). It is attributed only where A itself is supported; "
+            "whether decay explains more than half of A is a contrast of its own, decay - A/2."
         )
     ]
     for found in material.judgement.attributions:
@@ -157,14 +139,15 @@ def attribution(material: Material) -> Section:
 
 
 def _attribution_table(found: Attribution) -> Table:
-    clauses = (*found.parts, found.total)
+    roles = "; ".join(f"{role}: {arms.label(arm)}" for role, arm in found.roles.items() if arm)
+    clauses = (*found.beside, found.half, *found.parts, found.total)
     return Table(
         f"{arms.family(found.optimizer)}: parts of the loss in post-RoPE raw PR.",
         ("Part", "Status", "Estimate (PR)", "Pooled 95%", "Paired 95%", "p", "Per seed"),
         tuple(
             (
                 clause.name.partition(": ")[2],
-                clause.status,
+                clause.word,
                 short(clause.estimate, signed=True),
                 interval(clause.pooled),
                 interval(clause.paired),
@@ -175,7 +158,7 @@ def _attribution_table(found: Attribution) -> Table:
         ),
         words=2,
         strong=(len(clauses) - 1,),
-        notes=("; ".join(f"{role}: {arms.label(arm)}" for role, arm in found.roles.items()) + ".",),
+        notes=(f"{roles}.",),
     )
 
 

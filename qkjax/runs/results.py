@@ -38,6 +38,7 @@ class RunResult:
     rows: tuple[dict[str, Any], ...]  # metrics.jsonl, ascending steps
     probes: tuple[Probe, ...]  # its evaluations, ascending; at least one
     sequence_losses: np.ndarray  # float64 [sequences], nat per token, of the reported pass
+    functional_rank: int | None = None  # of a study's: fewest directions within 0.01 nat
 
     @property
     def diverged(self) -> bool:
@@ -52,17 +53,12 @@ class RunResult:
     def value(self, metric: str) -> float:
         """The number that the study reports: of the final pass where there is one, else the last.
 
-        A diverged run has its initial validation loss, and the last finite value of every other
-        metric (docs/statistics.md).
-
         Returns:
-            NaN where the run never measured it.
+            NaN where the run never measured it, and of a diverged run, which has no end:
+            divergence is an outcome, and no number stands for it (docs/statistics.md).
         """
         if self.diverged:
-            values = [value for _, value in self.series(metric)]
-            if not values:
-                return math.nan
-            return values[0] if metric in (LOSS, "val/perplexity") else values[-1]
+            return math.nan
         for name in (final_name(metric), metric):
             if name in self.summary:
                 found = self.summary[name]
@@ -70,16 +66,12 @@ class RunResult:
         return math.nan
 
     def at_step(self, metric: str, step: int) -> float:
-        """The metric as the evaluation after `step` updates found it; NaN where there is none.
-
-        Of a diverged run: as `value`, for the steps that it did not reach.
-        """
+        """The metric as the evaluation after `step` updates found it; NaN where there is none."""
         for probe in self.probes:
             if probe.step == step:
                 found = probe.metrics.get(metric)
                 return math.nan if found is None else found
-        beyond = self.diverged and step > self.probes[-1].step
-        return self.value(metric) if beyond else math.nan
+        return math.nan
 
     def series(self, metric: str) -> list[tuple[int, float]]:
         """(tokens, value) of every evaluation that measured the metric and found it finite."""

@@ -5,8 +5,11 @@ Without jax: the report uses it too.
 
 import csv
 import io
+import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from qkjax import errors, files
 
 KINDS = ("top", "random")
 ALL = "all"  # every layer's keys are projected, instead of one layer's
@@ -65,3 +68,29 @@ def to_csv(rows: Sequence[Row]) -> bytes:
     for row in rows:
         writer.writerow([*row[:-2], f"{row.val_loss:.9g}", f"{row.delta:.6g}"])
     return text.getvalue().encode()
+
+
+def read_csv(path: pathlib.Path) -> list[Row]:
+    """The rows of a CSV file of `to_csv`; none where there is no such file.
+
+    Raises:
+        UsageError: it is damaged. StorageError: the disk failed.
+    """
+    try:
+        with path.open(newline="") as file:
+            return [_row(line) for line in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise errors.UsageError(
+            f"{path}: damaged ({error}), expected the columns {', '.join(Row._fields)}. Delete it "
+            "and measure the run again with tools/rank_surgery.py."
+        ) from error
+    except OSError as error:
+        raise files.storage_error(path, error) from error
+
+
+def _row(line: dict[str, str]) -> Row:
+    seed = int(line["seed"]) if line["seed"] else None
+    rank, loss, delta = int(line["rank"]), float(line["val_loss"]), float(line["delta"])
+    return Row(line["layer"], line["stage"], line["kind"], rank, seed, loss, delta)

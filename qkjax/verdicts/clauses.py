@@ -1,53 +1,65 @@
-"""From runs to a clause: which seeds count, the contrast between their arms, and its status.
+"""From runs to a clause: which seeds and arms count, the contrast between them, and its word.
 
-The rules are those of SCIENCE.md section 8 and the same for every hypothesis.
+The rules are those of docs/statistics.md and the same for every hypothesis.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from qkjax import presets
 from qkjax.runs.results import RunResult
-from qkjax.verdicts import statistics
+from qkjax.study import questions
+from qkjax.verdicts import rules, statistics
 from qkjax.verdicts.judgement import (
+    BY_RULE,
     INCONCLUSIVE,
+    NEGLIGIBLE,
     NON_INFERIORITY,
-    REFUTED,
+    NOT_TWICE,
+    OPPOSITE,
+    RATIO,
     RULE,
     SUPERIORITY,
     SUPPORTED,
+    TOO_SMALL,
+    WORDS,
+    WORSE,
     Clause,
     Interval,
 )
+from qkjax.verdicts.predictions import QUANTITIES, Prediction, Quantity
 from qkjax.verdicts.results import Study
 
-Measure = Callable[[RunResult], float]
+ONE_SEED = "one seed: nothing is decided"
+FEWEST_DIVERGED = 4  # seeds from which a side that diverged decides a clause
 _LISTED = 4  # runs named in one line; more are counted
+LEVEL = "two-sided 95%, one-sided .025"
+_BY_RULE = "by rule, no p"
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """The runs that contrasts use: seeds that have every arm of the plan."""
+    """The runs that contrasts of a family use: seeds that have every arm of it."""
 
     study: Study
-    arms: tuple[str, ...]  # of the plan, controls included: C of the block layout
+    family: tuple[str, ...]  # planned arms: those behind the pooled error
     seeds: tuple[int, ...]  # used
-    left_out: tuple[int, ...]  # seeds of the plan that lack an arm
+    left_out: tuple[int, ...]  # seeds of the plan that lack an arm of the family
     head_dim: int
 
     @classmethod
-    def of(cls, study: Study) -> "Panel":
+    def of(cls, study: Study, family: Sequence[str] = questions.ARMS) -> "Panel":
         """Sorts the seeds of the plan into used and left out."""
-        arms = tuple(study.arms)
+        arms = tuple(arm for arm in study.arms if arm in family)
         complete = [all((arm, seed) in study.runs for arm in arms) for seed in study.seeds]
         pairs = list(zip(study.seeds, complete, strict=True))
         first = next(iter(study.runs.values()), None)
         return cls(
             study=study,
-            arms=arms,
+            family=arms,
             seeds=tuple(seed for seed, whole in pairs if whole),
             left_out=tuple(seed for seed, whole in pairs if not whole),
             head_dim=(
@@ -57,20 +69,23 @@ class Panel:
             ),
         )
 
-    def values(self, measure: Measure) -> np.ndarray:
-        """[seeds, arms] float64."""
-        rows = [[measure(self.study.runs[arm, seed]) for arm in self.arms] for seed in self.seeds]
-        return np.array(rows, np.float64).reshape(len(self.seeds), len(self.arms))
+    def runs(self, arm: str) -> list[RunResult]:
+        """The arm's runs of the seeds used."""
+        return [self.study.runs[arm, seed] for seed in self.seeds]
 
     def missing(self, arms: Sequence[str]) -> str:
-        """What the plan or the directory lacks of these arms, or of every arm; "" if nothing."""
-        unplanned = [arm for arm in arms if arm not in self.arms]
+        """What the plan or the directory lacks of these arms, or of the family; "" if nothing."""
+        unplanned = [arm for arm in arms if arm not in self.family]
         if unplanned:
             return f"the plan has no arm {' and no arm '.join(unplanned)}"
         if self.seeds:
             return ""
-        lacking = [f"{run.arm} seed {run.seed} ({run.why})" for run in self.study.missing]
-        return f"no seed has every arm of the plan; missing: {listed(lacking)}"
+        lacking = [
+            f"{run.arm} seed {run.seed} ({run.why})"
+            for run in self.study.missing
+            if run.arm in self.family
+        ]
+        return f"no seed has every arm of the family; missing: {listed(lacking)}"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -79,152 +94,216 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def by_contrast(
-    panel: Panel,
-    name: str,
-    text: str,
-    measure: Measure,
-    weights: Mapping[str, float],
-    *,
-    sesoi: float,
-    unit: str,
-    offset: float = 0.0,
-    kind: str = SUPERIORITY,
-    unavailable: str = "",
-) -> Clause:
-    """A clause decided by the interval of sum weights x measure - offset.
+def spoken(estimate: float, interval: Interval | None, unit: str) -> str:
+    """ "+3.2 PR, 95% +1.0 to +5.4"; of logarithms "1.95 times, 95% 1.93 to 1.97"."""
+    if unit.startswith("ln "):
+        said = f"{math.exp(estimate):.3g} times"
+        ends = [f"{math.exp(end):.3g}" for end in interval or ()]
+    else:
+        form = "+.4f" if unit == "nat" else "+.3g"
+        said = f"{estimate:{form}} {unit}".rstrip()
+        ends = [f"{end:{form}}" for end in interval or ()]
+    return f"{said}, 95% {ends[0]} to {ends[1]}" if ends else said
 
-    Args:
-        measure: one number of a run; NaN where it has none.
-        weights: by arm, with sum 0; the other arms of the plan have weight 0.
-        sesoi: smallest effect of interest; of kind NON_INFERIORITY the margin.
-        unavailable: why the quantity cannot be had of these runs, if so.
-    """
+
+# --------------------------------------------------------------------------------------------
+# By contrast.
+
+
+def by_contrast(panel: Panel, prediction: Prediction) -> Clause:
+    """A clause decided by the interval of sum weights x quantity over the panel's seeds."""
+    quantity = QUANTITIES[prediction.quantity]
+    limit = quantity.limit(panel.head_dim) if prediction.limit is None else prediction.limit
+    per_seed = _per_seed(panel.study, prediction, quantity)
     clause = Clause(
-        name,
-        text,
-        INCONCLUSIVE,
-        "",
-        None,
-        None,
-        None,
-        None,
-        sesoi,
-        unit,
-        None,
-        per_seed=_per_seed(panel.study, measure, weights, offset),
-        kind=kind,
+        name=prediction.name,
+        text=prediction.text,
+        kind=prediction.kind,
+        unit=quantity.unit,
+        sesoi=limit,
+        level=LEVEL,
+        per_seed=per_seed,
+        seeds=panel.seeds,
     )
-    unavailable = unavailable or panel.missing(list(weights))
+    unavailable = panel.missing(list(prediction.weights)) or _too_short(panel, quantity)
     if unavailable:
         return dataclasses.replace(clause, reason=unavailable)
-    values = panel.values(measure)
-    found = statistics.contrast(values, [weights.get(arm, 0.0) for arm in panel.arms], offset)
-    clause = dataclasses.replace(
-        clause, estimate=found.estimate if math.isfinite(found.estimate) else None
+    clause = dataclasses.replace(clause, sd_by_arm=_spreads(panel, quantity))
+    diverged = {arm: sum(quantity.diverged(run) for run in panel.runs(arm)) for arm in panel.family}
+    if any(diverged[arm] for arm in prediction.weights):
+        return _by_divergence(clause, panel, prediction, quantity.worse, diverged)
+    values = {arm: [quantity.measure(run) for run in panel.runs(arm)] for arm in panel.family}
+    bad = [
+        f"{arm} seed {seed}"
+        for arm in prediction.weights
+        for seed, value in zip(panel.seeds, values[arm], strict=True)
+        if not math.isfinite(value)
+    ]
+    if bad:
+        return dataclasses.replace(clause, reason=f"no finite value of {listed(bad)}")
+    estimate = math.fsum(
+        weight * float(np.mean(values[arm])) for arm, weight in prediction.weights.items()
     )
-    if found.pooled is None or found.paired is None:
-        return dataclasses.replace(clause, reason=_unusable(panel, values, found))
-    status, words = decide(found.estimate, found.pooled, sesoi, kind)
-    notes = _notes(found, status, words, sesoi, kind)
+    clause = dataclasses.replace(
+        clause, estimate=estimate, said=spoken(estimate, None, quantity.unit)
+    )
+    if len(panel.seeds) == 1:
+        return dataclasses.replace(clause, reason=f"{clause.said}; {ONE_SEED}")
+    # Arms of weight 0 that diverged, at any time, or have no value lend no error to others.
+    family = tuple(
+        arm
+        for arm in panel.family
+        if arm in prediction.weights
+        or not (any(run.diverged for run in panel.runs(arm)) or not np.isfinite(values[arm]).all())
+    )
+    found = statistics.contrast(
+        np.array([values[arm] for arm in family]).T,
+        [prediction.weights.get(arm, 0.0) for arm in family],
+    )
+    clause = dataclasses.replace(clause, family=family)
+    if found.mse == 0:
+        return dataclasses.replace(clause, reason="the seeds do not differ (MSE = 0)")
+    return decided(clause, found, limit)
+
+
+def decided(clause: Clause, found: statistics.Contrast, limit: float) -> Clause:
+    """The clause with its intervals, word and reason."""
+    judged = rules.judge_clause(clause.kind, found, limit)
+    pooled, paired, deciding = (
+        (float(low), float(high))
+        for low, high in (found.pooled(), found.paired(), found.deciding())
+    )
+    assert clause.estimate is not None
+    word = WORDS[int(judged.code)]
+    said = spoken(clause.estimate, deciding, clause.unit)
+    reason = f"{said}: {_why(word, clause.kind, clause.estimate, deciding, limit)}"
     needed = None
-    if status == INCONCLUSIVE:
-        distance, outcome = _were_it_true(found.estimate, sesoi, kind)
-        needed = found.needed_seeds(distance)
-        seeds = f"more than {statistics.MOST_SEEDS:,}" if needed is None else needed
-        words += f"; {seeds} seeds would decide it, as {outcome}, were this estimate the truth"
+    if word == INCONCLUSIVE:
+        spread = float(max(found.pooled_error, found.paired_error)) * math.sqrt(len(clause.seeds))
+        arms = len(clause.family)
+        needed = rules.seeds_for_power(clause.kind, clause.estimate, spread, arms, limit)
+        seeds = f"more than {rules.MOST_SEEDS}" if needed is None else needed
+        reason += f"; {seeds} seeds for 80% power, were this estimate the truth"
+    signs = {value > 0 for value in found.per_seed.tolist() if value}
+    disagree = clause.kind == SUPERIORITY and len(signs) == 2
     return dataclasses.replace(
         clause,
-        status=status,
-        reason=f"{words}: {figures(found.estimate, found.pooled, unit)}",
-        pooled=found.pooled,
-        paired=found.paired,
-        p=found.p_below(sesoi) if kind == NON_INFERIORITY else found.p_above(0.0),
+        word=word,
+        word_at_975=WORDS[int(judged.strict)],
+        reason=reason,
+        said=said,
+        deciding=deciding,
+        decided_by="paired" if paired[0] < pooled[0] else "pooled",
+        pooled=pooled,
+        paired=paired,
+        p=float(judged.p),
         seeds_needed=needed,
-        notes=notes,
+        notes=("the seeds disagree in sign",) if disagree else (),
     )
 
 
-def decide(estimate: float, interval: Interval, sesoi: float, kind: str) -> tuple[str, str]:
-    """(status, words) of an estimate with its 95% interval; the order of the rules is fixed.
-
-    Superiority: supported where the interval lies above 0 and the estimate reaches the SESOI;
-    refuted where it lies below 0, inside (0, SESOI), or below the SESOI. Non-inferiority, of a
-    margin: supported below it, refuted above it; the words also tell on which side of 0.
-    """
+def _why(word: str, kind: str, estimate: float, interval: Interval, limit: float) -> str:
+    """A few words behind the numbers of a clause."""
     low, high = interval
-    if kind == NON_INFERIORITY:
+    if kind == NON_INFERIORITY and word == SUPPORTED:
         if high < 0:
-            return SUPPORTED, "better, and so not worse by the margin"
-        if high < sesoi:
-            words = "worse, by less than the margin" if low > 0 else "not worse by the margin"
-            return SUPPORTED, f"{words} of {sesoi:g}"
-        if low > sesoi:
-            return REFUTED, f"worse by more than the margin of {sesoi:g}"
-        return INCONCLUSIVE, f"the interval holds the margin of {sesoi:g}"
-    if low > 0 and estimate >= sesoi:
-        return SUPPORTED, "as predicted"
-    if high < 0:
-        return REFUTED, "reversed"
-    if low > 0 and high < sesoi:
-        return REFUTED, "real but negligible"
-    if high < sesoi:
-        return REFUTED, "no effect as large as claimed"
-    if low > 0:
-        return INCONCLUSIVE, "above 0, but the estimate is below the smallest effect of interest"
-    return INCONCLUSIVE, "the interval holds 0 and effects of interest"
+            return "better, and so not worse by the margin"
+        words = "worse, but by less than" if low > 0 else "not worse by"
+        return f"{words} the margin of {limit:g}"
+    if word == INCONCLUSIVE:
+        if kind == NON_INFERIORITY:
+            return f"the interval holds the margin of {limit:g}"
+        if kind == RATIO:
+            return f"the interval holds {math.exp(limit):.3g}"
+        if low > 0 and estimate < limit:
+            return "above 0, but the estimate is below the smallest effect of interest"
+        return "the interval holds 0 and effects of interest"
+    return {
+        SUPPORTED: f"above {math.exp(limit):.3g}" if kind == RATIO else "as predicted",
+        OPPOSITE: "the opposite",
+        NEGLIGIBLE: "negligible",
+        TOO_SMALL: "no effect as large as claimed",
+        NOT_TWICE: "not twice",
+        WORSE: f"worse by more than the margin of {limit:g}",
+    }[word]
 
 
-def _were_it_true(estimate: float, sesoi: float, kind: str) -> tuple[float, str]:
-    """Half-width of the interval that would decide, were the estimate the truth, and how."""
-    if kind == NON_INFERIORITY:
-        return abs(sesoi - estimate), SUPPORTED if estimate < sesoi else REFUTED
-    return (sesoi - estimate, REFUTED) if estimate < sesoi else (estimate, SUPPORTED)
+def _by_divergence(
+    clause: Clause, panel: Panel, prediction: Prediction, worse: int, diverged: dict[str, int]
+) -> Clause:
+    """Runs that diverged are outcomes: a side that diverged wholly, and alone, is the worse one.
 
-
-def figures(estimate: float, interval: Interval, unit: str) -> str:
-    """ "+3.21 [+1.02, +5.40] PR"."""
-    return f"{estimate:+.4g} [{interval[0]:+.4g}, {interval[1]:+.4g}] {unit}".rstrip()
-
-
-def _notes(
-    found: statistics.Contrast, status: str, words: str, sesoi: float, kind: str
-) -> tuple[str, ...]:
-    notes = []
-    assert found.paired is not None
-    other, other_words = decide(found.estimate, found.paired, sesoi, kind)
-    alike = other_words == words or kind == NON_INFERIORITY  # whose words only describe
-    if other != status or not alike:
-        notes.append(
-            f"the paired interval [{found.paired[0]:+.4g}, {found.paired[1]:+.4g}] alone would "
-            f"say {other} ({other_words})"
+    With fewer than four seeds that is said as a count. Where only some diverged, or both sides,
+    or neither side can be called worse, nothing is decided.
+    """
+    seeds = len(panel.seeds)
+    counts = "; ".join(
+        f"{arm}: {diverged[arm]} of {seeds} diverged" for arm in prediction.weights if diverged[arm]
+    )
+    clause = dataclasses.replace(clause, level=_BY_RULE, decided_by=RULE, said=counts)
+    sides = {
+        sign: [arm for arm, weight in prediction.weights.items() if weight * sign > 0]
+        for sign in (1, -1)
+    }
+    for sign, arms in sides.items():
+        whole = all(diverged[arm] == seeds for arm in arms)
+        alone = not any(diverged[arm] for arm in sides[-sign])
+        if not (whole and alone and worse):
+            continue
+        p = statistics.all_or_none(seeds * len(arms), seeds * len(sides[-sign]))
+        reason = f"{counts}, none of the other side; Fisher's one-sided p {p:.3g}"
+        if seeds < FEWEST_DIVERGED:
+            return dataclasses.replace(clause, reason=f"{reason}, below four seeds a count")
+        up = worse * sign > 0  # the contrast as if its diverged side were infinitely bad
+        word = SUPPORTED if up != (clause.kind == NON_INFERIORITY) else BY_RULE
+        strict = word if p <= (1 - statistics.STRICT) / 2 else INCONCLUSIVE
+        return dataclasses.replace(
+            clause,
+            word=word,
+            word_at_975=strict,
+            reason=f"{reason}: that side is worse, by rule",
+            p=p if word == SUPPORTED else 1.0,
         )
-    if kind != NON_INFERIORITY and min(found.per_seed) < 0 < max(found.per_seed):
-        notes.append("the seeds disagree in sign")
-    return tuple(notes)
+    return dataclasses.replace(clause, reason=counts)
 
 
-def _unusable(panel: Panel, values: np.ndarray, found: statistics.Contrast) -> str:
-    if found.unusable != "a value is not finite":
-        return found.unusable
-    bad = [
-        f"{panel.arms[column]} seed {panel.seeds[row]}"
-        for row, column in np.argwhere(~np.isfinite(values))
-    ]
-    return f"no finite value of {listed(bad)}"
+def _too_short(panel: Panel, quantity: Quantity) -> str:
+    """Why an early evaluation of the quantity cannot be used, if so."""
+    for run in panel.study.runs.values():
+        step = quantity.step(run)
+        why = "" if step is None else questions.too_short(run.config, step)
+        if why:
+            return why
+    return ""
 
 
-def _per_seed(
-    study: Study, measure: Measure, weights: Mapping[str, float], offset: float
-) -> dict[int, float | None]:
+def _spreads(panel: Panel, quantity: Quantity) -> dict[str, float | None]:
+    """Standard deviation over seeds of each arm of the family; None with fewer than two values."""
+    found: dict[str, float | None] = {}
+    for arm in panel.family:
+        values = [quantity.measure(run) for run in panel.runs(arm) if not quantity.diverged(run)]
+        sound = [value for value in values if math.isfinite(value)]
+        found[arm] = float(np.std(sound, ddof=1)) if len(sound) > 1 else None
+    return found
+
+
+def _per_seed(study: Study, prediction: Prediction, quantity: Quantity) -> dict[int, float | None]:
     """Of every seed of the plan that has these arms, also of seeds that are left out."""
     found: dict[int, float | None] = {}
     for seed in study.seeds:
-        if all((arm, seed) in study.runs for arm in weights):
-            terms = [weight * measure(study.runs[arm, seed]) for arm, weight in weights.items()]
-            value = math.fsum(terms) - offset if np.isfinite(terms).all() else math.nan
+        if all((arm, seed) in study.runs for arm in prediction.weights):
+            runs = {arm: study.runs[arm, seed] for arm in prediction.weights}
+            terms = [
+                math.nan if quantity.diverged(run) else weight * quantity.measure(run)
+                for run, weight in zip(runs.values(), prediction.weights.values(), strict=True)
+            ]
+            value = math.fsum(terms) if np.isfinite(terms).all() else math.nan
             found[seed] = value if math.isfinite(value) else None
     return found
+
+
+# --------------------------------------------------------------------------------------------
+# By rule.
 
 
 def by_rule(
@@ -241,6 +320,8 @@ def by_rule(
 ) -> Clause:
     """A clause that every run of an arm has to satisfy: measure < limit.
 
+    It holds or fails, asks the runs of every seed, and enters no p.
+
     Args:
         reaches: whether the limit itself is still allowed.
         measure: None where the run is too short to be measured; infinite where it broke the rule
@@ -253,28 +334,25 @@ def by_rule(
     ]
     worst = max(known.values(), default=math.nan)
     clause = Clause(
-        name,
-        text,
-        INCONCLUSIVE,
-        "",
-        worst if math.isfinite(worst) else None,
-        None,
-        None,
-        None,
-        limit,
-        unit,
-        None,
+        name=name,
+        text=text,
         kind=RULE,
+        unit=unit,
+        sesoi=limit,
+        estimate=worst if math.isfinite(worst) else None,
+        decided_by=RULE,
+        level=_BY_RULE,
         per_seed={
             seed: value if value is not None and math.isfinite(value) else None
             for seed, value in per_seed.items()
         },
+        seeds=tuple(known),
     )
     if broken:
         seeds = " and ".join(f"seed {seed}" for seed in broken)
         alone = " (by rule, one seed)" if len(per_seed) == 1 else ""
         reason = f"broken by {seeds}{alone}"
-        return dataclasses.replace(clause, status=REFUTED, reason=reason, p=1.0)
+        return dataclasses.replace(clause, word=BY_RULE, word_at_975=BY_RULE, reason=reason)
     lacking = [f"{run.arm} seed {run.seed} ({run.why})" for run in study.missing if run.arm == arm]
     if lacking or not per_seed:
         words = f"missing: {listed(lacking)}" if lacking else f"no run of {arm}"
@@ -282,4 +360,4 @@ def by_rule(
     if len(known) < len(per_seed):
         return dataclasses.replace(clause, reason=too_short)
     reason = f"holds for every seed, at most {worst:.4g} {unit}".rstrip()
-    return dataclasses.replace(clause, status=SUPPORTED, reason=reason, p=0.0)
+    return dataclasses.replace(clause, word=SUPPORTED, reason=reason)

@@ -1,8 +1,8 @@
-"""H5: whether the arm of higher rank answers more items right, item by item.
+"""H5: whether the arm of higher rank answers more items right; the trained model is the unit.
 
-Two arms of one seed answer the same items, so scores are compared in pairs. The interval over
-items takes the trained models as given; the one over seeds stands beside it. An accuracy is better
-only where the interval and McNemar's exact test both say so.
+Each seed trains one model of either arm, and both answer the same items. The clause is decided by
+the paired interval over seeds of the accuracy differences, and the items have to agree: McNemar's
+exact test of each seed. What the items say of two given models is shown beside it.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ import numpy as np
 
 from qkjax.runs.results import PR
 from qkjax.verdicts import statistics
-from qkjax.verdicts.clauses import Panel, decide, figures, listed
-from qkjax.verdicts.judgement import INCONCLUSIVE, SUPERIORITY, SUPPORTED, Clause
+from qkjax.verdicts.clauses import LEVEL, ONE_SEED, decided, listed, spoken
+from qkjax.verdicts.judgement import INCONCLUSIVE, OPPOSITE, SUPERIORITY, SUPPORTED, Clause
 from qkjax.verdicts.results import Study
 
 FIRST, SECOND = "muon_noqk", "adamw_qk"
 SESOI_POINTS, SESOI_NAT = 1.0, 0.01
-ALPHA = 0.025  # one-sided, of McNemar's test
+ALPHA = 0.025  # one-sided, of McNemar's test of one seed
 Score = Callable[[Mapping[str, Any]], float]
 
 
@@ -83,29 +83,23 @@ def is_sample(downstream: Mapping[str, Any] | None) -> bool:
     return bool(downstream and downstream.get("sample"))
 
 
-def clauses(panel: Panel) -> tuple[list[Clause], list[Clause]]:
+def clauses(study: Study) -> tuple[list[Clause], list[Clause]]:
     """(the two accuracies, which decide; likelihoods and correlations, which are shown)."""
-    deciding = [_compare(panel.study, question) for question in ACCURACIES]
-    shown = [_compare(panel.study, question) for question in LIKELIHOODS]
+    deciding = [_compare(study, question) for question in ACCURACIES]
+    shown = [_compare(study, question) for question in LIKELIHOODS]
     for optimizer, label in (("adamw", "AdamW"), ("muon", "Muon")):
-        shown += [_correlate(panel, question, optimizer, label) for question in ACCURACIES]
+        shown += [_correlate(study, question, optimizer, label) for question in ACCURACIES]
     return deciding, shown
 
 
 def _compare(study: Study, question: _Question) -> Clause:
     clause = Clause(
-        question.name,
-        question.text,
-        INCONCLUSIVE,
-        "",
-        None,
-        None,
-        None,
-        None,
-        question.sesoi,
-        question.unit,
-        None,
-        per_seed={},
+        name=question.name,
+        text=question.text,
+        kind=SUPERIORITY,
+        unit=question.unit,
+        sesoi=question.sesoi,
+        level=LEVEL,
     )
     pairs, why = _paired_scores(study, question)
     if not pairs:
@@ -113,48 +107,50 @@ def _compare(study: Study, question: _Question) -> Clause:
     first, second = (np.array([pair[side] for pair in pairs.values()]) for side in (0, 1))
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         return dataclasses.replace(clause, reason="a score is not finite")
-    by_item = statistics.paired_bootstrap(first.mean(axis=0), second.mean(axis=0))
     per_seed = question.factor * (first - second).mean(axis=1)
-    estimate = question.factor * by_item.estimate
-    over_items = (question.factor * by_item.interval[0], question.factor * by_item.interval[1])
-    # Over several seeds the sign test of each item's sum: items are independent, its seeds are not.
-    test = statistics.mcnemar(first.sum(axis=0), second.sum(axis=0))
-    binary = question.unit == "points"
+    estimate = float(per_seed.mean())
     clause = dataclasses.replace(
         clause,
         estimate=estimate,
-        pooled=over_items,
-        p=test.p_first_better if binary else None,
+        said=spoken(estimate, None, question.unit),
         per_seed={seed: float(value) for seed, value in zip(pairs, per_seed, strict=True)},
+        seeds=tuple(pairs),
+        family=(SECOND, FIRST),
+        sd_by_arm={
+            arm: float(np.std(question.factor * scores.mean(axis=1), ddof=1))
+            if len(pairs) > 1
+            else None
+            for arm, scores in ((SECOND, second), (FIRST, first))
+        },
         notes=_notes(question, first, second, list(pairs)) + ((why,) if why else ()),
     )
-    said = figures(estimate, over_items, question.unit)
     if len(pairs) == 1:
-        return dataclasses.replace(clause, reason=f"no replication: {said} over items, one seed")
-    status, words = found = decide(estimate, over_items, question.sesoi, SUPERIORITY)
-    if binary and status == SUPPORTED and test.p_first_better > ALPHA:
-        status = INCONCLUSIVE
-        words = f"above 0, but McNemar's test does not agree (p {test.p_first_better:.3g})"
-    over_seeds = _over_seeds(per_seed)
-    notes = clause.notes
-    other = decide(estimate, over_seeds, question.sesoi, SUPERIORITY)
-    if other != found:
-        notes += (
-            f"over seeds, [{over_seeds[0]:+.4g}, {over_seeds[1]:+.4g}], it would say {other[0]} "
-            f"({other[1]})",
-        )
-    return dataclasses.replace(
-        clause,
-        status=status,
-        paired=over_seeds,
-        reason=f"{words}: {said} over items",
-        notes=notes,
-    )
+        return dataclasses.replace(clause, reason=f"{clause.said}; {ONE_SEED}")
+    means = question.factor * np.stack([second.mean(axis=1), first.mean(axis=1)], axis=1)
+    found = statistics.contrast(means, (-1.0, 1.0))  # of two arms pooled and paired are one
+    if found.mse == 0:
+        return dataclasses.replace(clause, reason="the seeds do not differ (MSE = 0)")
+    clause = decided(clause, found, question.sesoi)
+    return _agreed(clause, first, second) if question.unit == "points" else clause
 
 
-def _over_seeds(per_seed: np.ndarray) -> tuple[float, float]:
-    found = statistics.paired_sequences(per_seed, np.zeros_like(per_seed))
-    return found.interval
+def _agreed(clause: Clause, first_SN: np.ndarray, second_SN: np.ndarray) -> Clause:
+    """The clause where its items agree in sign with its word; else inconclusive.
+
+    Supported and the opposite ask every seed's items to lie on their side. A word of a small
+    effect asks that McNemar's test of no seed finds the first arm better.
+    """
+    tests = [statistics.mcnemar(*pair) for pair in zip(first_SN, second_SN, strict=True)]
+    if clause.word == SUPPORTED:
+        agree = all(test.first_only > test.second_only for test in tests)
+    elif clause.word == OPPOSITE:
+        agree = all(test.first_only < test.second_only for test in tests)
+    else:
+        agree = not any(test.p_first_better <= ALPHA for test in tests)
+    if agree or clause.word == INCONCLUSIVE:
+        return clause
+    reason = f"{clause.said}: {clause.word} over seeds, but the items of a seed disagree"
+    return dataclasses.replace(clause, word=INCONCLUSIVE, word_at_975=INCONCLUSIVE, reason=reason)
 
 
 def _paired_scores(
@@ -196,63 +192,64 @@ def _paired_scores(
 def _notes(
     question: _Question, first: np.ndarray, second: np.ndarray, seeds: Sequence[int]
 ) -> tuple[str, ...]:
-    """McNemar's table of every seed, and what the items could have found."""
-    if question.unit != "points":
-        return ()
+    """What the items say of the two models of every seed, and what they could have found."""
     notes, shares = [], []
     for seed, ours, theirs in zip(seeds, first, second, strict=True):
-        test = statistics.mcnemar(ours, theirs)
-        shares.append(test.discordant / len(ours))
-        notes.append(
-            f"seed {seed}: of {len(ours):,} items {test.first_only:,} right with Muon alone, "
-            f"{test.second_only:,} with AdamW+QK alone, McNemar p {test.p_two_sided:.3g}"
+        by_item = statistics.paired_bootstrap(ours, theirs)
+        low, high = (question.factor * end for end in by_item.interval)
+        said = (
+            f"seed {seed}: over {len(ours):,} items 95% {low:+.3g} to {high:+.3g} {question.unit}"
         )
-    share = float(np.mean(shares))
-    power = 100 * statistics.detectable_difference(first.shape[1], share)
-    notes.append(
-        f"power: at {share:.0%} discordant items a difference of {power:.2f} points is found in "
-        f"one seed with probability 0.8; {question.sesoi:g} is of interest"
-    )
+        if question.unit == "points":
+            test = statistics.mcnemar(ours, theirs)
+            shares.append(test.discordant / len(ours))
+            said += (
+                f", {test.first_only:,} right with Muon alone, {test.second_only:,} with AdamW+QK "
+                f"alone, McNemar p {test.p_two_sided:.3g}"
+            )
+        notes.append(said)
+    if shares:
+        share = float(np.mean(shares))
+        power = 100 * statistics.detectable_difference(first.shape[1], share)
+        notes.append(
+            f"power: at {share:.0%} discordant items a difference of {power:.2f} points is found "
+            f"in one seed with probability 0.8; {question.sesoi:g} is of interest"
+        )
     return tuple(notes)
 
 
-def _correlate(panel: Panel, question: _Question, optimizer: str, label: str) -> Clause:
-    """PR against the score over all runs of one optimiser; the arms and seeds are the spread."""
-    study, points = panel.study, []
+def _correlate(study: Study, question: _Question, optimizer: str, label: str) -> Clause:
+    """PR against the score over the arms of one optimiser, each the mean of its seeds.
+
+    The sample size is the number of arms: their seeds are no independent draws of a rank.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
     for (arm, seed), run in study.runs.items():
         chosen = [i for i in study.items.get((arm, seed), []) if i["task"] == question.task]
-        if (
-            arm.startswith(optimizer)
-            and chosen
-            and not is_sample(study.downstream.get((arm, seed)))
-        ):
+        sample = is_sample(study.downstream.get((arm, seed)))
+        if arm.startswith(optimizer) and chosen and not sample and not run.diverged:
             score = float(np.mean([question.score(item) for item in chosen]))
-            points.append((run.value(PR), question.factor * score))
-    found = statistics.correlation([x for x, _ in points], [y for _, y in points])
+            points.setdefault(arm, []).append((run.value(PR), question.factor * score))
+    means = [np.mean(of_arm, axis=0) for of_arm in points.values()]
+    found = statistics.correlation([x for x, _ in means], [y for _, y in means])
     clause = Clause(
-        f"{question.name} with PR, {label}",
-        f"Among runs of {label}, those of higher PR score higher.",
-        INCONCLUSIVE,
-        "",
-        None,
-        None,
-        None,
-        None,
-        0.0,
-        "correlation",
-        None,
-        per_seed={},
-        notes=(f"n = {found.num_runs} runs",),
+        name=f"{question.name} with PR, {label}",
+        text=f"Among arms of {label}, those of higher PR score higher.",
+        kind=SUPERIORITY,
+        unit="correlation",
+        sesoi=0.0,
+        level="decides nothing",
+        notes=(f"n = {len(points)} arms",),
     )
-    if found.interval is None or not math.isfinite(found.pearson):
-        words = "no result" if not points else "too few runs, or none that differ"
-        return dataclasses.replace(clause, reason=f"{words} (n = {found.num_runs})")
-    status, words = decide(found.pearson, found.interval, 0.0, SUPERIORITY)
+    if not math.isfinite(found.pearson):
+        words = "no result" if not points else "too few arms, or none that differ"
+        return dataclasses.replace(clause, reason=f"{words} (n = {len(points)} arms)")
+    said = spoken(found.pearson, found.interval, "")
     return dataclasses.replace(
         clause,
-        status=status,
-        reason=f"{words}: {figures(found.pearson, found.interval, '')}, n = {found.num_runs}",
         estimate=found.pearson,
-        pooled=found.interval,
-        notes=(f"n = {found.num_runs} runs", f"Spearman {found.spearman:+.3f}"),
+        deciding=found.interval,
+        said=said,
+        reason=f"{said}, n = {len(points)} arms: drawn, decides nothing",
+        notes=(f"n = {len(points)} arms", f"Spearman {found.spearman:+.3f}"),
     )

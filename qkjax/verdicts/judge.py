@@ -1,79 +1,62 @@
-"""The verdicts of a study: H1 to H5 and the attribution to decay, with Holm's correction.
+"""The verdicts of a study: H1 to H5, attributions, controls, and what a reader has to know first.
 
 `judge` never fails on an unfinished study: what cannot be said is inconclusive, and says why.
 """
 
-import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from qkjax import presets
-from qkjax.verdicts import hypotheses, items, statistics
-from qkjax.verdicts.clauses import Panel
-from qkjax.verdicts.judgement import (
-    INCONCLUSIVE,
-    SUPPORTED,
-    Attribution,
-    Clause,
-    Judgement,
-    Verdict,
-)
+from qkjax.verdicts import attribution, hypotheses, items
+from qkjax.verdicts.clauses import ONE_SEED, Panel
+from qkjax.verdicts.judgement import INCONCLUSIVE, REFUTED, SUPPORTED, Judgement, Verdict
 from qkjax.verdicts.results import Study
 
-__all__ = ["ALPHA", "Attribution", "Clause", "Judgement", "Verdict", "judge", "scope"]
-
-ALPHA = 0.025  # one-sided, over the family H1 to H4
 STUDY_TOKENS = 300_000_000  # a run of the study's question
 
 
 def judge(study: Study) -> Judgement:
-    """Every verdict of SCIENCE.md section 8 on a study, finished or not.
-
-    Returns:
-        H1 to H5, what the PR that QK-Norm costs under each optimiser is made of, and what a
-        reader has to know first.
-    """
+    """Every verdict on a study, finished or not, by the rules of docs/statistics.md."""
     panel = Panel.of(study)
-    family = [
-        hypotheses.constraint_trap(panel),
-        hypotheses.optimizer_behaviour(panel),
-        hypotheses.reversal(panel),
-        hypotheses.muon_alternative(panel),
-    ]
-    rejected = statistics.holm({verdict.name: verdict.p for verdict in family}, ALPHA)
-    deciding, shown = items.clauses(panel)
-    last = hypotheses.combine(
-        "H5",
-        "Rank predicts reasoning",
-        "Does the arm of higher rank answer more questions right?",
-        deciding,
-        shown=shown,
+    rehearsal = is_rehearsal(study)
+    verdicts = tuple(
+        hypotheses.with_headline(verdict, rehearsal)
+        for verdict in hypotheses.corrected(hypotheses.make(panel))
     )
-    verdicts = (*(_corrected(verdict, rejected[verdict.name]) for verdict in family), last)
-    attributions = tuple(hypotheses.attribute(panel, name) for name in hypotheses.LABELS)
+    attributions = tuple(attribution.attribute(study, name) for name in attribution.LABELS)
+    controls = tuple(attribution.controls(study, attributions))
     noted = [(c.name, c.notes) for v in verdicts for c in (*v.clauses, *v.shown)]
     noted += [
         (f"attribution, {c.name}", c.notes) for a in attributions for c in (a.total, *a.parts)
     ]
     return Judgement(
+        headline=_headline(panel, verdicts, rehearsal),
         verdicts=verdicts,
         attributions=attributions,
+        controls=controls,
         warnings=tuple(_warnings(panel, noted)),
         seeds_used=panel.seeds,
+        rehearsal=rehearsal,
     )
 
 
-def _corrected(verdict: Verdict, rejected: bool) -> Verdict:
-    """A hypothesis is supported only where Holm's correction agrees; refuted needs none."""
-    verdict = dataclasses.replace(verdict, holm_rejected=rejected)
-    if verdict.status != SUPPORTED or rejected:
-        return verdict
-    return dataclasses.replace(
-        verdict,
-        status=INCONCLUSIVE,
-        qualifier="",
-        reason="supported by its intervals, but not after Holm's correction over H1-H4 "
-        f"(p {verdict.p:.3g}): {verdict.reason}",
-    )
+def is_rehearsal(study: Study) -> bool:
+    """Whether the study only rehearses: at scale tiny, or quick, nothing is decided."""
+    return study.plan["scale"] == "tiny" or bool(study.plan.get("quick"))
+
+
+def _headline(panel: Panel, verdicts: Sequence[Verdict], rehearsal: bool) -> str:
+    """One sentence of plain result."""
+    if len(panel.seeds) == 1:
+        return f"{ONE_SEED[0].upper()}{ONE_SEED[1:]}."
+    if rehearsal:
+        return "A rehearsal: nothing is decided."
+    asked = [verdict for verdict in verdicts if not verdict.left_out]
+    parts = [
+        f"{', '.join(names)} {status}"
+        for status in (SUPPORTED, REFUTED, INCONCLUSIVE)
+        if (names := [verdict.name for verdict in asked if verdict.status == status])
+    ]
+    return f"{'; '.join(parts)}." if parts else "No hypothesis can be answered by this plan."
 
 
 def scope(study: Study) -> str:
@@ -98,15 +81,19 @@ def scope(study: Study) -> str:
 def _warnings(panel: Panel, noted: Iterable[tuple[str, Iterable[str]]]) -> Iterable[str]:
     study = panel.study
     if len(panel.seeds) == 1:
-        yield f"one seed ({panel.seeds[0]}): no replication, so no contrast is decided"
+        yield f"{ONE_SEED} (seed {panel.seeds[0]})"
     for seed in panel.left_out:
-        lacking = [f"{run.arm} ({run.why})" for run in study.missing if run.seed == seed]
-        yield f"seed {seed} is left out of every contrast, it lacks {', '.join(lacking)}"
+        lacking = [
+            f"{run.arm} ({run.why})"
+            for run in study.missing
+            if run.seed == seed and run.arm in panel.family
+        ]
+        yield f"seed {seed} is left out of H1 to H4, it lacks {', '.join(lacking)}"
     for run in study.runs.values():
         if run.diverged:
             yield (
                 f"{run.arm} seed {run.seed} diverged at step {run.summary['diverged_step']:,}: "
-                "its loss counts as the initial one, its other numbers as the last finite ones"
+                "an outcome, so its arm enters no mean and no other contrast's error"
             )
     for (arm, seed), found in study.downstream.items():
         if items.is_sample(found):
@@ -115,6 +102,6 @@ def _warnings(panel: Panel, noted: Iterable[tuple[str, Iterable[str]]]) -> Itera
         yield "a quick study: its budgets are too small for its question"
     for name, notes in noted:
         for note in notes:
-            if "would say" in note or "disagree" in note:
+            if "disagree" in note:
                 yield f"{name}: {note}"
     yield from study.notes

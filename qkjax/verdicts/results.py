@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from qkjax import errors, files, presets
 from qkjax.runs.results import RunResult, load_run
 from qkjax.study import study_files
+from qkjax.trained import rank_curves
 from qkjax.verdicts import scores
 
 # Of study.json and learning_rates.json, what is read here.
@@ -97,7 +98,9 @@ def load_study(workdir: str | pathlib.Path) -> Study:
                     f"{directory / 'config.json'}: is {result.arm} with seed {result.seed}, "
                     f"expected {arm} with seed {seed}. Move the run to where it belongs."
                 )
-            runs[arm, seed] = result
+            surgery = path / "surgery" / arm / f"seed_{seed}.csv"
+            rank = rank_curves.dimensions_used(rank_curves.read_csv(surgery))
+            runs[arm, seed] = dataclasses.replace(result, functional_rank=rank)
     _check_comparable(list(runs.values()))
     rates = study_files.read_object(path / "sweep" / "learning_rates.json")
     for arm, entry in (rates or {}).items():

@@ -50,10 +50,9 @@ def highest_logit(run: RunResult) -> float | None:
     values = [probe.metrics[MAX_LOGIT] for probe in run.probes if MAX_LOGIT in probe.metrics]
     if not values:
         return None
-    reported = run.value(MAX_LOGIT)
-    if None in values or math.isnan(reported):
-        return math.inf
-    return max(reported, *(value for value in values if value is not None))
+    if not run.diverged:
+        values.append(run.value(MAX_LOGIT))
+    return max(math.inf if value is None or math.isnan(value) else value for value in values)
 
 
 def logit_rise(run: RunResult) -> float | None:

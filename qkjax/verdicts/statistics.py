@@ -1,19 +1,22 @@
 """Statistics of a study: contrasts between arms over seeds, items and sequences in pairs.
 
-Pure numpy and scipy.special; every interval is two-sided at 95%. SCIENCE.md section 8 fixes which
-of these decides what; `docs/statistics.md` says it in words.
+Pure numpy and scipy.special. Contrasts take one study or, by leading axes, thousands of simulated
+ones, so that the rules that decide are those that are simulated. `docs/statistics.md` says which
+of these decides what.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import special
 
-LEVEL = 0.95
-MOST_SEEDS = 1_000  # a need of more than these is told as no number
-RESAMPLES = 4_000
+LEVEL = 0.95  # two-sided, of the interval that decides a clause
+STRICT = 0.975  # two-sided, of the interval that refutes a hypothesis
+ALPHA = 0.0125  # one-sided: of H1, and of H2 to H4 together
+RESAMPLES = 2_000
 # A root mean square residual below so many units in the last place of the largest value is
 # rounding: the seeds do not differ.
 _ROUNDING = 64 * np.finfo(np.float64).eps
@@ -26,137 +29,166 @@ Interval = tuple[float, float]
 
 
 class Contrast(NamedTuple):
-    """sum c_a mean_a - offset with its intervals; without them where `unusable` says why."""
+    """sum c_a mean_a - offset of each study, with two standard errors; all fields are [...]."""
 
-    estimate: float  # NaN where a value is not finite
-    per_seed: tuple[float, ...]  # sum c_a value_sa - offset of each seed
-    num_arms: int  # C, all arms of the plan
-    sum_of_squares: float  # sum c^2
-    mse: float | None  # residual of the two-way layout; None with one seed
-    pooled: Interval | None  # t with (S-1)(C-1) degrees of freedom
-    paired: Interval | None  # t with S-1, from the seeds' own contrasts
-    unusable: str  # why there is no pooled interval, for people; "" where there is one
+    estimate: np.ndarray
+    per_seed: np.ndarray  # [..., S] sum c_a value_sa - offset
+    mse: np.ndarray  # residual of the block layout of the family's F arms
+    pooled_error: np.ndarray  # sqrt(sum c^2 MSE / S)
+    pooled_freedom: int  # (S-1)(F-1)
+    paired_error: np.ndarray  # sd(per seed) / sqrt(S)
+    paired_freedom: int  # S-1
 
-    @property
-    def num_seeds(self) -> int:
-        """S."""
-        return len(self.per_seed)
+    def pooled(self, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of the two-sided interval from the family's error."""
+        half = quantile(self.pooled_freedom, level) * self.pooled_error
+        return self.estimate - half, self.estimate + half
 
-    def p_above(self, limit: float) -> float | None:
-        """One-sided p of "the contrast is at most `limit`", from the pooled error."""
-        if self.pooled is None or self.mse is None:
-            return None
-        error = _standard_error(self.mse, self.sum_of_squares, self.num_seeds)
-        freedom = (self.num_seeds - 1) * (self.num_arms - 1)
-        return float(special.stdtr(freedom, -(self.estimate - limit) / error))
+    def paired(self, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of the two-sided interval from the seeds' own contrasts."""
+        half = quantile(self.paired_freedom, level) * self.paired_error
+        return self.estimate - half, self.estimate + half
 
-    def p_below(self, limit: float) -> float | None:
-        """One-sided p of "the contrast is at least `limit`", from the pooled error."""
-        above = self.p_above(limit)
-        return None if above is None else 1.0 - above
+    def deciding(self, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of D, the wider of both: the paired one covers, the pooled one is never lucky."""
+        half = np.maximum(
+            quantile(self.pooled_freedom, level) * self.pooled_error,
+            quantile(self.paired_freedom, level) * self.paired_error,
+        )
+        return self.estimate - half, self.estimate + half
 
-    def needed_seeds(self, distance: float) -> int | None:
-        """Fewest seeds whose pooled half-width, at the MSE measured, is below `distance`.
+    def p_above(self, limit: float) -> np.ndarray:
+        """One-sided p of "the contrast is at most `limit`", the larger of both."""
+        return np.maximum(*self._p(self.estimate - limit))
 
-        Smallest S >= 2 with t_{.975,(S-1)(C-1)} sqrt(sum c^2 MSE / S) < distance. It takes
-        estimate and MSE as they stand: an order of size, and no promise of power.
+    def p_below(self, limit: float) -> np.ndarray:
+        """One-sided p of "the contrast is at least `limit`", the larger of both."""
+        return np.maximum(*self._p(limit - self.estimate))
 
-        Returns:
-            None without an interval, for a distance of 0, or above `MOST_SEEDS`.
-        """
-        if self.pooled is None or self.mse is None or not distance > 0:
-            return None
-        for seeds in range(2, MOST_SEEDS + 1):
-            freedom = (seeds - 1) * (self.num_arms - 1)
-            if (
-                _quantile(freedom) * _standard_error(self.mse, self.sum_of_squares, seeds)
-                < distance
-            ):
-                return seeds
-        return None
+    def _p(self, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (
+                special.stdtr(self.pooled_freedom, -distance / self.pooled_error),
+                special.stdtr(self.paired_freedom, -distance / self.paired_error),
+            )
 
 
 def contrast(
-    values_SC: np.ndarray, coefficients_C: Sequence[float], offset: float = 0.0
+    values_SF: np.ndarray, coefficients_F: Sequence[float], offset: float = 0.0
 ) -> Contrast:
     """A contrast of arms over seeds that are blocks: block ANOVA, and the paired t beside it.
 
-    residual_sa = y_sa - mean_s - mean_a + mean, MSE = sum residual^2 / ((S-1)(C-1)),
-    interval = estimate +- t_{.975,(S-1)(C-1)} sqrt(sum c^2 MSE / S). The MSE is that of all C arms,
-    which pays where arms vary alike and under-covers where they do not; the paired interval
-    needs no such thing: estimate +- t_{.975,S-1} sd(per seed) / sqrt(S).
+    residual_sa = y_sa - mean_s - mean_a + mean, MSE = sum residual^2 / ((S-1)(F-1)), pooled
+    interval = estimate +- t_{(S-1)(F-1)} sqrt(sum c^2 MSE / S). The MSE is that of all F arms of
+    the family, which pays where arms vary alike and under-covers where they do not; the paired
+    interval needs no such thing: estimate +- t_{S-1} sd(per seed) / sqrt(S).
 
     Args:
-        values_SC: [seeds, arms] one value per run; every arm of the plan, also those with
-            coefficient 0.
-        coefficients_C: [arms] c, with sum 0.
-        offset: subtracted from the contrast, such as ln 2 from a difference of logarithms.
+        values_SF: [..., seeds, arms] finite, one value a run; two seeds or more; every arm of the
+            family, also those with coefficient 0.
+        coefficients_F: [arms] c, with sum 0.
+        offset: subtracted from the contrast.
     Raises:
         ValueError: shapes that do not fit, or coefficients that do not add up to 0.
     Source: randomised complete block design (Montgomery, Design and Analysis of Experiments).
     """
-    values, c = np.asarray(values_SC, np.float64), np.asarray(coefficients_C, np.float64)
-    if values.ndim != 2 or c.shape != values.shape[1:] or len(values) < 1:
+    values, c = np.asarray(values_SF, np.float64), np.asarray(coefficients_F, np.float64)
+    if values.ndim < 2 or c.shape != values.shape[-1:] or values.shape[-2] < 2:
         raise ValueError(f"values {values.shape} and coefficients {c.shape} do not fit")
     if abs(c.sum()) > 1e-12 * np.abs(c).sum() or not c.any():
         raise ValueError(f"the coefficients {c.tolist()} are no contrast")
-    seeds, arms = values.shape
-    involved = np.where(c == 0, 0.0, values)  # so that 0 x inf does not make a NaN
-    per_seed = involved @ c - offset
-    base = Contrast(
-        estimate=float(per_seed.mean()),
-        per_seed=tuple(per_seed.tolist()),
-        num_arms=arms,
-        sum_of_squares=float(c @ c),
-        mse=None,
-        pooled=None,
-        paired=None,
-        unusable="",
-    )
-    if not np.isfinite(values).all():
-        return base._replace(unusable="a value is not finite")
-    if seeds == 1:
-        return base._replace(unusable="no replication")
-    rows, columns = values.mean(axis=1, keepdims=True), values.mean(axis=0, keepdims=True)
-    residual = values - rows - columns + values.mean()
-    mse = float((residual**2).sum()) / ((seeds - 1) * (arms - 1))
-    if math.sqrt(mse) <= _ROUNDING * float(np.abs(values).max()):
-        return base._replace(mse=0.0, unusable="the seeds do not differ (MSE = 0)")
-    half = _quantile((seeds - 1) * (arms - 1)) * _standard_error(mse, base.sum_of_squares, seeds)
-    deviation = float(per_seed.std(ddof=1))
-    own = _quantile(seeds - 1) * deviation / math.sqrt(seeds)
-    return base._replace(
+    seeds, arms = values.shape[-2:]
+    per_seed = values @ c - offset
+    rows, columns = values.mean(axis=-1, keepdims=True), values.mean(axis=-2, keepdims=True)
+    residual = values - rows - columns + values.mean(axis=(-2, -1), keepdims=True)
+    freedom = (seeds - 1) * (arms - 1)
+    mse = (residual**2).sum(axis=(-2, -1)) / freedom
+    tiny = np.sqrt(mse) <= _ROUNDING * np.abs(values).max(axis=(-2, -1))
+    mse = np.where(tiny, 0.0, mse)
+    return Contrast(
+        estimate=per_seed.mean(axis=-1),
+        per_seed=per_seed,
         mse=mse,
-        pooled=(base.estimate - half, base.estimate + half),
-        paired=(base.estimate - own, base.estimate + own),
+        pooled_error=np.sqrt(float(c @ c) * mse / seeds),
+        pooled_freedom=freedom,
+        paired_error=per_seed.std(axis=-1, ddof=1) / math.sqrt(seeds),
+        paired_freedom=seeds - 1,
     )
 
 
-def _standard_error(mse: float, sum_of_squares: float, seeds: int) -> float:
-    return math.sqrt(sum_of_squares * mse / seeds)
+@functools.cache
+def quantile(freedom: int, level: float) -> float:
+    """Of Student's t: a two-sided interval of this level is that many standard errors wide."""
+    return float(special.stdtrit(freedom, (1 + level) / 2))
 
 
-def _quantile(freedom: int) -> float:
-    """Of Student's t, two-sided at `LEVEL`."""
-    return float(special.stdtrit(freedom, (1 + LEVEL) / 2))
+def all_or_none(first: int, second: int) -> float:
+    """Fisher's exact one-sided p where all of `first` runs diverged and none of `second`.
+
+    1 / binomial(first + second, first): .167 with two runs each, .05 with 3, .014 with 4.
+
+    Source: Fisher 1935.
+    """
+    return 1 / math.comb(first + second, first)
 
 
-def holm(p_values: Mapping[str, float | None], alpha: float) -> dict[str, bool]:
-    """Which null hypotheses Holm's step-down procedure rejects, family-wise at `alpha`.
+class Corrected(NamedTuple):
+    """Of each hypothesis of a family: whether its p is small enough, and for which level."""
 
-    Ordered p_(1) <= ... <= p_(m): p_(i) is rejected while p_(i) <= alpha / (m - i + 1).
+    rejected: np.ndarray  # bool [..., m]
+    level: np.ndarray  # [..., m] one-sided
+
+
+def holm(p_values: np.ndarray, alpha: float | np.ndarray) -> Corrected:
+    """Holm's step-down procedure, family-wise at `alpha`.
+
+    Ordered p_(1) <= ... <= p_(m): p_(i) is rejected while p_(i) <= alpha / (m - i + 1). The level
+    of a hypothesis is that of its own step or, behind the step that stopped, of that one.
 
     Args:
-        p_values: by name; None, an untested hypothesis of the family, counts as 1.
+        p_values: [..., m].
+        alpha: one-sided, of all studies or [...].
     Source: Holm 1979.
     """
-    known = {name: 1.0 if p is None else p for name, p in p_values.items()}
-    rejected = dict.fromkeys(known, False)
-    for tested, name in enumerate(sorted(known, key=lambda name: known[name])):
-        if known[name] > alpha / (len(known) - tested):
-            break
-        rejected[name] = True
-    return rejected
+    p = np.asarray(p_values, np.float64)
+    m = p.shape[-1]
+    order = np.argsort(p, axis=-1, kind="stable")
+    levels = np.asarray(alpha, np.float64)[..., None] / (m - np.arange(m))
+    passed = np.logical_and.accumulate(np.take_along_axis(p, order, -1) <= levels, axis=-1)
+    reached = np.minimum(np.arange(m), passed.sum(axis=-1, keepdims=True))
+    tested = np.take_along_axis(np.broadcast_to(levels, p.shape), reached, -1)
+    rejected, level = np.zeros(p.shape, bool), np.zeros(p.shape)
+    np.put_along_axis(rejected, order, passed, -1)
+    np.put_along_axis(level, order, tested, -1)
+    return Corrected(rejected, level)
+
+
+def correct(
+    first_p: np.ndarray,
+    first_holds: np.ndarray,
+    others_p: np.ndarray,
+    others_hold: np.ndarray,
+    alpha: float = ALPHA,
+) -> tuple[Corrected, Corrected]:
+    """Two sides at `alpha` each: one hypothesis, and others by Holm; a side that is won helps.
+
+    Whichever side is wholly supported passes its level to the other, which is then tested at
+    2 alpha; a side without hypotheses has passed its own from the start.
+
+    Args:
+        first_p, first_holds: [..., 0 or 1] its p, and whether its clauses are supported.
+        others_p, others_hold: [..., m] likewise.
+    Returns:
+        The first side's and the others'.
+    Source: Bretz, Maurer, Brannath and Posch 2009 (graphical procedures).
+    """
+    first, others = holm(first_p, alpha), holm(others_p, alpha)
+    won = (first.rejected & first_holds).all(axis=-1)
+    won_others = (others.rejected & others_hold).all(axis=-1)
+    return (
+        holm(first_p, np.where(won_others, 2 * alpha, alpha)),
+        holm(others_p, np.where(won, 2 * alpha, alpha)),
+    )
 
 
 # --------------------------------------------------------------------------------------------
@@ -185,7 +217,7 @@ def paired_sequences(first_N: np.ndarray, second_N: np.ndarray) -> Paired:
     """
     difference = _difference(first_N, second_N)
     error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
-    half = _quantile(len(difference) - 1) * error
+    half = quantile(len(difference) - 1, LEVEL) * error
     mean = float(difference.mean())
     return Paired(mean, error, (mean - half, mean + half), len(difference))
 
