@@ -32,7 +32,7 @@ _TEMPORARY = ".{name}.{token}.tmp"  # the token cannot be foreseen: nobody can l
 # A file system without fsync for directories, such as some network mounts: the rename itself holds.
 _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What numpy and zipfile raise on a damaged archive, each seen on files with a flipped byte.
 _DAMAGE = (
     ValueError,
@@ -59,7 +59,7 @@ def storage_error(path: str | os.PathLike[str], error: OSError) -> errors.Storag
     """The failure of one file in the form that the command line shows; "make room" only if so."""
     fix = (
         "Make room on the disk, then run the same command again."
-        if error.errno in _NO_SPACE
+        if error.errno in NO_SPACE
         else "Check the path and its file system, then run the same command again."
     )
     reason = error.strerror or str(error) or type(error).__name__

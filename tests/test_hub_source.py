@@ -28,7 +28,7 @@ def dataset(tmp_path):
         for i, part in enumerate((texts[:half], texts[half:])):
             table = pa.table({"text": pa.array(part, pa.string()), "id": list(range(len(part)))})
             path = folder / config / f"train-{i:05d}-of-00002.parquet"
-            pa.parquet.write_table(table, path, row_group_size=100)
+            pa.parquet.write_table(table, path, row_group_size=100, compression="none")
     entries = "".join(
         f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/*.parquet\n"
         for name in ("main", "other")
@@ -54,6 +54,20 @@ def test_rows_of_a_directory_in_order_from_any_row_on(dataset):
     other = sources.open_source(f"hf:{dataset}:other:train:text")
     assert [document.text for document in other.documents()] == ["x", "", "z"]
     assert source.describe()["files"] == 5 and source.describe()["bytes"] > 1000
+
+
+def test_a_directory_is_known_by_the_content_of_its_files(dataset):
+    source = sources.open_source(f"hf:{dataset}:main")
+    next(source.documents(10))
+    content = source.content(source.files_read)
+    assert content["files_read"] == 2 and not sources.open_source(source.name).changed(content)
+    path = dataset / "main" / "train-00001-of-00002.parquet"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"text 400", b"TEXT 400"))
+    assert path.stat().st_size == len(data) and path.read_bytes() != data
+    with pytest.raises(errors.UsageError, match=f"^{path}: was changed while text was read"):
+        list(source.documents())
+    assert source.changed(content) == [str(path)]
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ import os
 
 import pytest
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.data import manifest as manifest_lib
 
 
 def _shard(folder, name, content):
     path = folder / name
     path.write_bytes(content)
-    return manifest_lib.Shard(name, manifest_lib.file_sha256(path), len(content), 2)
+    return manifest_lib.Shard(name, files.sha256(path), len(content), 2)
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def folder(tmp_path):
     }
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "documents-train.npz").write_bytes(b"table")
-    digest = manifest_lib.file_sha256
+    digest = files.sha256
     manifest = manifest_lib.Manifest(
         name="small",
         sequence_length=16,
@@ -86,7 +86,7 @@ def test_a_failed_write_leaves_the_old_manifest(folder, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     changed = dataclasses.replace(manifest_lib.load(folder), name="other")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(errors.StorageError, match="No space left"):
         manifest_lib.write(changed, folder)
     assert (folder / "dataset.json").read_bytes() == before
 
@@ -101,7 +101,7 @@ def test_a_directory_without_a_manifest_is_no_dataset(tmp_path, missing):
 @pytest.mark.parametrize("content", ["", "{", '{"format_version": 1', "\x80"])
 def test_a_manifest_that_is_not_json_is_refused(folder, content):
     (folder / "dataset.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(errors.UsageError, match=r"dataset.json: not valid JSON.*prepare_data.py"):
+    with pytest.raises(errors.UsageError, match=r"dataset.json: damaged .*prepare_data.py"):
         manifest_lib.load(folder)
 
 

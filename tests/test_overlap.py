@@ -8,7 +8,7 @@ import string
 import numpy as np
 import pytest
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.data import check, holdout, overlap, prepare
 
 TEXTS = [
@@ -136,6 +136,7 @@ def test_overlaps_are_counted_and_dropped_on_request(tmp_path):
     measured = made("measured", benchmark_dir=str(benchmarks))
     assert measured.overlap["lambada"] == {
         "files": ["lambada.jsonl"],
+        "sha256": [files.sha256(benchmarks / "lambada.jsonl")],
         "ngrams": 8,
         "training_documents": 1,
         "training_ngrams": 2,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
 
@@ -26,7 +26,7 @@ def _write_shard(path, records):
     writer.close()
     return manifest_lib.Shard(
         file=path.name,
-        sha256=manifest_lib.file_sha256(path),
+        sha256=files.sha256(path),
         num_bytes=path.stat().st_size,
         num_records=len(records),
     )

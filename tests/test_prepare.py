@@ -23,7 +23,7 @@ import pytest
 import tokenizers
 from array_record.python import array_record_module
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.data import check, docstrings, prepare, reading, shards
 from qkjax.data import manifest as manifest_lib
 
@@ -547,7 +547,7 @@ def test_two_commands_on_one_directory(tmp_path, corpus):
     out = tmp_path / "out"
     process = _start_slowly(*_flags(corpus, out))
     _wait_for(lambda: list(out.glob(".unfinished/*")), process)
-    with pytest.raises(errors.UsageError, match=f"{out}: process {process.pid} on .* is writing"):
+    with pytest.raises(errors.UsageError, match=rf"{out}/.* \(pid {process.pid} on .*--out"):
         _prepare(out, corpus)
     assert process.wait() == 0
     check.check(out, progress=_quiet)
@@ -581,16 +581,16 @@ def test_a_full_disk_is_exit_4_and_the_next_run_goes_on(tmp_path, corpus):
 def test_a_disk_that_is_full_at_the_very_end_does_not_block_the_directory(
     tmp_path, corpus, monkeypatch
 ):
-    out, dump = tmp_path / "out", json.dump
+    out, replace = tmp_path / "out", files.replace
 
-    def full(content, file, **options):
-        dump(content, file, **options)
-        if "dataset.json" in file.name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(path, data):
+        if path.name == "dataset.json":
+            raise files.storage_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        replace(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(json, "dump", full)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(files, "replace", full)
+        with pytest.raises(errors.StorageError, match=r"No space left.*Make room"):
             _prepare(out, corpus)
     assert {p.name for p in out.iterdir()} == {".prepare.lock", ".unfinished"}
     _prepare(out, corpus)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from qkjax import errors
-from qkjax.data import check, encoding, holdout, journal, prepare, reading, request, shards, sources
+from qkjax.data import check, encoding, holdout, prepare, reading, request, shards, sources, staging
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import tokenizer as tokenizer_lib
 
@@ -93,7 +93,7 @@ def test_a_stopped_run_goes_on_without_redoing_finished_shards(mix, tmp_path, mo
     monkeypatch.setattr(shards, "RECORDS_PER_SHARD", 128)
     monkeypatch.setattr(reading, "_CHUNK_CHARACTERS", 2_000)
     out = tmp_path / "data"
-    encode, save = tokenizer_lib.Tokenizer.encode_batch, journal.save
+    encode, save = tokenizer_lib.Tokenizer.encode_batch, staging.save_journal
     encoded = [0]
 
     def count(tokenizer, texts):
@@ -107,7 +107,7 @@ def test_a_stopped_run_goes_on_without_redoing_finished_shards(mix, tmp_path, mo
 
     monkeypatch.setattr(tokenizer_lib.Tokenizer, "encode_batch", count)
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "save", stop)
+        patch.setattr(staging, "save_journal", stop)
         with pytest.raises(_Killed):
             prepare.prepare(wanted, out, progress=_quiet)
     finished = {p.name: p.stat().st_mtime_ns for p in out.glob(".unfinished/train-*.unfinished")}
@@ -134,11 +134,12 @@ def test_what_another_command_left_is_not_used(mix, tmp_path, monkeypatch):
             with pytest.raises(ZeroDivisionError):
                 prepare.prepare(dataclasses.replace(wanted, **changes), out, progress=_quiet)
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "save", lambda *arguments: 1 / 0)
+        patch.setattr(staging, "save_journal", lambda *arguments: 1 / 0)
         patch.setattr(prepare.staging, "discard", lambda folder: None)
         with pytest.raises(ZeroDivisionError):
             prepare.prepare(wanted, out, progress=_quiet)
-    assert [path.name for path in (out / ".unfinished").iterdir()] == ["tokenizer.json"]
+    left = {path.name for path in (out / ".unfinished").iterdir()}
+    assert left == {"tokenizer.json", "sources.jsonl"}
     prepare.prepare(wanted, out, progress=_quiet)
     assert _files(out) == _files(unbroken)
 

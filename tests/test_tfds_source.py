@@ -70,6 +70,20 @@ def test_a_data_set_is_read_in_the_order_of_its_files(built):
     assert "tensorflow" not in sys.modules
 
 
+def test_a_data_set_is_known_by_the_content_of_its_files(built, tmp_path):
+    copy = tmp_path / "qkjax_small" / "1.2.0"
+    shutil.copytree(built[1], copy)
+    source = sources.open_source(f"tfds:{copy}:train[:10]")
+    next(source.documents())
+    content = source.content(source.files_read)
+    (path,) = copy.glob("*train.array_record*")
+    assert content["files_read"] == 1 and source.changed(content) == []
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert source.changed(content) == [str(path)]
+
+
 @pytest.mark.parametrize("spec", ["tfds:qkjax_small", "tfds:qkjax_small:1.2.0:train:text"])
 def test_a_name_is_looked_for_in_tfds_data_dir(built, spec):
     """In a process of its own: TFDS reads the variable once."""

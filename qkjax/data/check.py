@@ -1,13 +1,13 @@
 """Proves that a dataset is what its manifest says, and that nothing held out is trained on."""
 
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from qkjax import errors
-from qkjax.data import holdout, shards
+from qkjax import errors, files
+from qkjax.data import holdout, origins, overlap, shards, sources
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import tokenizer as tokenizer_lib
 
@@ -59,6 +59,52 @@ def check(directory: str | pathlib.Path, *, progress: Callable[[str], None] = pr
     return Report(manifest, decoded, extra)
 
 
+def check_text(
+    manifest: manifest_lib.Manifest,
+    folder: pathlib.Path,
+    opened: Sequence[sources.Source],
+    *,
+    rehash: bool = False,
+) -> list[str]:
+    """Compares the sources as they are now with the text that a dataset was made from.
+
+    Args:
+        opened: the sources of the manifest, in its order; they use the ledger of `folder` then.
+        rehash: read every file again, also those that look as they did.
+    Returns: a line for everything that cannot be proven.
+    Raises: UsageError that names the first file whose content has changed.
+    """
+    ledger = origins.Ledger(folder / origins.FILE_NAME)
+    unproven, changed = [], []
+    for source, record in zip(opened, manifest.sources, strict=True):
+        source.ledger = ledger
+        if source.files and "sha256" not in record["read_from"]:
+            unproven.append(f"{source.name}: recorded without digests, compared by size only")
+        elif not source.files and "revision" in record["read_from"]:
+            unproven.append(f"{source.name}: on the hub, known by its commit alone")
+        changed += source.changed(record["read_from"], rehash=rehash)
+    folder_of_benchmarks = manifest.request.get("benchmark_dir")
+    if folder_of_benchmarks:
+        changed += map(str, overlap.changed_files(folder_of_benchmarks, manifest.overlap))
+    if changed:
+        raise errors.UsageError(
+            f"{changed[0]}: is not what {folder} was made from any more. Restore it, or make the "
+            "dataset again with another --out."
+        )
+    return unproven
+
+
+def check_sources(directory: str | pathlib.Path) -> list[str]:
+    """Hashes all that a dataset was read from; a line for everything that cannot be proven.
+
+    Raises: UsageError where a source cannot be opened, or is not what the dataset was made from.
+    """
+    folder = pathlib.Path(directory)
+    manifest = manifest_lib.load(folder)
+    opened = [sources.open_source(str(record["name"])) for record in manifest.sources]
+    return check_text(manifest, folder, opened, rehash=True)
+
+
 def summary(report: Report) -> str:
     """The report as lines for a terminal."""
     manifest = report.manifest
@@ -97,11 +143,8 @@ def _load_documents(manifest: manifest_lib.Manifest, folder: pathlib.Path, split
             f"{folder / manifest_lib.FILE_NAME}: the field documents.{split} is missing. {_REBUILD}"
         )
     path = folder / record.file
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            table = Documents(arrays["hash64"], arrays["first_token"], arrays["length"])
-    except (KeyError, ValueError, OSError) as error:
-        raise errors.UsageError(f"{path}: no table of documents ({error}). {_REBUILD}") from None
+    arrays = files.read_arrays(path, _REBUILD, names=("hash64", "first_token", "length"))
+    table = Documents(arrays["hash64"], arrays["first_token"], arrays["length"])
     for name, dtype in (("hash64", np.uint64), ("first_token", np.int64), ("length", np.int64)):
         array = getattr(table, name)
         if array.dtype != dtype or array.shape != (record.num_documents,):

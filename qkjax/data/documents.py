@@ -3,8 +3,10 @@
 import abc
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+
+from qkjax.data import origins
 
 
 class Document(NamedTuple):
@@ -20,11 +22,17 @@ class Source(abc.ABC):
     Attributes:
         name: the spec that the user wrote.
         bad_lines: lines that the latest pass skipped; never above max_bad_lines.
+        files: the files that it reads, in order; none where it reads from elsewhere.
+        files_read: how many of them the latest pass has opened.
+        ledger: takes down the content of every file that is opened.
         fraction: how much of the source the latest pass has read, in [0, 1]; None where unknown.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, files: Sequence[pathlib.Path] = ()) -> None:
         self.name = name
+        self.files = files
+        self.files_read = 0
+        self.ledger = origins.Ledger()
         self.bad_lines = 0
         self.fraction: float | None = None
 
@@ -39,13 +47,40 @@ class Source(abc.ABC):
     def describe(self) -> dict[str, Any]:
         """What the documents are read from, for dataset.json: versions, or files and bytes."""
 
+    def content(self, files_read: int) -> dict[str, Any]:
+        """The first `files_read` files by content, for dataset.json; {} where it has no files."""
+        if not self.files:
+            return {}
+        return {
+            "files_read": files_read,
+            "sha256": self.ledger.digest(self.files[:files_read]),
+        }
+
+    def _files_in_turn(self) -> Iterator[pathlib.Path]:
+        """The files in order, each taken down before it is used and looked at afterwards."""
+        for number, path in enumerate(self.files, start=1):
+            self.files_read = number
+            self.ledger.note(path)
+            yield path
+            self.ledger.note(path)
+
+    def changed(self, content: dict[str, Any], *, rehash: bool = False) -> list[str]:
+        """Names what is not any more as `content` has it; [] too where it holds no digest.
+
+        Args:
+            rehash: read every file again, also those that look as they did.
+        """
+        if not self.files or "sha256" not in content:
+            return []
+        used = self.files[: content["files_read"]]
+        return [str(path) for path in self.ledger.changed(used, content["sha256"], rehash)]
+
 
 class FileSource(Source):
     """Files that are read one after the other."""
 
     def __init__(self, name: str, files: list[pathlib.Path]) -> None:
-        super().__init__(name)
-        self._files = files
+        super().__init__(name, files)
         self._before: dict[pathlib.Path, int] = {}  # bytes of the files before this one
         self._total = 0
         for path in files:
@@ -57,10 +92,10 @@ class FileSource(Source):
         return itertools.islice(self._all(), start, None)
 
     def describe(self) -> dict[str, Any]:
-        return {"files": len(self._files), "bytes": sum(p.stat().st_size for p in self._files)}
+        return {"files": len(self.files), "bytes": sum(p.stat().st_size for p in self.files)}
 
     def _all(self) -> Iterator[Document]:
-        for path in self._files:
+        for path in self._files_in_turn():
             self._count(path, 0)
             yield from self._read(path)
 

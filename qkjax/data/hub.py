@@ -54,8 +54,11 @@ class HubDataset(documents.Source):
                 "dataset, configuration and split."
             ) from None
         self._check_column(list(self._rows.features or []))
+        if self._folder:
+            self.files = self._local_files(datasets)
 
     def documents(self, start: int = 0) -> Iterator[documents.Document]:
+        self._note_files()
         row = start
         rows = self._rows.skip(start) if start else self._rows
         try:
@@ -73,12 +76,22 @@ class HubDataset(documents.Source):
             raise
         except Exception as error:
             raise self._broken(error, row) from None
+        self._note_files()
 
     def describe(self) -> dict[str, Any]:
         if self._folder is None:
             return {"dataset": self._dataset, "revision": self._revision}
         files = [path for path in self._folder.rglob("*") if path.is_file()]
         return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
+
+    def _local_files(self, datasets: Any) -> list[pathlib.Path]:
+        """The files of the split; which of them a row stands in, the library does not say."""
+        builder = datasets.load_dataset_builder(self._dataset, self._config or None)
+        return [pathlib.Path(name) for name in builder.config.data_files[self._split]]
+
+    def _note_files(self) -> None:
+        for _ in self._files_in_turn():
+            pass
 
     def _check_column(self, columns: list[str]) -> None:
         if columns and self._column not in columns:

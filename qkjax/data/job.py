@@ -3,15 +3,24 @@
 import dataclasses
 import importlib.metadata
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from qkjax import errors
-from qkjax.data import encoding, holdout, journal, mixing, overlap, reading, shards, sources
+from qkjax import errors, files
+from qkjax.data import (
+    encoding,
+    holdout,
+    mixing,
+    origins,
+    overlap,
+    reading,
+    shards,
+    sources,
+    staging,
+)
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.data.request import Request
@@ -39,12 +48,20 @@ class Job:
         self._benchmarks = (
             overlap.benchmark_files(request.benchmark_dir) if request.benchmark_dir else {}
         )
-        identity = journal.identity(self._description(tokenizer))
-        saved = journal.load(work, identity)
+        identity = staging.identity(self._description(tokenizer))
+        saved = staging.load_journal(work, identity)
+        self._open_ledger()
+        if saved is not None and not self._reads_the_same(saved):
+            saved = None
         if saved is None:
             for path in work.iterdir():  # of another command, or of one that was killed early
                 path.unlink()
-        self._journal: dict[str, Any] = saved or {"identity": identity}
+            self._open_ledger()
+        self._journal: dict[str, Any] = saved or {
+            "identity": identity,
+            "files_read": [0] * len(opened),
+            "read_from": [source.content(0) for source in opened],
+        }
         self._tokenizer = tokenizer or self._train_tokenizer()
         ends = [self._tokenizer.eos_id] if request.end_of_text else []
         self._end = np.array(ends, np.uint32)
@@ -58,11 +75,13 @@ class Job:
             train, streams, counts = self._train(encoder)
         finally:
             encoder.close()
+        self._close_ledger()
         return _manifest(
             self._request,
             name,
             record,
             self._opened,
+            self._journal["read_from"],
             {"train": train, "validation": validation},
             counts,
             sum(stream.reader.bad_lines for stream in streams),
@@ -70,16 +89,61 @@ class Job:
         )
 
     def _description(self, tokenizer: tokenizer_lib.Tokenizer | None) -> dict[str, Any]:
-        files = [path for paths in self._benchmarks.values() for path in paths]
+        paths = [path for some in self._benchmarks.values() for path in some]
         return {
             "request": self._request.plain(),
             "read_from": [source.describe() for source in self._opened],
             "tokenizer": tokenizer and tokenizer.sha256,
-            "benchmarks": [manifest_lib.file_sha256(path) for path in files],
+            "benchmarks": [files.sha256(path) for path in paths],
             "records_per_shard": shards.RECORDS_PER_SHARD,
             # Another version may split text into other tokens.
             "tokenizers": importlib.metadata.version("tokenizers"),
         }
+
+    def _reads_the_same(self, saved: dict[str, Any]) -> bool:
+        """Whether the text that an interrupted command has used is still what it was.
+
+        Raises: UsageError where it is not and training shards of it are finished.
+        """
+        for source, content in zip(self._opened, saved["read_from"], strict=True):
+            changed = source.changed(content)
+            if changed and staging.finished_shards(saved):
+                raise errors.UsageError(
+                    f"{changed[0]}: was changed after an interrupted command read it, and "
+                    f"{self._work} has {staging.finished_shards(saved)} finished training shards "
+                    f"of the earlier text. Restore the file, remove {self._work} to start again, "
+                    "or name another --out."
+                )
+            if changed:
+                self._progress(f"{changed[0]}: was changed since; starting again")
+                return False
+        self._ledger.keep(self._used(saved["files_read"]))
+        return True
+
+    def _open_ledger(self) -> None:
+        self._ledger = origins.Ledger(self._work / origins.FILE_NAME)
+        for source in self._opened:
+            source.ledger = self._ledger
+
+    def _used(self, files_read: Sequence[int]) -> list[pathlib.Path]:
+        """The first files of each source."""
+        counts = zip(self._opened, files_read, strict=True)
+        return [path for source, count in counts for path in source.files[:count]]
+
+    def _note_read(self, files_read: Sequence[int]) -> None:
+        """Takes down in the journal that the first files of each source have been used."""
+        counts = list(map(max, self._journal["files_read"], files_read))
+        self._journal["files_read"] = counts
+        self._journal["read_from"] = [
+            source.content(count) for source, count in zip(self._opened, counts, strict=True)
+        ]
+
+    def _close_ledger(self) -> None:
+        """Looks at every used file again, for those that are open still, and forgets others."""
+        used = self._used(self._journal["files_read"])
+        for path in used:
+            self._ledger.note(path)
+        self._ledger.keep(used)
 
     def _train_tokenizer(self) -> tokenizer_lib.Tokenizer:
         path = self._work / tokenizer_lib.FILE_NAME
@@ -89,14 +153,13 @@ class Job:
         assert size is not None  # a FILE was loaded before anything was created
         self._progress(f"training a tokenizer of {size} tokens on the training documents")
         texts = _training_texts(self._opened, self._request.weights)
-        return tokenizer_lib.train(texts, size, eos_token=self._request.eos_token)
+        trained = tokenizer_lib.train(texts, size, eos_token=self._request.eos_token)
+        self._note_read([source.files_read for source in self._opened])
+        return trained
 
     def _write_tokenizer(self) -> manifest_lib.TokenizerRecord:
         path = self._work / tokenizer_lib.FILE_NAME
-        with open(path, "wb") as file:
-            file.write(self._tokenizer.content)
-            file.flush()
-            os.fsync(file.fileno())
+        files.replace(path, self._tokenizer.content)
         self._save(tokenizer=self._tokenizer.sha256)
         return manifest_lib.TokenizerRecord(
             file=path.name,
@@ -120,6 +183,7 @@ class Job:
         overlap.build({"validation": found.ngrams, **hashes}, self._work)
         places = [(key, *place) for key, place in found.held_out.items()]
         np.save(self._work / _HELD_OUT, np.array(places, np.uint64))
+        self._note_read(found.files_read)
         written = writer.close()
         self._save(validation=dataclasses.asdict(written))
         return written
@@ -147,6 +211,7 @@ class Job:
         ]
 
         def note_down() -> None:
+            self._note_read([stream.reader.files_read for stream in streams])
             self._save(
                 train={
                     "counts": dataclasses.asdict(counts),
@@ -169,6 +234,7 @@ class Job:
             streams, self._request.weights, tokens, writer, self._end, self._progress
         )
         _check_enough(self._request, writer)
+        self._note_read([stream.reader.files_read for stream in streams])
         return writer.close(), streams, counts
 
     def _writer(
@@ -192,20 +258,24 @@ class Job:
             "documents_dropped": self._request.decontaminate,
         }
         for i, name in enumerate(overlap.NAMES):
-            files = self._benchmarks.get(name, [])
+            paths = self._benchmarks.get(name, [])
             result[name] = {
                 "ngrams": sizes[name],
                 "training_documents": counts.documents[i],
                 "training_ngrams": counts.ngrams[i],
             }
             if name in overlap.BENCHMARKS:
-                names = [path.name for path in files]
-                result[name] = {"files": names, **result[name]} if files else None
+                names = [path.name for path in paths]
+                digests = [files.sha256(path) for path in paths]
+                result[name] = (
+                    {"files": names, "sha256": digests, **result[name]} if paths else None
+                )
         return result
 
     def _save(self, **parts: Any) -> None:
         self._journal |= parts
-        journal.save(self._work, self._journal)
+        self._ledger.save()
+        staging.save_journal(self._work, self._journal)
 
 
 def _training_texts(opened: Sequence[sources.Source], weights: Sequence[float]) -> Iterator[str]:
@@ -240,6 +310,7 @@ def _manifest(
     name: str,
     tokenizer: manifest_lib.TokenizerRecord,
     opened: Sequence[sources.Source],
+    read_from: Sequence[dict[str, Any]],
     written: dict[str, shards.WrittenSplit],
     counts: mixing.Counts,
     bad_lines: int,
@@ -259,10 +330,11 @@ def _manifest(
                 "weight": weight / total,
                 "documents": documents,
                 "tokens": tokens,
-                "read_from": source.describe(),
+                "read_from": {**source.describe(), **content},
             }
-            for source, weight, documents, tokens in zip(
+            for source, content, weight, documents, tokens in zip(
                 opened,
+                read_from,
                 request.weights,
                 train.documents_by_source,
                 train.tokens_by_source,

@@ -7,18 +7,16 @@ and dataset.json, which is written last: a directory without it is no dataset.
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from typing import Any
 
-from qkjax import errors
+from qkjax import errors, files
 
 FILE_NAME = "dataset.json"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 ITEM_BYTES = {"uint16": 2, "uint32": 4}
 _REBUILD = "Rebuild it with tools/prepare_data.py into a new directory."
-_READ_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,17 +103,12 @@ def load(directory: str | pathlib.Path) -> Manifest:
     contradicts itself; the message names the file and how to rebuild it.
     """
     path = pathlib.Path(directory) / FILE_NAME
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    content = files.read_object(path, _REBUILD)
+    if content is None:
         raise errors.UsageError(
             f"{path}: missing, so {path.parent} is no finished dataset. {_REBUILD}"
-        ) from None
-    except ValueError as error:
-        raise errors.UsageError(f"{path}: not valid JSON ({error}). {_REBUILD}") from None
+        )
     reader = _Reader(path)
-    if not isinstance(content, dict):
-        raise reader.error(f"expected a JSON object, found {type(content).__name__}")
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise reader.error(f"format_version: expected {FORMAT_VERSION}, found {version}")
@@ -125,16 +118,9 @@ def load(directory: str | pathlib.Path) -> Manifest:
 
 
 def write(manifest: Manifest, directory: str | pathlib.Path) -> None:
-    """Writes dataset.json atomically: it is either absent or whole."""
-    folder = pathlib.Path(directory)
-    temporary = folder / f".{FILE_NAME}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(_as_json(manifest), file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / FILE_NAME)
-    sync_directory(folder)
+    """Writes dataset.json atomically: it is either absent or whole; StorageError."""
+    text = json.dumps(_as_json(manifest), indent=1, ensure_ascii=False)
+    files.replace(pathlib.Path(directory, FILE_NAME), f"{text}\n".encode())
 
 
 def verify_files(manifest: Manifest, directory: str | pathlib.Path) -> list[str]:
@@ -178,27 +164,9 @@ def verify_digests(manifest: Manifest, directory: str | pathlib.Path) -> None:
         path = folder / name
         if not path.is_file():
             raise errors.UsageError(f"{path}: missing. {_REBUILD}")
-        found = file_sha256(path)
+        found = files.sha256(path)
         if found != digest:
             raise errors.UsageError(f"{path}: expected sha256 {digest}, found {found}. {_REBUILD}")
-
-
-def file_sha256(path: str | pathlib.Path) -> str:
-    """sha256 of a file's bytes, hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sync_directory(directory: str | pathlib.Path) -> None:
-    """Makes renames inside `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:
@@ -260,9 +228,9 @@ class _Reader:
             raise self.error(
                 f"tokenizer.eos_id: expected below {tokenizer.vocab_size}, found {tokenizer.eos_id}"
             )
-        files = [tokenizer.file, *(record.file for record in manifest.documents.values())]
+        names = [tokenizer.file, *(record.file for record in manifest.documents.values())]
         for name, split in manifest.splits.items():
-            files += [shard.file for shard in split.shards]
+            names += [shard.file for shard in split.shards]
             records = sum(shard.num_records for shard in split.shards)
             if split.num_sequences != records or split.num_sequences < 1:
                 raise self.error(
@@ -274,14 +242,14 @@ class _Reader:
                     f"splits.{name}.num_tokens: expected {records} * {manifest.sequence_length}, "
                     f"found {split.num_tokens}"
                 )
-        self._check_names(files)
+        self._check_names(names)
 
-    def _check_names(self, files: list[str]) -> None:
-        for file in files:
+    def _check_names(self, names: list[str]) -> None:
+        for file in names:
             # A dataset reads nothing outside its own directory, whatever its manifest says.
             if file in ("", ".", "..") or "/" in file or "\0" in file:
                 raise self.error(f"file: expected a plain name, found {file!r}")
-            if files.count(file) > 1:
+            if names.count(file) > 1:
                 raise self.error(f"file: {file} is listed twice")
 
     def _split(self, content: dict[str, Any], where: str) -> Split:

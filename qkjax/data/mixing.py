@@ -41,11 +41,12 @@ class Validation:
     """The validation documents in the order of their stream.
 
     `held_out`: hash -> (source, number of the document in it), for those that the split holds.
-    `ngrams`: their n-grams, uint64 [n].
+    `ngrams`: their n-grams, uint64 [n]. `files_read`: files of each source up to its last one.
     """
 
     held_out: dict[int, tuple[int, int]]
     ngrams: np.ndarray
+    files_read: list[int]
 
 
 class TrainStream:
@@ -114,9 +115,9 @@ def write_validation(
     """
     quotas = validation_quotas((writer.max_tokens or 0) + 1, weights)
     seen: set[int] = set()
+    readers = [reading.Reader(source, encoder, encoding.POOL) for source in opened]
     waiting = [
-        _fill_quota(source, encoder, quota, seen, end)
-        for source, quota in zip(opened, quotas, strict=True)
+        _fill_quota(reader, quota, seen, end) for reader, quota in zip(readers, quotas, strict=True)
     ]
     tokens = [0] * len(waiting)
     held_out: dict[int, tuple[int, int]] = {}
@@ -128,7 +129,8 @@ def write_validation(
         tokens[index] += _add(writer, item, index, end)
         held_out[item.document_hash] = (index, item.number)
         ngrams.append(overlap.ngrams([holdout.normalise(item.text)]).hashes)
-    return Validation(held_out, np.concatenate(ngrams))
+    files_read = [reader.files_read for reader in readers]
+    return Validation(held_out, np.concatenate(ngrams), files_read)
 
 
 def write_train(
@@ -157,23 +159,21 @@ def write_train(
 
 
 def _fill_quota(
-    source: sources.Source,
-    encoder: encoding.Encoder,
+    reader: reading.Reader,
     quota: int,
     seen: set[int],
     end: np.ndarray,
 ) -> deque[reading.Item]:
     """The first documents of a source's pool that hold `quota` tokens, each text once."""
-    reader = reading.Reader(source, encoder, encoding.POOL)
     items: deque[reading.Item] = deque()
     tokens = 0
     while tokens < quota:
         item = reader.next()
         if item is None:
             raise errors.UsageError(
-                f"--validation_tokens: {source.name} has to give {quota}, its validation pool "
-                f"({holdout.POOL_FRACTION:.0%} of the documents, chosen by hash) holds {tokens}. "
-                "Ask for fewer, or bring more text."
+                f"--validation_tokens: {reader.source.name} has to give {quota}, its validation "
+                f"pool ({holdout.POOL_FRACTION:.0%} of the documents, chosen by hash) holds "
+                f"{tokens}. Ask for fewer, or bring more text."
             )
         if item.kind == encoding.POOL and item.document_hash not in seen:
             seen.add(item.document_hash)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.data import holdout
 
 LENGTH = 13
@@ -143,10 +143,29 @@ def benchmark_files(folder: str | pathlib.Path) -> dict[str, list[pathlib.Path]]
     return found
 
 
-def benchmark_ngrams(files: Sequence[pathlib.Path]) -> np.ndarray:
+def changed_files(folder: str | pathlib.Path, counted: Mapping[str, Any]) -> list[pathlib.Path]:
+    """The benchmark files of `folder` that are not those of `counted`, the manifest's `overlap`.
+
+    A file that was counted without its digest, as earlier versions did, counts as the same.
+    Raises: UsageError where there is none of any benchmark.
+    """
+    changed = []
+    for name, paths in benchmark_files(folder).items():
+        record = counted[name] or {"files": [], "sha256": []}
+        if "sha256" not in record:
+            continue
+        recorded = dict(zip(record["files"], record["sha256"], strict=True))
+        for path in paths:
+            if files.sha256(path) != recorded.pop(path.name, ""):
+                changed.append(path)
+        changed += [pathlib.Path(folder, name) for name in recorded]
+    return changed
+
+
+def benchmark_ngrams(paths: Sequence[pathlib.Path]) -> np.ndarray:
     """uint64 [n]: the n-grams of a benchmark's items; a context is joined with each ending."""
     parts = [np.zeros(0, np.uint64)]
-    items = itertools.chain.from_iterable(map(_items, files))
+    items = itertools.chain.from_iterable(map(_items, paths))
     while some := list(itertools.islice(items, _ITEMS_AT_ONCE)):
         parts.append(ngrams([holdout.normalise(text) for text in some]).hashes)
     return _distinct(np.concatenate(parts))

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from qkjax import errors
-from qkjax.data import journal, sources, staging
+from qkjax.data import check, sources, staging
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.data.job import Job
@@ -56,11 +56,12 @@ def prepare(
                         staging.discard(folder)  # what is kept is of use to the same command only
                         raise
                 finally:
-                    if not (work / journal.FILE_NAME).exists():
+                    if not (work / staging.JOURNAL).exists():
                         staging.discard(folder)
                 progress(f"{folder}: {_summary(manifest)}")
                 return manifest
-    _check_same_origin(finished, folder, opened, tokenizer)
+    _check_same_tokenizer(finished, folder, tokenizer)
+    _check_same_text(finished, folder, opened, progress)
     progress(f"{folder}: already complete, nothing to do")
     return finished
 
@@ -118,24 +119,33 @@ def _find_finished(request: Request, folder: pathlib.Path) -> manifest_lib.Manif
     return found
 
 
-def _check_same_origin(
-    found: manifest_lib.Manifest,
-    folder: pathlib.Path,
-    opened: Sequence[sources.Source],
-    tokenizer: tokenizer_lib.Tokenizer | None,
+def _check_same_tokenizer(
+    found: manifest_lib.Manifest, folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer | None
 ) -> None:
-    """The same options, but is it the same text and tokenizer? UsageError where it is not."""
-    for source, record in zip(opened, found.sources, strict=True):
-        if record["read_from"] != source.describe():
-            raise errors.UsageError(
-                f"{folder}: was made from another {source.name}, expected {source.describe()}, "
-                f"found {record['read_from']}. Name another --out; nothing was removed."
-            )
-    if tokenizer is not None and tokenizer.content != (folder / found.tokenizer.file).read_bytes():
+    if tokenizer is not None and tokenizer.sha256 != found.tokenizer.sha256:
         raise errors.UsageError(
             f"{folder}: was made with another tokenizer.json than --tokenizer names. "
             "Name another --out; nothing was removed."
         )
+
+
+def _check_same_text(
+    found: manifest_lib.Manifest,
+    folder: pathlib.Path,
+    opened: Sequence[sources.Source],
+    progress: Callable[[str], None],
+) -> None:
+    """The same options, but is it the same text? UsageError where it is not."""
+    for source, record in zip(opened, found.sources, strict=True):
+        described, read_from = source.describe(), record["read_from"]
+        recorded = {key: read_from[key] for key in described if key in read_from}
+        if recorded != described:
+            raise errors.UsageError(
+                f"{folder}: was made from another {source.name}, expected {described}, "
+                f"found {recorded}. Name another --out; nothing was removed."
+            )
+    for line in check.check_text(found, folder, opened):
+        progress(line)
 
 
 def _summary(manifest: manifest_lib.Manifest) -> str:

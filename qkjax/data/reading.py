@@ -24,9 +24,16 @@ class Item(NamedTuple):
     overlaps: np.ndarray
 
 
+class _Mark(NamedTuple):
+    """How far a source had come: lines skipped, files opened."""
+
+    bad_lines: int
+    files_read: int
+
+
 class _Chunk(NamedTuple):
     texts: list[str]
-    bad_lines: list[int]  # skipped before each document, and at the end
+    marks: list[_Mark]  # of each document, and of the end
     error: Exception | None  # what ended the source after these documents
 
 
@@ -36,6 +43,7 @@ class Reader:
     Attributes:
         consumed: documents given so far, `start` included.
         bad_lines: lines that the source skipped before the next document.
+        files_read: files of the source up to that of the last document given.
     """
 
     def __init__(
@@ -54,6 +62,7 @@ class Reader:
         self.source = source
         self.consumed = start
         self.bad_lines = 0
+        self.files_read = 0
         self._encoder = encoder
         self._wanted = wanted
         self._index_folder = index_folder
@@ -84,7 +93,7 @@ class Reader:
         encoded = future.result()
         ends = np.cumsum(encoded.lengths)
         for i, text in enumerate(chunk.texts):
-            self.bad_lines = chunk.bad_lines[i]
+            self.bad_lines, self.files_read = chunk.marks[i]
             self.consumed += 1
             yield Item(
                 self.consumed - 1,
@@ -94,7 +103,7 @@ class Reader:
                 encoded.ids[ends[i] - encoded.lengths[i] : ends[i]],
                 encoded.overlaps[i],
             )
-        self.bad_lines = chunk.bad_lines[-1]
+        self.bad_lines, self.files_read = chunk.marks[-1]
         if chunk.error is not None:
             raise chunk.error
 
@@ -104,7 +113,7 @@ def _chunks(source: documents.Source, start: int) -> Iterator[_Chunk]:
     remaining = source.documents(start)
     while True:
         texts: list[str] = []
-        bad_lines: list[int] = []
+        marks: list[_Mark] = []
         characters = 0
         ended = False
         try:
@@ -114,11 +123,11 @@ def _chunks(source: documents.Source, start: int) -> Iterator[_Chunk]:
                     ended = True
                     break
                 texts.append(document.text)
-                bad_lines.append(source.bad_lines)
+                marks.append(_Mark(source.bad_lines, source.files_read))
                 characters += len(document.text)
         except errors.QkjaxError as error:
-            yield _Chunk(texts, [*bad_lines, source.bad_lines], error)
+            yield _Chunk(texts, [*marks, _Mark(source.bad_lines, source.files_read)], error)
             return
-        yield _Chunk(texts, [*bad_lines, source.bad_lines], None)
+        yield _Chunk(texts, [*marks, _Mark(source.bad_lines, source.files_read)], None)
         if ended:
             return

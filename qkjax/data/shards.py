@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.data import manifest as manifest_lib
 
 RECORDS_PER_SHARD = 1024
@@ -143,7 +143,7 @@ class SplitWriter:
             path = self._staged_path(number)
             if not path.exists():  # it had its final name already
                 for named in self._directory.glob(f"{self._split}-{number:05d}-of-*"):
-                    os.replace(named, path)
+                    files.move(named, path)
             check_finished(path, shard["sha256"])
         self.num_sequences = sum(shard.num_records for shard in self._finished)
         self.num_tokens = state["num_tokens"]
@@ -165,7 +165,7 @@ class SplitWriter:
         renamed = []
         for index, shard in enumerate(self._finished):
             name = _SHARD_NAME.format(split=self._split, index=index, count=count)
-            os.replace(self._staged_path(index), self._directory / name)
+            files.move(self._staged_path(index), self._directory / name)
             renamed.append(dataclasses.replace(shard, file=name))
         return self._describe(tuple(renamed))
 
@@ -176,21 +176,16 @@ class SplitWriter:
         rows = rows[rows["first"] < kept]  # the dropped tail is not part of the dataset
         tokens = np.minimum(rows["end"], kept) - rows["first"]
         path = self._directory / f"documents-{self._split}.npz"
-        with open(path, "wb") as file:
-            np.savez(
-                file,
-                hash64=rows["hash64"].astype(np.uint64),
-                first_token=rows["first"].astype(np.int64),
-                length=rows["length"].astype(np.int64),
-            )
-            file.flush()
-            os.fsync(file.fileno())
+        table = {
+            "hash64": rows["hash64"].astype(np.uint64),
+            "first_token": rows["first"].astype(np.int64),
+            "length": rows["length"].astype(np.int64),
+        }
+        files.write_arrays(path, table)
         by_source = range(self._num_sources)
         return WrittenSplit(
             split=manifest_lib.Split(self.num_sequences, self.num_sequences * self._length, shards),
-            documents=manifest_lib.DocumentsRecord(
-                path.name, manifest_lib.file_sha256(path), len(rows)
-            ),
+            documents=manifest_lib.DocumentsRecord(path.name, files.sha256(path), len(rows)),
             documents_by_source=[int((rows["source"] == s).sum()) for s in by_source],
             tokens_by_source=[int(tokens[rows["source"] == s].sum()) for s in by_source],
         )
@@ -198,8 +193,7 @@ class SplitWriter:
     def _flush_rows(self) -> None:
         with open(self._rows_path, "ab" if self._num_rows else "wb") as file:
             np.array(self._rows, _ROW).tofile(file)
-            file.flush()
-            os.fsync(file.fileno())
+            files.sync(file)
         self._num_rows += len(self._rows)
         self._rows = []
 
@@ -233,8 +227,7 @@ class SplitWriter:
         try:
             self._writer.close()
             self._writer = None
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            files.sync_path(path)
             reader = array_record_module.ArrayRecordReader(str(path))
             found = reader.num_records()
             reader.close()
@@ -246,9 +239,7 @@ class SplitWriter:
                 "Check the disk."
             )
         self._finished.append(
-            manifest_lib.Shard(
-                path.name, manifest_lib.file_sha256(path), path.stat().st_size, found
-            )
+            manifest_lib.Shard(path.name, files.sha256(path), path.stat().st_size, found)
         )
         self._open_records = 0
 
@@ -256,9 +247,11 @@ class SplitWriter:
         return self._directory / f"{self._split}-{index:05d}.unfinished"
 
     def _storage_error(self, error: Exception) -> errors.StorageError:
+        reason = errors.one_line(error)
+        is_full = any(os.strerror(code) in str(error) for code in files.NO_SPACE)
+        fix = "Make room on the disk" if is_full else "Check the path and its file system"
         return errors.StorageError(
-            f"{self._directory}: cannot write a shard ({errors.one_line(error)}). "
-            "Free disk space, or name another --out."
+            f"{self._directory}: cannot write a shard ({reason}). {fix}, or name another --out."
         )
 
 
@@ -269,7 +262,7 @@ def token_dtype(vocab_size: int) -> str:
 
 def check_finished(path: pathlib.Path, sha256: str) -> None:
     """Refuses to go on behind a shard that is not the one that was finished: StorageError."""
-    if not path.exists() or manifest_lib.file_sha256(path) != sha256:
+    if not path.exists() or files.sha256(path) != sha256:
         raise errors.StorageError(
             f"{path}: expected the shard with sha256 {sha256}, which an interrupted command "
             f"finished. Remove {path.parent} and run the command again."

@@ -7,6 +7,7 @@ A source yields its documents in the same order every time it is asked, each wit
 import contextlib
 import glob
 import gzip
+import hashlib
 import itertools
 import json
 import lzma
@@ -96,14 +97,29 @@ class _Docstrings(Source):
         self._documents: list[Document] | None = None
 
     def documents(self, start: int = 0) -> Iterator[Document]:
-        if self._documents is None:  # 14 MB, and several seconds of parsing
-            self._documents = [Document(text, name) for name, text in docstrings.documents()]
-        for number, document in enumerate(self._documents[start:], start=start):
-            self.fraction = number / len(self._documents)
+        found = self._all()
+        for number, document in enumerate(found[start:], start=start):
+            self.fraction = number / len(found)
             yield document
 
     def describe(self) -> dict[str, Any]:
         return {"versions": self._versions}
+
+    def content(self, files_read: int) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for document in self._all():
+            digest.update(f"{len(document.text)}\n{document.text}".encode())
+        return {"sha256": digest.hexdigest()}
+
+    def changed(self, content: dict[str, Any], *, rehash: bool = False) -> list[str]:
+        if "sha256" not in content or content["sha256"] == self.content(0)["sha256"]:
+            return []
+        return [self.name]
+
+    def _all(self) -> list[Document]:
+        if self._documents is None:  # 14 MB, and several seconds of parsing
+            self._documents = [Document(text, name) for name, text in docstrings.documents()]
+        return self._documents
 
 
 class _LineSource(FileSource):
@@ -210,7 +226,7 @@ class _Parquet(FileSource):
         self._row = 0
 
     def documents(self, start: int = 0) -> Iterator[Document]:
-        for path in self._files:
+        for path in self._files_in_turn():
             num_rows = self._num_rows(path) if start else 0
             if start < num_rows or not start:
                 yield from self._read(path, start)

@@ -3,25 +3,30 @@
 Everything is written in the hidden folder `.unfinished` of the directory and moved out at the
 end, the manifest last. A killed run leaves that folder, and the next run finds it. Nothing that a
 run did not write itself is ever removed.
+
+The folder holds a journal of what is finished, which is replaced whole after the tokenizer, after
+the validation split and after every training shard. A journal of another request, of other text or
+of another version is of no use; it is refused where training shards would be lost with it.
 """
 
 import contextlib
-import fcntl
+import hashlib
 import json
 import os
 import pathlib
 import shutil
-import socket
-import time
 from collections.abc import Callable, Iterator
-from typing import IO
+from typing import Any
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.data import manifest as manifest_lib
+from qkjax.data import origins
 
 _LOCK = ".prepare.lock"
 _WORK = ".unfinished"
 _MOVED = "moved.json"
+JOURNAL = "journal.json"
+_VERSION = 2  # raise it whenever the same request would give other shards
 
 
 @contextlib.contextmanager
@@ -37,15 +42,48 @@ def locked(
     Raises: UsageError with pid, host and time of the other process; StorageError for a file in
     place of the directory.
     """
-    lock = _lock(directory, wait, progress)
-    try:
-        yield
-    finally:
-        # Only while the lock is held; whoever opened this file meanwhile sees that it is gone.
-        if [entry.name for entry in directory.iterdir()] == [_LOCK]:
-            (directory / _LOCK).unlink()
-            directory.rmdir()
-        lock.close()
+    path = directory / _LOCK
+
+    def tell(holder: str) -> None:
+        progress(f"{directory}: waiting for the process that writes it ({holder})")
+
+    while True:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise errors.StorageError(
+                f"{directory}: a file stands in its way, expected a directory or nothing. "
+                "Name another --out."
+            ) from None
+        except OSError as error:
+            raise files.storage_error(directory, error) from error
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(
+                    files.lock(
+                        path,
+                        wait=wait,
+                        waiting=lambda by: progress(
+                            f"{directory}: waiting for {by}, who writes it"
+                        ),
+                        elsewhere="another --out",
+                    )
+                )
+            except errors.StorageError as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    continue  # the last holder removed the directory just now
+                raise
+            holder = files.holder_of(path)
+            if holder is None or holder["pid"] != os.getpid():
+                continue  # the last holder removed this file: lock the new one
+            try:
+                yield
+            finally:
+                # Only while the lock is held; whoever opened the file meanwhile sees it is gone.
+                if [entry.name for entry in directory.iterdir()] == [_LOCK]:
+                    path.unlink()
+                    directory.rmdir()
+            return
 
 
 def require_local(field: str, directory: str | pathlib.Path) -> None:
@@ -63,8 +101,9 @@ def begin(directory: pathlib.Path) -> pathlib.Path:
     Raises: UsageError where the directory holds anything that no run of ours left.
     """
     work = directory / _WORK
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        _take_back(directory, json.loads((work / _MOVED).read_text()))
+    moved = files.read_object(work / _MOVED, f"Remove {work} to start again.")
+    if moved is not None:
+        _take_back(directory, moved["names"])
     foreign = sorted(p.name for p in directory.iterdir() if p.name not in (_LOCK, _WORK))
     if foreign:
         raise errors.UsageError(
@@ -80,19 +119,14 @@ def publish(directory: pathlib.Path, manifest: manifest_lib.Manifest) -> None:
     work = directory / _WORK
     names = [manifest.tokenizer.file, *(record.file for record in manifest.documents.values())]
     names += [shard.file for split in manifest.splits.values() for shard in split.shards]
-    moved = work / _MOVED
-    with open(moved, "w", encoding="utf-8") as file:
-        json.dump(names, file)
-        file.flush()
-        os.fsync(file.fileno())
+    names += [origins.FILE_NAME] if (work / origins.FILE_NAME).exists() else []
+    files.write_json(work / _MOVED, {"names": names})
     try:
         for name in names:
-            os.replace(work / name, directory / name)
+            files.move(work / name, directory / name)
         # What a failed write leaves must not lie among the user's files.
         manifest_lib.write(manifest, work)
-        manifest_lib.sync_directory(directory)
-        os.replace(work / manifest_lib.FILE_NAME, directory / manifest_lib.FILE_NAME)
-        manifest_lib.sync_directory(directory)
+        files.move(work / manifest_lib.FILE_NAME, directory / manifest_lib.FILE_NAME)
     except BaseException:
         if not (directory / manifest_lib.FILE_NAME).exists():
             _take_back(directory, names)
@@ -105,48 +139,52 @@ def discard(directory: pathlib.Path) -> None:
     shutil.rmtree(directory / _WORK, ignore_errors=True)
 
 
+def identity(description: dict[str, Any]) -> str:
+    """sha256 hex of all that the shards depend on; `description` is JSON-able."""
+    return _digest({"version": _VERSION, **description})
+
+
+def load_journal(work: pathlib.Path, wanted: str) -> dict[str, Any] | None:
+    """The journal of the preparation with the identity `wanted`; None where there is none.
+
+    Raises:
+        UsageError: it is damaged, or of another preparation, which has finished training shards.
+    """
+    path, fix = work / JOURNAL, f"Remove {work} to start again, or name another --out."
+    content = files.read_object(path, fix)
+    if content is None:
+        return None
+    if content.pop("sha256", None) != _digest(content):
+        raise files.damaged(path, "its digest is not its own, or not of this version", fix)
+    if content["identity"] == wanted:
+        return content
+    finished = finished_shards(content)
+    if finished:
+        raise errors.UsageError(
+            f"{work}: has {finished} finished training shards of another command, of other text "
+            "or of another version of tokenizers. Run that command again to have them used, "
+            f"remove {work} to drop them, or name another --out."
+        )
+    return None
+
+
+def save_journal(work: pathlib.Path, content: dict[str, Any]) -> None:
+    """Replaces the journal; what it speaks of must be on the disk already."""
+    files.write_json(work / JOURNAL, {"sha256": _digest(content), **content})
+
+
+def finished_shards(journal: dict[str, Any]) -> int:
+    """How many training shards a journal speaks of."""
+    return len(journal["train"]["writer"]["shards"]) if "train" in journal else 0
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _take_back(directory: pathlib.Path, names: list[str]) -> None:
     """Undoes a move that was cut short: without its manifest no file belongs outside."""
     for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(directory / name, directory / _WORK / name)
+        if (directory / name).exists():
+            files.move(directory / name, directory / _WORK / name)
     (directory / _WORK / _MOVED).unlink(missing_ok=True)
-
-
-def _lock(directory: pathlib.Path, wait: bool, progress: Callable[[str], None]) -> IO[str]:
-    path = directory / _LOCK
-    told = False
-    while True:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+", encoding="utf-8")
-        except (FileExistsError, NotADirectoryError):
-            raise errors.StorageError(
-                f"{directory}: a file stands in its way, expected a directory or nothing. "
-                "Name another --out."
-            ) from None
-        except FileNotFoundError:
-            continue  # its last holder removed the directory just now
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            if not wait:
-                raise errors.UsageError(
-                    f"{directory}: {holder} is writing it. Wait for it, or name another --out."
-                ) from None
-            if not told:
-                progress(f"waiting for {holder}, which is writing {directory}")
-                told = True
-            time.sleep(0.2)
-            continue
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()  # the holder before removed this file: lock the new one
-    file.truncate(0)
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    file.write(f"process {os.getpid()} on {socket.gethostname()} (since {started})\n")
-    file.flush()
-    return file

@@ -39,6 +39,9 @@ class TfdsText(documents.Source):
             self._records = builder.as_data_source(split=split)
         except Exception as error:  # unknown split, missing files, another file format
             raise self._refusal(error) from None
+        self.files = [
+            pathlib.Path(part.filename) for part in builder.info.splits[split].file_instructions
+        ]
         self._place = f"{builder.info.full_name} {split}"
         self._describe = {
             "dataset": builder.info.full_name,
@@ -51,6 +54,7 @@ class TfdsText(documents.Source):
 
     def documents(self, start: int = 0) -> Iterator[documents.Document]:
         count = len(self._records)
+        self._note_files()
         for first in range(start, count, _BATCH_ROWS):
             numbers = range(first, min(first + _BATCH_ROWS, count))
             try:
@@ -63,9 +67,14 @@ class TfdsText(documents.Source):
             for number, row in zip(numbers, rows, strict=True):
                 self.fraction = number / count
                 yield documents.Document(self._text(row, number), f"{self._place} record {number}")
+        self._note_files()
 
     def describe(self) -> dict[str, Any]:
         return self._describe
+
+    def _note_files(self) -> None:
+        for _ in self._files_in_turn():
+            pass
 
     def _text(self, row: dict[str, Any], number: int) -> str:
         value = row[self._feature]
