@@ -25,7 +25,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The decoder (SCIENCE.md section 2)."""
+    """The decoder (docs/science.md section 2)."""
 
     qk_norm: str  # "none" | "learned" | "frozen" (gamma stays 1)
     mlp: str  # "swiglu" | "relu2"

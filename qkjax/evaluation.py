@@ -22,7 +22,7 @@ from qkjax.measures import probes, ranks, spectral
 class Spectra(NamedTuple):
     """What the statistics of a whole evaluation decompose into."""
 
-    metrics: dict[str, jax.Array]  # DESIGN.md section 4's metric name -> [] float32
+    metrics: dict[str, jax.Array]  # metric name of docs/metrics.md -> [] float32
     arrays: dict[str, jax.Array]  # its array name -> float32
 
 
@@ -190,7 +190,7 @@ def _over_heads(values_NH: jax.Array) -> jax.Array:
 class Evaluation(NamedTuple):
     """What one pass measured."""
 
-    metrics: dict[str, float | np.floating | None]  # names of DESIGN.md section 4
+    metrics: dict[str, float | np.floating | None]  # names of docs/metrics.md
     spectra: dict[str, np.ndarray]  # arrays of spectra/step_*.npz
     validation: dict[str, np.ndarray]  # arrays of validation/step_*.npz
 

@@ -24,7 +24,7 @@ def peak_flops(device_kind: str) -> float | None:
 def num_parameters(config: ModelConfig) -> int:
     """Number of parameters, the tied embedding counted once; as `model.count_parameters`, by sum.
 
-    SCIENCE.md section 2: no biases, two gammas a layer and one at the end, with QK-Norm one
+    docs/science.md section 2: no biases, two gammas a layer and one at the end, with QK-Norm one
     gamma_q and one gamma_k of head_dim a layer.
     """
     d, heads, kv_heads = config.d_model, config.num_heads, config.num_kv_heads

@@ -1,6 +1,6 @@
 """The numbers of the study: scales, recipes, controls, and what each word sets.
 
-DESIGN.md section 3 and SCIENCE.md section 4 as tables. `qkjax.config` turns them into a config.
+docs/science.md section 4 as tables. `qkjax.config` turns them into a config.
 """
 
 import difflib
@@ -121,7 +121,7 @@ RATES: dict[tuple[str, str], tuple[float, float, float]] = {
     ("1b5", "original"): (3e-3, 0.012, 3e-3),
 }
 
-# The rows of SCIENCE.md section 4 that depend on the recipe alone.
+# The rows of docs/science.md section 4 that depend on the recipe alone.
 RECIPE_RULES: dict[str, dict[str, Any]] = {
     "fixed": {
         "end_of_text": True,

@@ -1,4 +1,4 @@
-"""The decoder of SCIENCE.md section 2 once more, in plain numpy loops: what model.py must equal."""
+"""The decoder of docs/science.md once more, in plain numpy loops: what model.py must equal."""
 
 import numpy as np
 

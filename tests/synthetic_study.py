@@ -418,7 +418,7 @@ def _spectra(ratios: np.ndarray, size: int) -> np.ndarray:
 def _write_spectra(
     workdir: pathlib.Path, name: str, row: Mapping[str, Any], run_config: config_lib.Config
 ) -> None:
-    """The arrays of DESIGN.md section 4: layers and heads differ, their mean is the metric."""
+    """The arrays of docs/run_directory.md: layers and heads differ, their mean is the metric."""
     shape = run_config.model
     counts = {"key": shape.num_kv_heads, "query": shape.num_heads, "value": shape.num_kv_heads}
 

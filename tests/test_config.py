@@ -17,7 +17,7 @@ from qkjax import errors, presets
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 M = 1_000_000
 
-# DESIGN.md section 3, written out once more: what every scale and recipe must give.
+# Written out once more: what every scale and recipe must give.
 SHAPES = {  # layers, d_model, heads, kv heads, head_dim, vocabulary, sequence length
     "tiny": (4, 128, 4, 2, 32, 4096, 256),
     "pilot": (22, 512, 8, 4, 64, 49152, 2048),
@@ -40,7 +40,7 @@ BY_BOTH = {  # mlp, d_ff; tokens a step; AdamW's rate, Muon's, its auxiliary Ada
     ("full", "original"): ("relu2", 2048, 4_096, 6e-4, 0.02, 6e-3),
     ("1b5", "original"): ("relu2", 8192, 65_536, 3e-3, 0.012, 3e-3),
 }
-# SCIENCE.md section 4: what depends on the recipe alone.
+# docs/science.md section 4: what depends on the recipe alone.
 RECIPES = {
     "fixed": {
         "data.end_of_text": True,

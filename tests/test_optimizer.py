@@ -349,7 +349,7 @@ def test_granularities_differ_on_attention_and_agree_on_the_mlp():
 
 
 def test_merged_keys_inherit_their_gradients_spectrum_and_separate_ones_do_not():
-    """SCIENCE.md section 9: Q and K 10x smaller than V and O, rank 16 and 10% white noise."""
+    """docs/science.md section 3: Q and K 10x smaller than V and O, rank 16 and 10% white noise."""
     fields = {"model.num_layers": 1, "model.vocab_size": 8, "model.d_ff": 8}
     rng = np.random.default_rng(0)
 

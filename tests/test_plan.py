@@ -250,7 +250,7 @@ def test_the_grid_of_muon_with_rms_scale_is_that_of_adamw():
 
 
 def test_recipes_differ_in_the_rows_of_their_tables():
-    """SCIENCE.md section 4 and DESIGN.md section 3, at tiny: these rows and no other."""
+    """docs/science.md section 4, at tiny: these rows and no other."""
     rows = plan_cost.recipe_differences(make("tiny").study)
     adamw, muon, qk = "adamw_qk, adamw_noqk", "muon_qk, muon_noqk", "adamw_qk, muon_qk"
     assert sorted(rows) == sorted(

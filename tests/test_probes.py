@@ -35,7 +35,7 @@ def heads_of(stage):
 
 
 def array_shapes(qk_norm):
-    """Every array of DESIGN.md section 4, with its shape."""
+    """Every array of docs/run_directory.md, with its shape."""
     shapes = {"num_tokens": (), "wqk_singular_values": (N, H, K)}
     for stage in STAGES:
         for what in ("raw", "centred", "mean"):
@@ -138,7 +138,7 @@ def pr_cov(values):
 
 
 def offline(params, tokens_BT, c):
-    """Every array of an evaluation, float64, by the formulae of SCIENCE.md section 5."""
+    """Every array of an evaluation, float64, by the formulas of docs/science.md section 5."""
     found = {"num_tokens": np.float64(tokens_BT.size)}
     by_sequence = dumped(params, tokens_BT, c)
     merged = {}

@@ -249,7 +249,7 @@ def test_scores_of_other_parameters_are_left_out(scored: pathlib.Path):
 
 
 def test_scores_put_in_another_way_are_refused(scored: pathlib.Path):
-    """Few-shot counts, data, limits and first tokens must not be mixed (FAULTS.md F8, E5)."""
+    """Few-shot counts, data, limits and first tokens must not be mixed."""
     path = score_of(scored)
     before = path.read_text()
     for change, words in (

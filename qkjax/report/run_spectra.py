@@ -19,7 +19,7 @@ class Evaluation(NamedTuple):
 
     step: int
     tokens: int  # trained on before it
-    arrays: dict[str, np.ndarray]  # of DESIGN.md section 4
+    arrays: dict[str, np.ndarray]  # of docs/run_directory.md
 
 
 class RunSpectra(NamedTuple):

@@ -22,7 +22,7 @@ _PACKAGES = (
     "clu",
     "numpy",
 )
-# Never the whole environment: it holds tokens (FAULTS.md H7).
+# Never the whole environment: it holds tokens.
 _VARIABLES = re.compile(r"XLA_FLAGS|CUDA_VISIBLE_DEVICES|JAX_\w+|TPU_\w+")
 _GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 

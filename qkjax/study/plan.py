@@ -120,7 +120,7 @@ class Plan:
         return fields
 
     def to_dict(self) -> dict[str, Any]:
-        """As study.json holds it (DESIGN.md section 4)."""
+        """As study.json holds it (docs/run_directory.md)."""
         study = self.study
         sweep = {
             "tokens": study.sweep.tokens,
