@@ -49,3 +49,20 @@ def test_modules_that_are_named_exist(page):
         modules = [ROOT.joinpath(*parts[:end]) for end in range(2, len(parts) + 1)]
         found = [path for path in modules if path.is_dir() or path.with_suffix(".py").is_file()]
         assert found, f"{page.name} names {name}"
+
+
+def test_the_tree_in_the_readme_is_the_repository():
+    """Every file and folder of the tree exists, and no wing of the package is left out."""
+    page = (ROOT / "README.md").read_text()
+    tree = page[page.index("## The code") :].split("\n\n")[1]
+    drawn, folder = set(), ROOT
+    for line in tree.splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        if indent == 4:
+            folder = ROOT / name
+        if indent in (4, 6):
+            drawn.add(folder if indent == 4 else folder / name)
+    assert len(drawn) > 12
+    assert all(path.exists() for path in drawn), [path for path in drawn if not path.exists()]
+    wings = {path.parent for path in (ROOT / "qkjax").glob("*/__init__.py")}
+    assert wings <= drawn, wings - drawn
