@@ -85,13 +85,23 @@ def make(
     files.write_json(directory / "config.json", run_config.to_dict())
     files.write_json(directory / "environment.json", {"dataset_fingerprint": fingerprint})
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
-    checkpoints.save(STEP, params, {"count": np.zeros(1, np.float32)}, {})
+    params_sha256 = checkpoints.save(STEP, params, {"count": np.zeros(1, np.float32)}, {})
     checkpoints.wait()
     checkpoints.close()
     if losses:
         write_losses(directory, reference_losses(params, run_config))
     (directory / "metrics.jsonl").write_text(json.dumps({"step": STEP, "val/loss": 4.25}) + "\n")
-    RunDirectory(directory).write_summary({"step": STEP, "diverged_step": None})
+    RunDirectory(directory).write_summary(
+        {
+            "arm": run_config.arm,
+            "seed": run_config.seed,
+            "step": STEP,
+            "tokens": STEP * run_config.train.tokens_per_step,
+            "params_sha256": params_sha256,
+            "diverged": False,
+            "diverged_step": None,
+        }
+    )
     return directory
 
 

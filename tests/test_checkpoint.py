@@ -407,7 +407,8 @@ def test_full_disk_is_a_storage_error_and_spares_earlier_steps(saved, tmp_path):
         import os, resource, sys
         sys.path.insert(0, "tests")
         import test_checkpoint as t
-        from qkjax import checkpoint, errors
+        from qkjax import errors
+        from qkjax.runs import checkpoint
 
         checkpoints = checkpoint.Checkpoints({str(directory)!r})
         s = t.state(9)

@@ -66,3 +66,21 @@ def test_the_tree_in_the_readme_is_the_repository():
     assert all(path.exists() for path in drawn), [path for path in drawn if not path.exists()]
     wings = {path.parent for path in (ROOT / "qkjax").glob("*/__init__.py")}
     assert wings <= drawn, wings - drawn
+
+
+def test_imports_written_in_strings_and_scripts_exist():
+    """No linter reads the code for other processes that tests hold in strings."""
+    scripts = [p for folder in FOLDERS.split("|") for p in (ROOT / folder).rglob("*.[ps][yh]")]
+    assert len(scripts) > 100
+    for script in scripts:
+        for module, names in re.findall(
+            r"\bfrom (qkjax[.\w]*) import (\w+(?:, \w+)*)", script.read_text()
+        ):
+            place = ROOT.joinpath(*module.split("."))
+            file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+            assert file.is_file(), f"{script.name}: from {module}"
+            for name in names.split(", "):
+                is_module = (place / name).is_dir() or (place / f"{name}.py").is_file()
+                assert is_module or re.search(rf"\b{name}\b", file.read_text()), (
+                    f"{script.name}: from {module} import {name}"
+                )

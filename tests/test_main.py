@@ -160,7 +160,7 @@ def test_profile_writes_a_trace(dataset, tmp_path):
 NO_MEMORY = """
 import runpy, sys
 import jax
-from qkjax import resources
+from qkjax.runs import resources
 def full(*arguments):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 resources.compile_step = full

@@ -11,7 +11,7 @@ from qkjax.runs import signals
 
 WAIT = """
 import time
-from qkjax import signals
+from qkjax.runs import signals
 with signals.StopRequest() as stop:
     print("ready", flush=True)
     while stop.signum is None:
