@@ -116,4 +116,4 @@ def test_a_signal_to_the_check_stops_the_run_under_way(tmp_path):
     _, stderr = process.communicate()
     assert process.returncode == 143
     assert "first: stopped after step" in stderr  # it had saved before the check ended
-    assert stderr.splitlines()[-1].endswith("Run the same command again to go on.")
+    assert stderr.splitlines()[-1].endswith("Run the same command again to resume.")

@@ -62,7 +62,7 @@ def generate(run: trained_run.TrainedRun, prompt=PROMPT, **options) -> list[int]
 
 
 def test_cache_gives_the_logits_of_the_whole_pass(run):
-    """Whatever the pieces; and room that is left over in the cache changes nothing."""
+    """For any pieces; and room that is left over in the cache changes nothing."""
     tokens = np.random.default_rng(3).integers(0, small_run.VOCABULARY, 20)
     expected = whole_pass(run, tokens.tolist())
     for room, pieces in ((20, (5, 1, 1, 3, 1, 9)), (32, (20,)), (32, (1,) * 20)):
@@ -127,7 +127,7 @@ def test_seeds_repeat_and_differ(one):
     flat = generate(one, sampling=Sampling(1e6, 1.0, 0))
     by_rank = np.argsort(-whole_pass(one, [*PROMPT, *flat])[len(PROMPT) - 1 : -1], axis=-1)
     ranks = [list(row).index(token) for row, token in zip(by_rank, flat, strict=True)]
-    assert len(set(ranks)) > 8  # every position draws anew
+    assert len(set(ranks)) > 8  # every position draws again
     short = generate(one, max_tokens=5, sampling=Sampling(1.0, 1.0, 1))
     assert short == drawn(1)[:5]  # the length asked for does not change the draws
 

@@ -108,7 +108,7 @@ class Reference:
         self.monkeypatch = monkeypatch
 
     def loss(self, change_keys) -> float:
-        """Mean loss; change_keys(layer, stage, key [T, G, K]) returns the keys to go on with.
+        """Mean loss; change_keys(layer, stage, key [T, G, K]) returns the keys to use instead.
 
         The reference calls `rotate` H times for the queries of a layer, after G times for keys.
         """

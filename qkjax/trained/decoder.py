@@ -1,7 +1,7 @@
 """The decoder with a cache: keys and values of earlier tokens are kept instead of computed again.
 
-The forward pass of `model.py` for one sequence in float32, whatever the run was trained in; tests
-hold the two equal. Tokens may form a tree: what each one sees, and its position, are arguments.
+The forward pass of `model.py` for one sequence, in float32 for every run; tests hold the
+two equal. Tokens may form a tree: what each one sees, and its position, are arguments.
 Generation extends one line; scoring lets the continuations of a text branch off its end.
 """
 
@@ -33,7 +33,7 @@ class Cache(NamedTuple):
 
 
 def empty_cache(config: ModelConfig, slots: int) -> Cache:
-    """A cache with room for so many tokens."""
+    """A cache with room for `slots` tokens."""
     shape = (config.num_layers, config.num_kv_heads, slots, config.head_dim)
     return Cache(jnp.zeros(shape), jnp.zeros(shape))
 

@@ -1,9 +1,9 @@
 """Is a run the same to the bit when it is repeated, and when it is resumed?
 
 Three runs, each a process of its own as users start them: `first`; `again`, the same command; and
-`resumed`, which goes on from a checkpoint of the first: in the middle of those that a finished run
-keeps between its start and its end (the latest alone, unless checkpoint.keep_all is set). What is
-compared is the sha256 of every leaf of the last checkpoint, which `qkjax.runs.checkpoint` records.
+`resumed`, which resumes from a checkpoint of the first: the middle one of those that a finished run
+keeps between its start and its end (the latest alone, unless checkpoint.keep_all is set). They are
+compared by the sha256 of every leaf of the last checkpoint, which `qkjax.runs.checkpoint` records.
 """
 
 import contextlib
@@ -103,12 +103,12 @@ def _train(arguments: Sequence[str], report: Callable[[str], None]) -> None:
             time.sleep(0.1)
     if stop.signum is not None:
         raise signals.Stopped(
-            stop.signum, f"{arguments[-1]}: stopped. Run the same command again to go on."
+            stop.signum, f"{arguments[-1]}: stopped. Run the same command again to resume."
         )
     if process.returncode:
         raise errors.UsageError(
             f"{arguments[-1]}: the run ended with exit code {process.returncode}, its message "
-            "stands above. Mend that, then run the same command again."
+            "is above. Fix that, then run the same command again."
         )
 
 

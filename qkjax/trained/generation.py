@@ -1,7 +1,6 @@
 """Text from a trained model, token by token: a KV cache, temperature, top-p.
 
-Arithmetic is float32, whatever the run was trained in, so that a greedy continuation is that of
-the exported model.
+Arithmetic is float32 for every run, so a greedy continuation is that of the exported model.
 """
 
 import dataclasses
@@ -35,7 +34,11 @@ class Sampling:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuses values out of range; UsageError that names the flag."""
+        """Refuses values out of range.
+
+        Raises:
+            UsageError: a value is out of range; it names the flag.
+        """
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise errors.UsageError(
                 f"--temperature: {self.temperature:g}, expected 0 (greedy) or more. Give another."
@@ -51,7 +54,7 @@ class Request:
     """What to continue, and how; None stands for the default."""
 
     workdir: pathlib.Path
-    prompt: str  # "" begins a document
+    prompt: str  # "" starts a document
     max_tokens: int
     sampling: Sampling
     step: int | None = None  # of the checkpoint; the latest
@@ -80,7 +83,7 @@ def run(request: Request, write: Callable[[str], None], report: Callable[[str], 
     if not prompt:
         if not opened.dataset.manifest.end_of_text:
             raise errors.UsageError(
-                "--prompt: empty, and this model has not learned how documents begin: its dataset "
+                "--prompt: empty, and this model has not learned how documents start: its dataset "
                 "has no end-of-text tokens. Give some text."
             )
         prompt = [tokenizer.eos_id]
@@ -93,12 +96,12 @@ def run(request: Request, write: Callable[[str], None], report: Callable[[str], 
         eos_id=tokenizer.eos_id,
         sampling=request.sampling,
     )
-    begun = time.monotonic()
+    started = time.monotonic()
     write(request.prompt)
     for piece in stream(tokenizer, _recorded(tokens, generated)):
         write(piece)
     write("\n")
-    rate = len(generated) / (time.monotonic() - begun)
+    rate = len(generated) / (time.monotonic() - started)
     if generated[-1] == tokenizer.eos_id:
         why = "the document ended"
     elif len(generated) == request.max_tokens:
