@@ -591,7 +591,7 @@ def test_bfloat16_is_measured_without_a_limit_on_logits(torch, place):
 
 @pytest.mark.parametrize("prefix_space", [False, True])
 def test_tokenizers_with_a_prefix_space_are_read_alike(torch, tmp_path, prefix_space):
-    """transformers 4 takes that setting from its own file, whatever tokenizer.json says."""
+    """transformers 4 takes that setting from its own file, without regard to tokenizer.json."""
     import tokenizers
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -31,7 +31,7 @@ def render(run: TrainedRun, dtype: str, verification: Sequence[str] = NOT_VERIFI
     end_of_text = f"{_cell(run.tokenizer.eos_token)} (id {run.tokenizer.eos_id})"
     starts = (
         "In training every document came after it:\n"
-        "  put it before a prompt that begins a document."
+        "  put it before a prompt that starts a document."
         if manifest.end_of_text
         else "In training documents followed each\n  other without it: the model has never seen it."
     )
@@ -111,7 +111,7 @@ def _device(environment: dict[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text that stays in its cell, whatever names a user has given."""
+    """Text that stays in its cell, for any name that a user gives."""
     text = "unknown" if value is None else " ".join(str(value).split())
     for character in "\\|<>`[]*":
         text = text.replace(character, f"\\{character}")

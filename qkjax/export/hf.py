@@ -59,7 +59,7 @@ def config_json(config: ModelConfig, *, eos_id: int, dtype: str = "float32") -> 
     """The content of config.json: every field that the class would otherwise choose itself.
 
     Args:
-        eos_id: the end-of-text token; it also begins documents and pads.
+        eos_id: the end-of-text token; it also starts documents and pads.
         dtype: of the stored tensors, one of DTYPES.
     Raises:
         UsageError: the class cannot hold the model.
@@ -302,7 +302,11 @@ def load_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def require_safetensors() -> None:
-    """Refuses to go on without the package; UsageError that names the command."""
+    """Checks that safetensors is installed.
+
+    Raises:
+        UsageError: it is not; names the command that installs it.
+    """
     try:
         import safetensors  # noqa: F401
     except ImportError:

@@ -78,7 +78,11 @@ class Verdict:
 
 
 def require_torch() -> None:
-    """Refuses to go on without torch and transformers; UsageError that names the command."""
+    """Checks that torch and transformers are installed.
+
+    Raises:
+        UsageError: one is not; names the command that installs it.
+    """
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
@@ -182,7 +186,7 @@ def _check_tokenizer(directory: pathlib.Path, run: TrainedRun, records_NT: np.nd
         return Check("tokenizer", "tokenizer.json is not the dataset's", passed=False)
     try:
         stock = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # whatever it raises, the directory does not load
+    except Exception as error:  # any error means that the directory does not load
         return Check("tokenizer", f"AutoTokenizer: {errors.one_line(error)}", passed=False)
     ours = run.tokenizer
     ids = (stock.bos_token_id, stock.eos_token_id, stock.pad_token_id)
@@ -217,7 +221,7 @@ def _load(directory: pathlib.Path, config: ModelConfig) -> tuple[Any, Check]:
             directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
         stock, info = loaded
-    except Exception as error:  # whatever it raises, the directory does not load
+    except Exception as error:  # any error means that the directory does not load
         return None, Check("loads", errors.one_line(error), passed=False)
     problems = [
         f"{kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:4]}"
@@ -317,7 +321,7 @@ def _recorded_losses(run: TrainedRun) -> np.ndarray | None:
 
 
 def _tiny_scale(run: TrainedRun, tokens_T: np.ndarray) -> float:
-    """The power of 2 that brings the embedded tokens to about the norms' epsilon.
+    """The power of 2 that scales the embedded tokens to about the norms' epsilon.
 
     There a norm's output depends on epsilon at once; at ordinary scale a wrong one hides.
     """
