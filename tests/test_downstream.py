@@ -33,7 +33,7 @@ SHOTS, ITEMS, PASSAGES = 12, 10, 8
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run, a run whose documents begin with nothing, an export of the first; tasks/."""
+    """A run, a run whose documents start with nothing, an export of the first; tasks/."""
     place = tmp_path_factory.mktemp("downstream")
     fields = {"model__sequence_length": T, "train__tokens_per_step": T, "train__tokens": 20 * T}
     for name, end_of_text in (("run", True), ("joined", False)):
@@ -188,7 +188,7 @@ def test_the_jax_path_needs_no_torch(place, tmp_path):
     code = (
         "import sys, pathlib\n"
         "from qkjax.cli import startup; startup.prepare_process()\n"
-        "from qkjax.export import downstream\n"
+        "from qkjax.tasks import downstream\n"
         f"place, out = pathlib.Path({str(place)!r}), pathlib.Path({str(tmp_path / 'out.json')!r})\n"
         "request = downstream.Request(('hellaswag', 'lambada'), out, workdir=place / 'run',\n"
         "    data_dir=place / 'tasks', limit=1)\n"
@@ -347,7 +347,7 @@ def test_a_limit_is_a_sample_everywhere(ours, place, tmp_path):
 
 
 def test_tasks_of_the_hub_are_the_stock_ones(place, tmp_path, monkeypatch):
-    """Its name and splits; ten shots that are drawn anew for every item."""
+    """Its name and splits; ten shots that are drawn again for every item."""
     import datasets
 
     asked = []
@@ -537,7 +537,7 @@ def test_files_that_do_not_fit_are_refused(place, tmp_path):
     refused(place, tmp_path, "origin.json: no list exact_vs_lm_eval in it", **options)
     shots = folder / "hellaswag_train_13.original.jsonl"
     write_rows(shots, [ROW] * 9)
-    refused(place, tmp_path, "9 rows, expected at least 10. Bring the whole file", **options)
+    refused(place, tmp_path, "9 rows, expected at least 10. Download the whole file", **options)
     shutil.copy(shots, folder / "hellaswag_train.jsonl")
     text = r"hellaswag_train.jsonl, hellaswag_train_13.original.jsonl all match"
     refused(place, tmp_path, text, **options)

@@ -93,7 +93,11 @@ BENCHMARKS = {
 
 
 def named(names: Sequence[str]) -> list[Benchmark]:
-    """The benchmarks of these names, each once; UsageError where one is unknown, or none given."""
+    """The benchmarks of these names, each once.
+
+    Raises:
+        UsageError: a name is unknown, or none is given.
+    """
     known = ", ".join(BENCHMARKS)
     for name in names:
         if name not in BENCHMARKS:
@@ -133,7 +137,7 @@ def read(benchmark: Benchmark, data_dir: pathlib.Path) -> Files:
         if len(rows[split]) < needed:
             raise errors.UsageError(
                 f"{path}: {len(rows[split])} rows, expected at least {needed}. "
-                "Bring the whole file."
+                "Download the whole file."
             )
     is_exact = None
     if benchmark.name == "hellaswag" and (folder / _ORIGIN_FILE).is_file():
@@ -167,10 +171,10 @@ def _read_rows(path: pathlib.Path, benchmark: Benchmark) -> list[dict[str, Any]]
                 except ValueError as error:
                     raise errors.UsageError(
                         f"{path}: line {number}: {error}. "
-                        f"Bring the rows of {benchmark.title} as JSON Lines."
+                        f"Give the rows of {benchmark.title} as JSON Lines."
                     ) from error
     except UnicodeDecodeError as error:
-        raise errors.UsageError(f"{path}: not UTF-8 ({error}). Bring the original.") from error
+        raise errors.UsageError(f"{path}: not UTF-8 ({error}). Download the original.") from error
     return rows
 
 
@@ -182,7 +186,7 @@ def _read_exactness(path: pathlib.Path, num_rows: int) -> list[bool]:
     if not isinstance(found, list) or [type(x) for x in found] != [bool] * num_rows:
         raise errors.UsageError(
             f"{path}: {_EXACT_FIELD} is not a list of {num_rows} truth values, one for every row. "
-            "Bring the file that belongs to the rows, or remove it."
+            "Download the file that belongs to the rows, or remove it."
         )
     return found
 
@@ -192,7 +196,11 @@ def _read_exactness(path: pathlib.Path, num_rows: int) -> list[bool]:
 
 
 def require_lm_eval() -> None:
-    """Refuses to go on without the package; UsageError that names the command."""
+    """Checks that lm-eval is installed.
+
+    Raises:
+        UsageError: it is not; names the command that installs it.
+    """
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -236,7 +244,7 @@ def load(benchmark: Benchmark, files: Files | None, scratch: pathlib.Path) -> An
     datasets.disable_progress_bars()
     try:
         found = lm_eval.tasks.TaskManager(include_defaults=False).load([str(path)])
-    except Exception as error:  # whatever the libraries raise without network, or for a bad reply
+    except Exception as error:  # the libraries raise many, offline or for a bad reply
         if files:
             raise
         raise errors.UsageError(

@@ -1,8 +1,8 @@
 """A model's answers to HellaSwag and LAMBADA: scored by lm-eval, kept item by item.
 
 The numbers of the JSON file follow from the items beside it. `--backend=hf` is lm-eval's own model
-of an exported directory; `--backend=jax` scores the run's parameters without torch. Both begin
-every prompt as the model's documents began in training.
+of an exported directory; `--backend=jax` scores the run's parameters without torch. Both start
+every prompt as the model's documents started in training.
 """
 
 import dataclasses
@@ -182,7 +182,7 @@ def _open_stock(path: pathlib.Path) -> _Subject:
 def _bos(
     added: bool, token_id: int | None, token: str | None, *, known: bool = True
 ) -> dict[str, Any]:
-    """Whether every prompt begins with a token, which one, and why."""
+    """Whether every prompt starts with a token, which one, and why."""
     if not known:
         why = "no qkjax.json in the directory: as its tokenizer does by itself"
     elif added:

@@ -2,7 +2,7 @@
 
 The stock path computes the few-shot prompt of a question once for every ending. Here an item is
 one row: the tokens of its context, and behind them its endings as branches that see the context
-and themselves but not each other. What the contexts of all items begin with, such as a fixed
+and themselves but not each other. What the contexts of all items start with, such as a fixed
 few-shot prompt, is computed once and kept in a cache. Logits are computed where an ending's token
 is predicted and nowhere else. The log-likelihoods are those of the stock path.
 """
@@ -49,7 +49,7 @@ class Scorer(lm_eval.api.model.TemplateLM):
         """Puts the parameters on the first device.
 
         Args:
-            add_bos: put the end-of-text token, with which documents begin, before every text.
+            add_bos: put the end-of-text token, with which documents start, before every text.
             tokens_per_batch: of the rows computed together; None: what suits the device.
         """
         super().__init__()
@@ -64,7 +64,7 @@ class Scorer(lm_eval.api.model.TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text token, which also begins documents."""
+        """The end-of-text token, which also starts documents."""
         return self._tokenizer.eos_id
 
     @property
@@ -75,11 +75,11 @@ class Scorer(lm_eval.api.model.TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids of a text; begins with end-of-text as `add_bos` says, or the argument."""
-        begins = self._add_bos if add_special_tokens is None else add_special_tokens
+        """Token ids of a text; starts with end-of-text as `add_bos` says, or the argument."""
+        has_bos = self._add_bos if add_special_tokens is None else add_special_tokens
         known = self._encoded.get(string)
         ids = self._tokenizer.encode_batch([string])[0] if known is None else known
-        return [self.eot_token_id] * begins + ids.tolist()
+        return [self.eot_token_id] * has_bos + ids.tolist()
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Score]:
         """One score for every request; lm-eval would encode their texts one by one, on one core."""
@@ -109,7 +109,7 @@ class Scorer(lm_eval.api.model.TemplateLM):
         return scores
 
     def _score(self, prefix: list[int], items: Sequence["Item"]) -> Iterator[tuple[int, Score]]:
-        """(index, score) of every request of items that begin with `prefix`."""
+        """(index, score) of every request of items that start with `prefix`."""
         cache = decoder.empty_cache(self._config, len(prefix))
         if prefix:
             cache = self._on_device(_take_in, cache, np.array(prefix, np.int32))
@@ -118,7 +118,7 @@ class Scorer(lm_eval.api.model.TemplateLM):
         for batch in batches(items, self._tokens_per_batch):
             computed = self._on_device(_score_rows, cache, batch.arrays)
             self.tokens_computed += batch.arrays.token_BC.size
-            if waiting:  # the device goes on with this batch while the last one is read
+            if waiting:  # the device works on this batch while the last one is read
                 yield from _read(*waiting)
             waiting = batch, computed
         if waiting:
@@ -164,7 +164,7 @@ def is_truncated(request: Request, max_length: int) -> bool:
 
 
 def plan(requests: Sequence[Request], max_length: int) -> list[tuple[list[int], list[Item]]]:
-    """(tokens that contexts begin with, the items that continue them), each request in one item.
+    """(tokens that contexts start with, the items that continue them), each request in one item.
 
     As lm-eval's Hugging Face model does, the last max_length + 1 tokens of a request count; the
     last of them is only predicted.
@@ -192,7 +192,7 @@ def plan(requests: Sequence[Request], max_length: int) -> list[tuple[list[int], 
 
 
 def _common_start(texts: Iterable[tuple[int, ...]]) -> int:
-    """Length of what all texts begin with."""
+    """Length of what all texts start with."""
     first, last = min(texts), max(texts)  # in the order of their tokens, the rest lies between
     pairs = enumerate(zip(first, last, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))

@@ -32,7 +32,11 @@ def item(benchmark: Benchmark, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_finite(items: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses log-likelihoods that are not finite; UsageError that names the item."""
+    """Refuses log-likelihoods that are not finite.
+
+    Raises:
+        UsageError: one is not finite; names the item.
+    """
     for one in items:
         scores = one.get("log_likelihoods") or [one["log_likelihood"]]
         if not all(map(math.isfinite, scores)):

@@ -38,7 +38,7 @@ class StockModel:
                 batch_size=_GPU_BATCH if has_gpu else 1,
                 add_bos_token=self.record.get("end_of_text"),
             )
-        except Exception as error:  # whatever it raises, the directory does not load
+        except Exception as error:  # any error means that the directory does not load
             raise errors.UsageError(
                 f"{directory}: does not load ({errors.one_line(error)}). "
                 "Give a directory of tools/export_hf.py."
@@ -53,7 +53,7 @@ class StockModel:
 
     @property
     def adds_bos(self) -> bool:
-        """Whether texts begin with the token that begins documents."""
+        """Whether texts start with the token that starts documents."""
         return self.lm.tok_encode("a")[0] == self.lm.tokenizer.bos_token_id
 
     def _check(self, directory: pathlib.Path) -> None:
@@ -65,8 +65,8 @@ class StockModel:
             )
         if self.record and self.adds_bos != self.record["end_of_text"]:
             raise errors.UsageError(
-                f"{directory}: the tokenizer of this transformers does not begin texts as the "
-                "model's documents begin. Run pip install -e '.[eval]' for transformers 5."
+                f"{directory}: the tokenizer of this transformers does not start texts as the "
+                "model's documents start. Run pip install -e '.[eval]' for transformers 5."
             )
         for name, parameter in self.lm.model.named_parameters():
             if not parameter.isfinite().all():
@@ -92,7 +92,11 @@ def _read_record(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def require_packages() -> tuple[Any, Any]:
-    """lm_eval.models.huggingface and torch; UsageError that names the command without them."""
+    """lm_eval.models.huggingface and torch.
+
+    Raises:
+        UsageError: one is not installed; names the command that installs it.
+    """
     try:
         import torch
         from lm_eval.models import huggingface
