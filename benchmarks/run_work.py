@@ -75,7 +75,7 @@ class Start(Run):
 
 
 def lengthen(settings: Config, intervals: int) -> Config:
-    """A run of so many intervals, each with one evaluation and one checkpoint, and a step."""
+    """A run of `intervals` intervals, each with one evaluation and one checkpoint, and a step."""
     t, length = settings.train, settings.model.sequence_length
     steps = intervals * STEPS + 1
     ends = tuple(range(STEPS, steps, STEPS))

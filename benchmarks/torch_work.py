@@ -67,7 +67,7 @@ class Step(_Work):
         loss = self.loss(self._tokens)
         loss.backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        # In float64: float32 sums of so many squares are short by 4e-4 in torch on CPU.
+        # In float64: float32 sums of this many squares are short by 4e-4 in torch on CPU.
         norm = torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()
         self._update()
         return {"loss": loss.item(), "grad_norm": norm.item()}

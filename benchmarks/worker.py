@@ -33,20 +33,20 @@ class Work(Protocol):
 
 def main(spec: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print must not mix with the answers
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
 
     def answer(**values: Any) -> None:
         answers.write(json.dumps(values) + "\n")
         answers.flush()
 
-    begun = time.time() - time.process_time()  # close to the start of the process
+    started = time.time() - time.process_time()  # close to the start of the process
     try:
         if spec["core"] is not None:
             os.sched_setaffinity(0, {spec["core"]})
         clock = time.process_time if spec["platform"] == "cpu" else time.perf_counter
         work: Work = getattr(importlib.import_module(spec["module"]), spec["class"])(spec)
         agree = work.first()
-        answer(agree=agree, first_seconds=time.time() - begun, device=work.device())
+        answer(agree=agree, first_seconds=time.time() - started, device=work.device())
         for line in sys.stdin:
             request = json.loads(line)
             if "repeat" not in request:
@@ -59,9 +59,9 @@ def main(spec: dict[str, Any]) -> None:
 
 
 def _measure(work: Work, times: int, clock: Callable[[], float]) -> float:
-    begun = clock()
+    started = clock()
     work.repeat(times)
-    return clock() - begun
+    return clock() - started
 
 
 def _peak_resident_bytes() -> int:

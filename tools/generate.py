@@ -1,7 +1,7 @@
 """Text from a run's model: python tools/generate.py --workdir=runs/muon_qk --prompt="The cell"
 
   python tools/generate.py --workdir=runs/muon_qk --prompt="The cell" --temperature=0
-  python tools/generate.py --workdir=runs/muon_qk --prompt="" --seed=3     # begins a document
+  python tools/generate.py --workdir=runs/muon_qk --prompt="" --seed=3     # starts a document
 
 Prints the prompt and its continuation; tokens, speed and why it ended go to stderr. The same seed
 gives the same text. The run need not be finished.
@@ -18,10 +18,10 @@ from qkjax.cli import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; the latest unless given.")
-_PROMPT = flags.DEFINE_string("prompt", None, "The text to continue; empty: begin a document.")
+_PROMPT = flags.DEFINE_string("prompt", None, "The text to continue; empty: start a document.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: always the most probable token.")
 _TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the tokens that hold this probability.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Stop after so many new tokens.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Stop after N new tokens.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "The run's dataset, where it has moved.")
 

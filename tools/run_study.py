@@ -3,7 +3,7 @@
 python tools/run_study.py --config=configs/study.py:tiny,quick --workdir=studies/quick
 python tools/run_study.py --config=configs/study.py:pilot --config.data_dir=DATA --dry_run
 
-The same command again goes on where it stopped; --status shows from another terminal how far it is.
+The same command again resumes; --status shows from another terminal how far it is.
 Exit codes: 0 complete (a diverged run is a result), 1 steps are missing, named in the last line.
 """
 

@@ -15,8 +15,8 @@
 #   f     recipe fixed: Muon on separate and on merged Q, K, V, O matrices, two seeds
 #   g     recipe original at its own 4,096 tokens a step, one seed: AdamW+QK with gamma decayed and
 #         undecayed, both Muon arms
-# The same command again goes on where the time limit stopped it. Results, without checkpoints, are
-# packed into at most 8 archives of 16 MiB in --out, whatever happens.
+# The same command again resumes after the time limit. Results, without checkpoints, are always
+# packed, into at most 8 archives of 16 MiB in --out.
 # --platform=cpu and --scale=tiny try it out; what follows `--` is passed to run_study.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/gpu_set_up.sh"
@@ -69,5 +69,5 @@ timeout --preserve-status --signal=TERM --kill-after=30 "$left" \
 "$PYTHON" tools/make_report.py --workdir="$study" || echo "no report: see above" >&2
 "$PYTHON" tools/airgapped/pack_results.py --workdir="$study" --out="$out"
 [ "$status" != 143 ] ||
-  echo "stopped by the limit of $minutes minutes; the same command goes on where it stopped"
+  echo "stopped by the limit of $minutes minutes; the same command resumes"
 exit "$status"

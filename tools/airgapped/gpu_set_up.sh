@@ -80,6 +80,6 @@ gpu_data() { # END_OF_TEXT
 
 gpu_seconds_left() { # RESERVED: of $minutes, counted from the start of the script
   local left=$((minutes * 60 - $1 - SECONDS))
-  [ "$left" -gt 0 ] || gpu_fail "--minutes: $minutes are over before the work began. Give more."
+  [ "$left" -gt 0 ] || gpu_fail "--minutes: $minutes are over before the work started. Give more."
   echo "$left"
 }
