@@ -107,8 +107,10 @@ def scale_by_muon(
         nesterov: look one step ahead.
         coefficients, dtype, eps: as in `orthogonalize`.
     Returns:
-        A GradientTransformation over leaves [..., in, out]; its `init` raises ValueError with the
-        path and shape of a leaf that has fewer than two axes.
+        A GradientTransformation over leaves [..., in, out].
+    Raises:
+        ValueError: unknown coefficients; from `init`, a leaf with fewer than two axes, by its path
+            and shape.
     Source: Keller Jordan, Muon (2024).
     """
     newton_schulz(coefficients)
