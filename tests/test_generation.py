@@ -175,6 +175,21 @@ def test_text_comes_in_whole_characters_and_without_end_of_text(place):
     assert list(generation.stream(ours, [])) == []
 
 
+def test_a_continuation_keeps_the_space_that_its_prompt_ends_before():
+    """Tokenizers of SentencePiece's kind strip the first space of whatever they decode."""
+    words = {"<unk>": 0, "</s>": 1, "\u2581One": 2, "\u2581two": 3, "s": 4}
+
+    class Stripping:
+        eos_id = 1
+
+        def decode(self, ids):
+            text = "".join(list(words)[i] for i in ids)
+            return text.replace("\u2581", " ").removeprefix(" ")
+
+    assert "".join(generation.stream(Stripping(), [3, 4, 1], after=[2])) == " twos"
+    assert "".join(generation.stream(Stripping(), [3, 4, 1])) == "twos"
+
+
 def run_text(workdir: pathlib.Path, **options) -> tuple[str, str]:
     """What is written, and what is reported."""
     written: list[str] = []

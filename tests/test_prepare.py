@@ -295,6 +295,50 @@ def test_empty_documents_and_bad_lines_are_counted(tmp_path):
     assert made.dropped["validation_pool_unused"] > 0
 
 
+_KINDS = {  # how many of the awkward documents below a tokenizer cannot give back
+    "eospost": 0,
+    "gap": 0,
+    "gemma": 1,
+    "llama2": 1,
+    "llama3": 0,
+    "metaspace": 2,
+    "nfc": 1,
+    "nfkc": 2,
+    "prefix": 0,
+    "rstrip": 2,
+    "lower": None,
+    "t5": None,
+}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_what_a_tokenizer_does_not_give_back_is_left_out_or_refused(tmp_path, shared, kind):
+    """Prepared means proven: check_data finds nothing to complain of afterwards."""
+    awkward = [
+        " a space before the first word of a text",
+        "marked \u2581 by a block of SentencePiece",
+        "e\u0301 beside \u00e9 in a document",
+        "one \ufb01 ligature in a document",
+        "an added token, <|user|> and some words behind it",
+        "lines\n\n\tand  spaces, <s> </s> <|end_of_text|>",
+    ]
+    assert not [text for text in awkward if _pool(text)]
+    path = _write_jsonl(tmp_path / "a.jsonl", [*awkward, *_documents(300, 14)])
+    tokenizer = shared / "data" / "tokenizers" / f"{kind}.json"
+    out, lost = tmp_path / "out", _KINDS[kind]
+    if lost is None:
+        with pytest.raises(errors.UsageError, match=rf"{kind}\.json: loses text"):
+            _prepare(out, path, tokenizer=str(tokenizer))
+        assert not out.exists()
+        return
+    lines = []
+    request = dataclasses.replace(REQUEST, sources=(f"jsonl:{path}",), tokenizer=str(tokenizer))
+    made = prepare.prepare(request, out, progress=lines.append)
+    assert made.dropped["lost_by_tokenizer"] == lost
+    assert lost == 0 or f"{lost} documents left out" in lines[-1]
+    check.check(out, progress=_quiet)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

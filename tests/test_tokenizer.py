@@ -13,6 +13,7 @@ import tokenizers
 from qkjax import errors
 from qkjax.data import tokenizer as tokenizer_lib
 
+BYTE_LEVEL = ("add_prefix_space", "trim_offsets", "use_regex")
 AWKWARD = [
     "plain words, and more of them",
     " leading, trailing and   several  spaces \n\n\t\r\n",
@@ -166,8 +167,108 @@ def test_nothing_is_added_padded_or_cut(trained):
     assert tokenizer.encode_batch([text])[0].tolist() == trained.encode_batch([text])[0].tolist()
 
 
-def _lose_case(content):
+def _add_tokens(content, *names, special):
+    vocabulary = content["model"]["vocab"]
+    for name in names:
+        number = len(vocabulary)
+        vocabulary[name] = number
+        if special:
+            token = dict(content["added_tokens"][0], id=number, content=name)
+            content["added_tokens"].append(token)
+
+
+def test_end_of_text_is_what_the_file_declares_special(trained):
+    def plain_first(content):
+        _rename_eos("<eos>")(content)
+        _add_tokens(content, "</s>", "<|endoftext|>", special=False)
+
+    assert tokenizer_lib.Tokenizer(_variant(trained, plain_first)).eos_token == "<eos>"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_two_tokens_that_may_end_a_text_are_refused(trained, special):
+    def two(content):
+        _rename_eos("<eos>", special=special)(content)
+        _add_tokens(content, "</s>", special=special)
+        content["added_tokens"] = content["added_tokens"] if special else []
+
+    content = _variant(trained, two)
+    with pytest.raises(errors.UsageError, match=r"</s> and <eos> may each be .*--eos_token"):
+        tokenizer_lib.Tokenizer(content)
+    assert tokenizer_lib.Tokenizer(content, eos_token="</s>").eos_token == "</s>"
+
+
+def test_a_text_that_does_not_come_back_has_no_tokens(trained):
+    def marks_spaces(content):
+        content["normalizer"] = {"type": "Replace", "pattern": {"String": "_"}, "content": "▁"}
+        content["decoder"] = {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "ByteLevel", **{key: True for key in BYTE_LEVEL}},
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": "_"},
+            ],
+        }
+
+    tokenizer = tokenizer_lib.Tokenizer(_variant(trained, marks_spaces))
+    first, second, third = tokenizer.encode_exactly(["a_b", "a ▁ b", ""])
+    assert tokenizer.decode(first) == "a_b" and second is None and third.tolist() == []
+
+
+def test_one_space_at_the_beginning_is_no_difference(trained):
+    def prefix(content):
+        content["pre_tokenizer"] = {"type": "ByteLevel", **{key: True for key in BYTE_LEVEL}}
+
+    tokenizer = tokenizer_lib.Tokenizer(_variant(trained, prefix))
+    ids = tokenizer.encode_exactly(["word"])[0]
+    assert tokenizer.decode(ids) == " word"
+
+
+@pytest.mark.parametrize(
+    "run", ["".join("abcdefghij"[i * i % 10] for i in range(10)), " ", "-=", "é"]
+)
+def test_training_on_one_endless_word_is_bounded(trained, run):
+    """Uncut, a million letters in a row take ten minutes."""
+    text = _texts()[0] + run * (1_000_000 // len(run))
+    pieces = list(tokenizer_lib._in_bounded_runs([text]))
+    assert "".join(pieces) == text and len(pieces) > 1_000
+    tokenizer = tokenizer_lib.train([*_texts(), text], 400)
+    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+
+
+def test_ordinary_text_is_trained_on_as_it_is():
+    texts = [*_texts(), *AWKWARD[:6]]
+    assert list(tokenizer_lib._in_bounded_runs(texts)) == texts
+
+
+def test_for_other_programs_nothing_is_added_to_a_text(trained):
+    assert tokenizer_lib.without_additions(trained.content) == trained.content
+    backend = tokenizers.Tokenizer.from_str(trained.content.decode())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=50)
+    special = [("<|endoftext|>", 0)]
+    template = tokenizers.processors.TemplateProcessing
+    byte_level = tokenizers.processors.ByteLevel(trim_offsets=False)
+    for single in ("$A <|endoftext|>", "<|endoftext|> $A"):
+        adds = template(single=single, special_tokens=special)
+        for processor in (adds, tokenizers.processors.Sequence([byte_level, adds])):
+            backend.post_processor = processor
+            content = tokenizer_lib.without_additions(backend.to_str().encode())
+            plain = tokenizers.Tokenizer.from_str(content.decode())
+            text = _texts()[0]
+            assert plain.encode(text).ids == trained.encode_batch([text])[0].tolist()
+            assert ("ByteLevel" in str(plain.post_processor)) == (processor is not adds)
+
+
+def _replace_letter(content):
     content["normalizer"] = {"type": "Replace", "pattern": {"String": "i"}, "content": "j"}
+
+
+def _lower_case(content):
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+def _drop_newlines(content):
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "\n"}, "content": " "}
 
 
 def _plain_words(content):
@@ -182,7 +283,12 @@ def _plain_words(content):
 
 @pytest.mark.parametrize(
     ("edit", "message"),
-    [(_lose_case, "loses text"), (_plain_words, "becomes the special token 0")],
+    [
+        (_replace_letter, r"loses text, 'Two Lines.* comes back as 'Two Ljnes"),
+        (_lower_case, r"loses text, 'Two Lines.* comes back as 'two lines"),
+        (_drop_newlines, r"loses text, .* comes back as 'o Lines\.  \\tInd"),
+        (_plain_words, "becomes the special token 0"),
+    ],
 )
 def test_a_tokenizer_that_would_break_the_proof_of_the_holdout_is_refused(trained, edit, message):
     with pytest.raises(errors.UsageError, match=message):

@@ -21,7 +21,8 @@ from qkjax import errors
 from qkjax.data import holdout, overlap
 from qkjax.data import tokenizer as tokenizer_lib
 
-EMPTY, POOL, TRAIN = range(3)  # what a document is by its text
+# What a document is by its text; LOST: the tokenizer does not give it back.
+EMPTY, POOL, TRAIN, LOST = range(4)
 
 
 class Task(NamedTuple):
@@ -77,8 +78,12 @@ class _Chunks:
             EMPTY if not text else POOL if holdout.in_pool(document_hash) else TRAIN
             for text, document_hash in zip(normalised, hashes, strict=True)
         ]
-        chosen = [i for i, kind in enumerate(kinds) if kind == task.wanted]
-        ids = self._tokenizer.encode_batch([task.texts[i] for i in chosen])
+        wanted = [i for i, kind in enumerate(kinds) if kind == task.wanted]
+        encoded = self._tokenizer.encode_exactly([task.texts[i] for i in wanted])
+        for i, some in zip(wanted, encoded, strict=True):
+            kinds[i] = LOST if some is None else kinds[i]
+        chosen = [i for i in wanted if kinds[i] != LOST]
+        ids = [some for some in encoded if some is not None]
         lengths = np.zeros(len(kinds), np.int64)
         lengths[chosen] = [len(some) for some in ids]
         overlaps = np.zeros((len(kinds), len(overlap.NAMES)), np.int64)

@@ -344,6 +344,7 @@ def _manifest(
         split=dict(holdout.RULE),
         dropped={
             "empty": counts.empty,
+            "lost_by_tokenizer": counts.lost_by_tokenizer,
             "duplicates_of_validation": counts.duplicates_of_validation,
             "validation_pool_unused": counts.validation_pool_unused,
             "overlapping": counts.overlapping,

@@ -29,6 +29,7 @@ class Counts:
     """
 
     empty: int = 0
+    lost_by_tokenizer: int = 0
     duplicates_of_validation: int = 0
     validation_pool_unused: int = 0
     overlapping: int = 0
@@ -75,6 +76,8 @@ class TrainStream:
         while (item := self.reader.next()) is not None:
             if item.kind == encoding.EMPTY:
                 self._counts.empty += 1
+            elif item.kind == encoding.LOST:
+                self._counts.lost_by_tokenizer += 1
             elif item.kind == encoding.POOL:
                 place = self._held_out.get(item.document_hash)
                 if place is None:

@@ -59,6 +59,12 @@ def prepare(
                     if not (work / staging.JOURNAL).exists():
                         staging.discard(folder)
                 progress(f"{folder}: {_summary(manifest)}")
+                lost = manifest.dropped["lost_by_tokenizer"]
+                if lost:
+                    progress(
+                        f"{folder}: {lost:,} documents left out, because the tokenizer does not "
+                        "give their text back as it was"
+                    )
                 return manifest
     _check_same_tokenizer(finished, folder, tokenizer)
     _check_same_text(finished, folder, opened, progress)

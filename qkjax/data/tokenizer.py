@@ -5,9 +5,12 @@ characters that it is.
 """
 
 import hashlib
+import json
 import pathlib
+import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -19,14 +22,21 @@ from qkjax.data import manifest as manifest_lib
 FILE_NAME = "tokenizer.json"
 KINDS = ("train:SIZE", "FILE (a tokenizer.json)", "hf:NAME (a model of the hub, or a directory)")
 _HUB = "hf:"
-EOS_TOKENS = ("<|endoftext|>", "</s>", "<eos>")
+EOS_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 _BYTES = 256
-# What a tokenizer must give back unchanged, up to the normalisation under which documents are
-# compared: check_data proves the hold-out on decoded text.
+# What every tokenizer must give back as it is, to the letter.
+_ORDINARY = f"Two Lines.\n\n\tIndented,  with  spaces \n{string.printable}"
+# What it must give back up to the normalisation under which documents are compared. Documents that
+# hold more than this are tried one by one when they are encoded.
 _AWKWARD = (
     f"{string.printable}  Ünïcödé e\u0301 中文 \U0001f469\u200d\U0001f467 ﷽ "
     "\x00\x7f\r\n\n [UNK] <unk> don't \ufeff  end "
 )
+# Training takes time with the square of a word's length: longer runs are cut for it.
+_LONGEST_RUN = 512
+_LONG_RUN = re.compile(rf"\S{{{_LONGEST_RUN}}}|\s{{{_LONGEST_RUN}}}")
+# Post-processors that put tokens of their own around a text.
+_ADDS_TOKENS = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 
 
 class Tokenizer:
@@ -59,8 +69,11 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.eos_token, self.eos_id = _find_eos(vocabulary, eos_token, name)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1  # the ids may have holes
+        added = self._backend.get_added_tokens_decoder().values()
+        special = {str(token.content) for token in added if token.special}
+        self.eos_token = _find_eos(vocabulary, special, eos_token, name)
+        self.eos_id = vocabulary[self.eos_token]
         self._treat_special_text_as_text()
         self._check(name)
 
@@ -68,6 +81,19 @@ class Tokenizer:
         """Token ids of every text, uint32 [length], without special tokens; uses all cores."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def encode_exactly(self, texts: Sequence[str]) -> list[np.ndarray | None]:
+        """As `encode_batch`; None for a text that its tokens do not give back as it was.
+
+        One space more at the very beginning, as some tokenizers put there, is no difference.
+        """
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        decoded = self._backend.decode_batch(ids, skip_special_tokens=False)
+        return [
+            np.array(some, dtype=np.uint32) if _is_given_back(text, back) else None
+            for some, text, back in zip(ids, texts, decoded, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of [length] ids; special tokens are shown."""
@@ -98,13 +124,12 @@ class Tokenizer:
                     f"{name}: the text {literal!r} becomes the special token {token_id}, expected "
                     "ordinary tokens. Use a byte-level BPE tokenizer."
                 )
-        text = _AWKWARD + self.eos_token
-        decoded = self.decode(self.encode_batch([text])[0])
-        if holdout.normalise(decoded) != holdout.normalise(text):
-            raise errors.UsageError(
-                f"{name}: loses text, {text!r} comes back as {decoded!r}. "
-                "Use a byte-level BPE tokenizer."
-            )
+        awkward = _AWKWARD + self.eos_token
+        ordinary, decoded = self.decode_batch(self.encode_batch([_ORDINARY, awkward]))
+        if not _is_given_back(_ORDINARY, ordinary):
+            raise _loses_text(name, _ORDINARY, ordinary)
+        if holdout.normalise(decoded) != holdout.normalise(awkward):
+            raise _loses_text(name, awkward, decoded)
 
 
 def load(path: str | pathlib.Path, *, eos_token: str = "") -> Tokenizer:
@@ -180,7 +205,7 @@ def train(texts: Iterable[str], vocab_size: int, *, eos_token: str = "") -> Toke
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(_in_bounded_runs(texts), trainer)
     found = backend.get_vocab_size(with_added_tokens=True)
     if found != vocab_size:
         raise errors.UsageError(
@@ -188,6 +213,59 @@ def train(texts: Iterable[str], vocab_size: int, *, eos_token: str = "") -> Toke
             f"expected {vocab_size}. Ask for at most {found}, or bring more text."
         )
     return Tokenizer(backend.to_str(pretty=True).encode(), eos_token=eos_token)
+
+
+def without_additions(content: bytes) -> bytes:
+    """A tokenizer.json that makes the tokens of training and no more, for other programs.
+
+    A post-processor that begins or ends every text with a token is taken out, as are truncation
+    and padding; a file without them is returned as it is.
+    """
+    parsed = json.loads(content)
+    kept = {
+        **parsed,
+        "post_processor": _adding_nothing(parsed.get("post_processor")),
+        "truncation": None,
+        "padding": None,
+    }
+    if all(parsed.get(key) == value for key, value in kept.items()):
+        return content
+    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _adding_nothing(post_processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    if post_processor is None or post_processor["type"] in _ADDS_TOKENS:
+        return None
+    if post_processor["type"] != "Sequence":
+        return post_processor
+    parts = [part for part in map(_adding_nothing, post_processor["processors"]) if part]
+    return {**post_processor, "processors": parts} if parts else None
+
+
+def _in_bounded_runs(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut where more than _LONGEST_RUN letters or spaces stand in a row."""
+    for text in texts:
+        start = 0
+        for run in _LONG_RUN.finditer(text):
+            yield text[start : run.end()]
+            start = run.end()
+        yield text[start:]
+
+
+def _is_given_back(text: str, decoded: str) -> bool:
+    return decoded == text or decoded == f" {text}"
+
+
+def _loses_text(name: str, text: str, decoded: str) -> errors.UsageError:
+    """Shows where the decoded text first differs."""
+    decoded = decoded if text.startswith(" ") else decoded.removeprefix(" ")
+    pairs = enumerate(zip(text, decoded, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(decoded)))
+    start = max(0, at - 8)
+    return errors.UsageError(
+        f"{name}: loses text, {text[start : at + 16]!r} comes back as "
+        f"{decoded[start : at + 16]!r}. Use a byte-level BPE tokenizer."
+    )
 
 
 def trained_size(spec: str) -> int | None:
@@ -209,12 +287,28 @@ def trained_size(spec: str) -> int | None:
     return None
 
 
-def _find_eos(vocabulary: dict[str, int], eos_token: str, name: str) -> tuple[str, int]:
-    for token in [eos_token] if eos_token else EOS_TOKENS:
-        if token in vocabulary:
-            return token, vocabulary[token]
-    wanted = repr(eos_token) if eos_token else f"any of {', '.join(EOS_TOKENS)}"
-    raise errors.UsageError(
+def _find_eos(
+    vocabulary: Mapping[str, int], special: Collection[str], eos_token: str, name: str
+) -> str:
+    """The end-of-text token: the one that is named, else the usual one, declared special first."""
+    if eos_token:
+        if eos_token in vocabulary:
+            return eos_token
+        raise _no_eos(name, repr(eos_token))
+    usual = [token for token in EOS_TOKENS if token in vocabulary]
+    found = [token for token in usual if token in special] or usual
+    if not found:
+        raise _no_eos(name, f"any of {', '.join(EOS_TOKENS)}")
+    if len(found) > 1:
+        raise errors.UsageError(
+            f"{name}: {' and '.join(found)} may each be its end-of-text token, expected one. "
+            "Name it with --eos_token=TOKEN."
+        )
+    return found[0]
+
+
+def _no_eos(name: str, wanted: str) -> errors.UsageError:
+    return errors.UsageError(
         f"{name}: its vocabulary has no end-of-text token, expected {wanted}. "
         "Name one of its tokens with --eos_token=TOKEN."
     )

@@ -110,7 +110,11 @@ def write(run: TrainedRun, out: pathlib.Path, dtype: str = "float32") -> None:
 
 
 def _tokenizer_files(run: TrainedRun) -> dict[str, bytes]:
-    """The dataset's own tokenizer.json, byte for byte, and what both transformers 4 and 5 read."""
+    """The tokenizer of training, and what both transformers 4 and 5 read.
+
+    tokenizer.json is the dataset's own, byte for byte unless it would add tokens that training did
+    not have.
+    """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # what 5 writes itself, 4 cannot load
         "model_max_length": run.config.model.sequence_length,
@@ -122,7 +126,7 @@ def _tokenizer_files(run: TrainedRun) -> dict[str, bytes]:
     if "add_prefix_space" in pre_tokenizer:  # transformers would set its own default instead
         config["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
     return {
-        tokenizer_lib.FILE_NAME: run.tokenizer.content,
+        tokenizer_lib.FILE_NAME: tokenizer_lib.without_additions(run.tokenizer.content),
         "tokenizer_config.json": _json(config),
     }
 

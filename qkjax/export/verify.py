@@ -178,11 +178,12 @@ def _check_tensors(directory: pathlib.Path, run: TrainedRun, dtype: str) -> Chec
 
 
 def _check_tokenizer(directory: pathlib.Path, run: TrainedRun, records_NT: np.ndarray) -> Check:
-    """The dataset's file; and AutoTokenizer reads the text of the records as training did."""
+    """The file of training; and AutoTokenizer reads text as training did, adding nothing."""
     import transformers
 
     path = directory / tokenizer_lib.FILE_NAME
-    if not path.is_file() or files.sha256(path) != run.tokenizer.sha256:
+    expected_file = tokenizer_lib.without_additions(run.tokenizer.content)
+    if not path.is_file() or path.read_bytes() != expected_file:
         return Check("tokenizer", "tokenizer.json is not the dataset's", passed=False)
     try:
         stock = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -196,7 +197,7 @@ def _check_tokenizer(directory: pathlib.Path, run: TrainedRun, records_NT: np.nd
     literals = tuple(stock.added_tokens_encoder)  # in a text, the stock one takes them as tokens
     texts = [text for text in _texts(run, records_NT) if not any(x in text for x in literals)]
     expected = [encoded.tolist() for encoded in ours.encode_batch(texts)]
-    if [stock.encode(text, add_special_tokens=False) for text in texts] != expected:
+    if [stock.encode(text) for text in texts] != expected:
         return Check("tokenizer", "AutoTokenizer gives other tokens", passed=False)
     return Check("tokenizer", f"{sum(map(len, expected)):,} tokens of text equal")
 

@@ -79,7 +79,8 @@ def run(request: Request, write: Callable[[str], None], report: Callable[[str], 
         request.workdir, step=request.step, data_dir=request.data_dir, finished=False
     )
     tokenizer, config = opened.tokenizer, opened.config.model
-    prompt = [int(token) for token in tokenizer.encode_batch([request.prompt])[0]]
+    encoded = [int(token) for token in tokenizer.encode_batch([request.prompt])[0]]
+    prompt = encoded
     if not prompt:
         if not opened.dataset.manifest.end_of_text:
             raise errors.UsageError(
@@ -98,7 +99,7 @@ def run(request: Request, write: Callable[[str], None], report: Callable[[str], 
     )
     started = time.monotonic()
     write(request.prompt)
-    for piece in stream(tokenizer, _recorded(tokens, generated)):
+    for piece in stream(tokenizer, _recorded(tokens, generated), after=encoded):
         write(piece)
     write("\n")
     rate = len(generated) / (time.monotonic() - started)
@@ -117,11 +118,16 @@ def _recorded(tokens: Iterable[int], into: list[int]) -> Iterator[int]:
         yield token
 
 
-def stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come, without the end-of-text token; only whole characters."""
-    ids: list[int] = []
-    shown = 0
-    text = ""
+def stream(tokenizer: Tokenizer, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+    """The text of tokens as they come, without the end-of-text token; only whole characters.
+
+    Args:
+        after: the tokens before them, whose text is not given; some tokenizers strip the space at
+            the beginning of what they decode, so both are decoded together.
+    """
+    ids = list(after)
+    text = tokenizer.decode(ids)
+    shown = len(text)
     for token in tokens:
         if token == tokenizer.eos_id:
             continue
