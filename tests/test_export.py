@@ -590,8 +590,10 @@ def test_bfloat16_is_measured_without_a_limit_on_logits(torch, place):
 
 
 @pytest.mark.parametrize("prefix_space", [False, True])
-def test_tokenizers_with_a_prefix_space_are_read_alike(torch, tmp_path, prefix_space):
-    """transformers 4 takes that setting from its own file, without regard to tokenizer.json."""
+def test_tokenizers_of_other_makes_are_read_alike(torch, tmp_path, prefix_space):
+    """With a space before a text (transformers 4 takes that setting from its own file, without
+    regard to tokenizer.json); or with a token behind it, which training leaves out, and a hole in
+    the ids."""
     import tokenizers
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -603,7 +605,14 @@ def test_tokenizers_with_a_prefix_space_are_read_alike(torch, tmp_path, prefix_s
         vocab_size=270, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
     )
     backend.train_from_iterator(texts, trainer)
-    backend.save(str(tmp_path / "tokenizer.json"))
+    if not prefix_space:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+        )
+    content = json.loads(backend.to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] += 0 if prefix_space else 9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with (tmp_path / "lines.jsonl").open("w") as file:
         for text in texts:
             file.write(json.dumps({"text": text}) + "\n")
@@ -618,7 +627,7 @@ def test_tokenizers_with_a_prefix_space_are_read_alike(torch, tmp_path, prefix_s
     random_run.make(
         tmp_path / "run",
         tmp_path / "dataset",
-        model__vocab_size=backend.get_vocab_size(),
+        model__vocab_size=max(vocabulary.values()) + 1,
         data__max_epochs=1000,
     )
     directory.export(
@@ -627,6 +636,10 @@ def test_tokenizers_with_a_prefix_space_are_read_alike(torch, tmp_path, prefix_s
     )
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert written["add_prefix_space"] is prefix_space
+    pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
+    from qkjax.tasks import stock_model
+
+    assert stock_model.StockModel(tmp_path / "out").adds_bos
 
 
 def test_a_tokenizer_that_reads_text_otherwise_fails(torch, place, monkeypatch):

@@ -174,6 +174,7 @@ OWN_WAY = {
         "data.request": "a copy of plain values",
         "data.hub": "files of the Hugging Face hub",
         "data.sources": "rows of users' text",
+        "data.tokenizer": "files of the Hugging Face hub",
         "data.overlap": "rows of users' text",
         "data.origins": "lines that may be damaged",
     },
