@@ -65,6 +65,19 @@ def test_a_shard_that_is_not_in_the_manifest_is_named(made, tmp_path, caplog):
     )
 
 
+@pytest.mark.parametrize("pattern", ["train-*", "validation-*", "tokenizer.json"])
+def test_other_bytes_of_the_same_size_are_refused_before_training(made, tmp_path, pattern):
+    folder = shutil.copytree(made, tmp_path / "data")
+    (path,) = folder.glob(pattern)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(errors.UsageError, match=rf"^{path}: expected sha256 \w+, found \w+\. Reb"):
+        dataset_lib.open_dataset(small_run.make_config(folder))
+    path.write_bytes(data)
+    (folder / "documents-train.npz").unlink()  # only check_data reads it
+    dataset_lib.open_dataset(small_run.make_config(folder))
+
+
 def test_more_than_four_passes_need_max_epochs(made):
     fields = {"train__tokens": 644 * small_run.LENGTH, "eval__at_tokens": ()}
     with pytest.raises(errors.UsageError, match=r"train\.tokens: .* are 4\.03 passes over the"):

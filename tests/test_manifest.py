@@ -23,7 +23,10 @@ def folder(tmp_path):
         split: manifest_lib.Split(
             2 * count,
             2 * count * 16,
-            tuple(_shard(tmp_path, f"{split}-{i}.array_record", bytes(99)) for i in range(count)),
+            tuple(
+                _shard(tmp_path, f"{split}-{i}.array_record", f"{split}{i}".ljust(99).encode())
+                for i in range(count)
+            ),
         )
         for split, count in (("train", 3), ("validation", 1))
     }
@@ -208,6 +211,32 @@ def test_a_changed_byte_is_found(folder, name):
     (folder / name).write_bytes(content)
     with pytest.raises(errors.UsageError, match=f"{name}: expected sha256 .* found"):
         manifest_lib.verify_digests(manifest, folder)
+
+
+def test_a_shard_that_is_a_link_out_of_the_directory_is_refused(folder, tmp_path_factory):
+    path, other = folder / "train-1.array_record", tmp_path_factory.mktemp("x") / "shard"
+    path.rename(other)
+    path.symlink_to(other)
+    with pytest.raises(errors.UsageError, match=rf"^{path}: is a link to {other}, expected a file"):
+        manifest_lib.verify_files(manifest_lib.load(folder), folder)
+    path.unlink()
+    other.rename(folder / "elsewhere")
+    path.symlink_to("elsewhere")  # within the directory a link is as good as a file
+    linked = tmp_path_factory.mktemp("y") / "link"
+    linked.symlink_to(folder)
+    manifest_lib.verify_digests(manifest_lib.load(linked), linked)
+
+
+def test_one_shard_in_two_splits_is_refused(folder):
+    def copy_validation(content):
+        shard = content["splits"]["validation"]["shards"][0]
+        content["splits"]["train"]["shards"][1] |= {"sha256": shard["sha256"]}
+
+    _edit(folder, copy_validation)
+    with pytest.raises(
+        errors.UsageError, match=r"validation-0.*: the same shard is in train and in validation"
+    ):
+        manifest_lib.load(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "documents-train.npz"])

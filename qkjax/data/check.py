@@ -44,9 +44,8 @@ def check(directory: str | pathlib.Path, *, progress: Callable[[str], None] = pr
     """
     folder = pathlib.Path(directory)
     manifest = manifest_lib.load(folder)
-    extra = manifest_lib.verify_files(manifest, folder)
     progress(f"{folder}: digests")
-    manifest_lib.verify_digests(manifest, folder)
+    extra = manifest_lib.verify_digests(manifest, folder)
     tokenizer = tokenizer_lib.of_dataset(manifest, folder)
     tables = {name: _load_documents(manifest, folder, name) for name in manifest.splits}
     _check_tables(manifest, folder, tables)

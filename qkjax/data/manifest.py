@@ -127,7 +127,8 @@ def verify_files(manifest: Manifest, directory: str | pathlib.Path) -> list[str]
     """Checks that every listed shard exists with its recorded size, without reading it.
 
     Returns the names of *.array_record files that the manifest does not list: nothing reads them.
-    Raises UsageError that lists all missing shards, or names the first of another size.
+    Raises UsageError that lists all missing shards, or names the first of another size, or the
+    first that is a link to a place outside the directory.
     """
     folder = pathlib.Path(directory)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
@@ -137,7 +138,14 @@ def verify_files(manifest: Manifest, directory: str | pathlib.Path) -> list[str]
             f"{folder}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}. "
             f"Bring them back, or rebuild the dataset with tools/prepare_data.py."
         )
+    inside = folder.resolve()
     for shard in shards:
+        target = (folder / shard.file).resolve()
+        if target.parent != inside:
+            raise errors.UsageError(
+                f"{folder / shard.file}: is a link to {target}, expected a file of the dataset's "
+                "own directory. Copy the shard in its place."
+            )
         size = (folder / shard.file).stat().st_size
         if size != shard.num_bytes:
             problem = "truncated" if size < shard.num_bytes else "too long"
@@ -149,15 +157,21 @@ def verify_files(manifest: Manifest, directory: str | pathlib.Path) -> list[str]
     return sorted(p.name for p in folder.glob("*.array_record") if p.name not in listed)
 
 
-def verify_digests(manifest: Manifest, directory: str | pathlib.Path) -> None:
+def verify_digests(
+    manifest: Manifest, directory: str | pathlib.Path, *, tables: bool = True
+) -> list[str]:
     """Checks the sha256 of every shard, of the tokenizer and of the document tables.
 
+    Args:
+        tables: also the document tables, which training does not read.
+    Returns: as `verify_files`, which it calls first.
     Raises UsageError that names the first file that is missing or differs.
     """
     folder = pathlib.Path(directory)
-    verify_files(manifest, folder)
+    foreign = verify_files(manifest, folder)
     expected = {manifest.tokenizer.file: manifest.tokenizer.sha256}
-    expected |= {record.file: record.sha256 for record in manifest.documents.values()}
+    if tables:
+        expected |= {record.file: record.sha256 for record in manifest.documents.values()}
     for split in manifest.splits.values():
         expected |= {shard.file: shard.sha256 for shard in split.shards}
     for name, digest in expected.items():
@@ -167,6 +181,7 @@ def verify_digests(manifest: Manifest, directory: str | pathlib.Path) -> None:
         found = files.sha256(path)
         if found != digest:
             raise errors.UsageError(f"{path}: expected sha256 {digest}, found {found}. {_REBUILD}")
+    return foreign
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:
@@ -243,6 +258,16 @@ class _Reader:
                     f"found {split.num_tokens}"
                 )
         self._check_names(names)
+        self._check_splits(manifest)
+
+    def _check_splits(self, manifest: Manifest) -> None:
+        """No content belongs to two splits: its validation would have been trained on."""
+        places: dict[str, str] = {}
+        for name, split in manifest.splits.items():
+            for shard in split.shards:
+                place = places.setdefault(shard.sha256, name)
+                if place != name:
+                    raise self.error(f"{shard.file}: the same shard is in {place} and in {name}")
 
     def _check_names(self, names: list[str]) -> None:
         for file in names:
