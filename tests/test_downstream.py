@@ -414,7 +414,7 @@ def test_wrong_requests_are_refused(place, tmp_path):
         ({**run, "out": tmp_path / "there.json"}, r"--out: .*there\.json is there already"),
         ({**run, "out": tmp_path / "out"}, r"--out: .*out, expected a name that ends in \.json"),
         ({**run, "step": 3}, r"no checkpoint of step 3. Give one of \[20\]"),
-        ({"workdir": tmp_path}, r"not a run directory, expected config\.json"),
+        ({"workdir": tmp_path}, r"not a run directory, expected a config\.json"),
         ({"model": tmp_path}, r"not a model directory, expected config\.json"),
     ):
         refused(place, tmp_path, text, **options)
@@ -437,7 +437,7 @@ def test_unfinished_and_damaged_runs_are_refused(place, tmp_path):
     values = json.loads((unfinished / "config.json").read_text())
     values["model"]["vocab_size"] = 320
     (unfinished / "config.json").write_text(json.dumps(values))
-    (unfinished / "summary.json").write_text("{}")
+    shutil.copy(place / "run" / "summary.json", unfinished)
     text = "its tokenizer has 300 tokens, and the model .* has 320.*--dataset_dir=DIR"
     refused(place, tmp_path, text, workdir=unfinished)
     poisoned = random_run.random_params(
@@ -534,7 +534,7 @@ def test_files_that_do_not_fit_are_refused(place, tmp_path):
     origin.write_text(json.dumps({"exact_vs_lm_eval": [True] * 3}))
     refused(place, tmp_path, f"is not a list of {ITEMS} truth values", **options)
     origin.write_text("{}")
-    refused(place, tmp_path, "origin.json: no list exact_vs_lm_eval in it", **options)
+    refused(place, tmp_path, r"origin\.json: damaged \(it lacks exact_vs_lm_eval\)", **options)
     shots = folder / "hellaswag_train_13.original.jsonl"
     write_rows(shots, [ROW] * 9)
     refused(place, tmp_path, "9 rows, expected at least 10. Download the whole file", **options)

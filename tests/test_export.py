@@ -217,7 +217,9 @@ def copied(place: pathlib.Path, kind: str, to: pathlib.Path) -> pathlib.Path:
 
 def test_what_is_no_finished_run_is_refused(place, tmp_path):
     for path in (tmp_path, tmp_path / "absent", place / "dataset.jsonl"):
-        with pytest.raises(errors.UsageError, match=r"not a run directory, expected config\.json"):
+        with pytest.raises(
+            errors.UsageError, match=r"not a run directory, expected a config\.json"
+        ):
             trained_run.open_run(path)
     workdir = copied(place, "llama", tmp_path / "run")
     (workdir / "summary.json").unlink()
@@ -227,7 +229,7 @@ def test_what_is_no_finished_run_is_refused(place, tmp_path):
     with pytest.raises(errors.UsageError, match=r"no checkpoint of step 7. Give one of \[20\]"):
         trained_run.open_run(workdir, step=7, finished=False)
     (workdir / "environment.json").write_text("{}")
-    with pytest.raises(errors.UsageError, match="does not name the dataset"):
+    with pytest.raises(errors.UsageError, match="names no dataset_fingerprint"):
         trained_run.open_run(workdir, finished=False)
     shutil.rmtree(workdir / "checkpoints")
     shutil.copy(place / "runs" / "llama" / "environment.json", workdir)

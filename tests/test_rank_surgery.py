@@ -406,7 +406,7 @@ def test_what_is_no_run_is_refused(case, tmp_path):
             measure(tmp_path, rank_surgery.Request())
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
     (tmp_path / "environment.json").write_text("{}")
-    with pytest.raises(errors.UsageError, match="does not name the dataset"):
+    with pytest.raises(errors.UsageError, match="names no dataset_fingerprint"):
         measure(tmp_path, rank_surgery.Request())
 
 
