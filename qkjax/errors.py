@@ -1,6 +1,6 @@
-"""The failures that a user can mend, and the exit code of each.
+"""The failures that a user can fix, and the exit code of each.
 
-Every message has the form `<file or field>: <what is wrong, expected vs found>. <how to mend>`.
+Every message has the form `<file or field>: <what is wrong, expected vs found>. <how to fix>`.
 """
 
 

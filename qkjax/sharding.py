@@ -42,7 +42,7 @@ def per_device(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return function
     rows = PartitionSpec(DATA_AXIS)
     # Inputs and outputs are all cut over `data`, so there is no claim of equal copies to check; the
-    # check would refuse loops that begin with constants.
+    # check would refuse loops that start with constants.
     return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 

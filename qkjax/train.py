@@ -26,12 +26,12 @@ def train_and_evaluate(
     restore_step: int | None = None,
     allow_config_change: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Trains one arm in `workdir`, or goes on where an earlier call was stopped.
+    """Trains one arm in `workdir`, or resumes what an earlier call left.
 
     Args:
         config: a resolved config; dtypes "auto" are settled for the devices at hand.
         workdir: the run directory (docs/run_directory.md).
-        restore_step: go on from this checkpoint instead of the latest.
+        restore_step: resume from this checkpoint instead of the latest.
         allow_config_change: fields that may differ from the directory's config.json.
     Returns:
         The summary, as summary.json holds it.
@@ -78,7 +78,7 @@ def _already_finished(
         names = ", ".join(change["field"] for change in changes)
         raise errors.UsageError(
             f"{directory}: ended at step {summary['step']}, nothing is left to train with another "
-            f"{names}. Use another --workdir, or go on from a checkpoint with --restore_step."
+            f"{names}. Use another --workdir, or resume from a checkpoint with --restore_step."
         )
     if summary["diverged"]:
         raise errors.NonFiniteError(
@@ -137,7 +137,7 @@ class _Run:
         )
         self.latest: dict[str, Any] = {}  # the last value of every metric
         self.saved_sha256: dict[int, str] = {}  # step -> params_sha256
-        self.begun = time.monotonic()
+        self.started = time.monotonic()
         self.earlier_seconds = 0.0
         self.profiling = False
         self.checkpoints: checkpoint.Checkpoints
@@ -155,7 +155,7 @@ class _Run:
         with contextlib.closing(self.checkpoints):
             restored = self._restore(restore_step)
             table = self._record_start(changes)
-            state = self._begin() if restored is None else self._go_on(restored)
+            state = self._start() if restored is None else self._resume(restored)
             with contextlib.closing(self.writer):
                 shown = progress.banner(
                     self.config,
@@ -186,7 +186,7 @@ class _Run:
         return table
 
     def _restore(self, restore_step: int | None) -> checkpoint.Restored | None:
-        """The checkpoint to go on from, verified; None where there is none. Changes nothing."""
+        """The checkpoint to resume from, verified; None where there is none. Changes nothing."""
         steps = self.checkpoints.steps()
         if restore_step is not None and restore_step not in steps:
             raise errors.UsageError(
@@ -201,20 +201,20 @@ class _Run:
         pipeline.check_fingerprint(restored.meta["data_order"], self.data_order)
         return restored
 
-    def _begin(self) -> train_step.TrainState:
+    def _start(self) -> train_step.TrainState:
         self.writer = writers.create_run_writer(self.directory.path, resume_step=-1)
         self.writer.write_hparams(flatten(self.config.to_dict()))
         return train_step.init_state(
             initialisation_key(self.config.seed), self.config, self.transformation, self.mesh
         )
 
-    def _go_on(self, restored: checkpoint.Restored) -> train_step.TrainState:
+    def _resume(self, restored: checkpoint.Restored) -> train_step.TrainState:
         step = restored.meta["step"]
         aside = self.checkpoints.set_aside_after(step)
         if aside:
             print(
                 f"set aside  {', '.join(aside)} in {self.directory.checkpoints}; leave "
-                "--restore_step out of the next command, or it begins here again",
+                "--restore_step out of the next command, or it starts here again",
                 flush=True,
             )
         self.earlier_seconds = restored.meta["wall_seconds"]
@@ -265,9 +265,9 @@ class _Run:
 
     def _compile_step(self, state: train_step.TrainState) -> jax.stages.Compiled:
         """The step's program before its first batch; shows what the compiler says of it."""
-        begun = time.monotonic()
+        started = time.monotonic()
         program = resources.compile_step(self.train_step, self.config, state, self.mesh)
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - started
         print(f"compiled   in {seconds:.1f} s: {resources.program_cost(program)}", flush=True)
         return program
 
@@ -323,7 +323,7 @@ class _Run:
         assert self.stop.signum is not None
         raise signals.Stopped(
             self.stop.signum,
-            f"{self.directory}: stopped {where}. Run the same command again to go on.",
+            f"{self.directory}: stopped {where}. Run the same command again to resume.",
         )
 
     def _measure(self, params: model.Params, tokens: int) -> evaluation.Evaluation | None:
@@ -388,7 +388,7 @@ class _Run:
         )
 
     def _wall_seconds(self) -> float:
-        return self.earlier_seconds + time.monotonic() - self.begun
+        return self.earlier_seconds + time.monotonic() - self.started
 
     def _record_divergence(self, state: train_step.TrainState, bad: _NonFiniteStep) -> None:
         """Saves the last finite state, writes the summary, and raises."""

@@ -67,7 +67,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
 
 
 def wait_for_rows(process: subprocess.Popen, workdir: pathlib.Path, count: int) -> None:
-    """Returns when metrics.jsonl has so many rows, or the process has ended."""
+    """Returns when metrics.jsonl has N rows, or the process has ended."""
     path = workdir / "metrics.jsonl"
     while process.poll() is None:
         if path.exists() and path.read_bytes().count(b"\n") >= count:

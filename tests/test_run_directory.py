@@ -353,7 +353,7 @@ def test_what_no_checkpoint_survives_is_not_offered_and_cannot_be_allowed(tmp_pa
         settle(tmp_path, tiny(seed=43), "bbb", ["seed", "dataset"])
     lines = [line.split() for line in str(caught.value).splitlines()]
     assert ["seed", "42", "43"] in lines and ["dataset", '"aaa"', '"bbb"'] in lines
-    assert "another --workdir: no checkpoint can go on with another seed, dataset." in str(
+    assert "another --workdir: no checkpoint can resume with another seed, dataset." in str(
         caught.value
     )
     assert "--allow_config_change" not in str(caught.value)
@@ -574,4 +574,4 @@ def test_another_version_of_a_library_is_said_at_resume(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         RunDirectory(tmp_path).write_environment("f" * 64)
     assert "started with jax 0.0.1" in caplog.text
-    assert "began with flax" not in caplog.text
+    assert "started with flax" not in caplog.text

@@ -402,8 +402,8 @@ def everything(workdir: pathlib.Path) -> dict[str, bytes]:
             r"run: ended at step 20, nothing is left to train with another "
             r"optimizer\.learning_rate\. Use another --workdir",
         ),
-        ({"seed": 7}, "seed", "no checkpoint can go on with another seed"),
-        ({"model__d_ff": 64}, "model.d_ff", r"no checkpoint can go on with another model\.d_ff"),
+        ({"seed": 7}, "seed", "no checkpoint can resume with another seed"),
+        ({"model__d_ff": 64}, "model.d_ff", r"no checkpoint can resume with another model\.d_ff"),
         # Only the checkpoint knows that its optimiser state has another tree.
         (
             {"optimizer__clip_norm": 0.0, "train__tokens": 24 * small_run.TOKENS_PER_STEP},

@@ -71,7 +71,7 @@ def test_rows_have_step_first_null_for_non_finite_and_short_float32(tmp_path):
     writer.write_scalars(
         np.int64(1), {"a": jnp.float32(1e-7), "b": float("nan"), "c": jnp.inf, "d": None, "e": 0.1}
     )
-    # Readable at once, by whoever follows the file.
+    # Readable at once by a process that follows the file.
     assert path.read_text() == (
         '{"step": 0, "tokens": 0, "val/loss": 0.1}\n'
         '{"step": 1, "a": 1e-07, "b": null, "c": null, "d": null, "e": 0.1}\n'

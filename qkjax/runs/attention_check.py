@@ -57,7 +57,7 @@ def _fault(c: ModelConfig) -> str | None:
 
     try:
         found = jax.block_until_ready(results("cudnn"))
-    except Exception as error:  # whatever plugin, driver or compiler may raise
+    except Exception as error:  # plugin, driver and compiler may raise anything
         return errors.one_line(error)
     for ours, plain in zip(jax.tree.leaves(found), jax.tree.leaves(results("xla")), strict=True):
         difference = jnp.abs(ours.astype(jnp.float32) - plain.astype(jnp.float32)).max()

@@ -75,7 +75,7 @@ class Checkpoints:
     def __init__(
         self, directory: str | os.PathLike[str], *, keep_all: bool = False, read_only: bool = False
     ) -> None:
-        """Opens the directory; read_only never writes, whoever else is at work in it.
+        """Opens the directory; read_only never writes, also while another process is at work there.
 
         Args:
             keep_all: keep every step instead of step 0 and the latest two.
@@ -99,7 +99,7 @@ class Checkpoints:
         )
 
     def set_aside_after(self, step: int) -> list[str]:
-        """Renames every later checkpoint, so that the run can go on from `step`; loses nothing.
+        """Renames every later checkpoint, so that the run can resume from `step`; loses nothing.
 
         Returns:
             The new names.
@@ -185,7 +185,7 @@ class Checkpoints:
         self._manager.close()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON record of a step: digests, config, dataset fingerprint, whatever save got."""
+        """The JSON record of a step: digests and what `save` was given, such as the config."""
         try:
             record = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -253,15 +253,15 @@ class Checkpoints:
 
     def _unusable(self, step: int, what: str, error: Exception | None) -> errors.UsageError:
         others = [other for other in self.steps() if other != step]
-        mend = (
+        fix = (
             f"Steps that can be tried: {others}, with --restore_step={others[-1]} of qkjax.main "
             f"to train on from there, or with --step={others[-1]} of the tools to read it"
             if others
-            else "No other step is there: begin again in another --workdir"
+            else "No other step is there: start again in another --workdir"
         )
         why = "" if error is None else f" ({errors.one_line(error)})"
         return errors.UsageError(
-            f"{self._directory / str(step)}: damaged checkpoint, {what}{why}. {mend}."
+            f"{self._directory / str(step)}: damaged checkpoint, {what}{why}. {fix}."
         )
 
     @contextlib.contextmanager

@@ -21,7 +21,7 @@ from qkjax.runs import environment
 
 # Differences in these cannot change a result, so a resume does not ask about them.
 FREE_FIELDS = ("checkpoint.keep_all", "data.dir", "log.every_seconds", "profile.steps")
-# No checkpoint goes on with another of these: its batches or its arrays would be others.
+# No checkpoint resumes with another of these: its batches or its arrays would be others.
 FIXED_FIELDS = (
     "dataset",
     "seed",
@@ -498,12 +498,12 @@ def _refusal(path: pathlib.Path, refused: list[dict[str, Any]], allowed: Sequenc
     fixed = [change["field"] for change in refused if change["field"] in FIXED_FIELDS]
     names = ",".join([*allowed, *(change["field"] for change in refused)])
     rest = (
-        f": no checkpoint can go on with another {', '.join(fixed)}."
+        f": no checkpoint can resume with another {', '.join(fixed)}."
         if fixed
-        else f", or go on with --allow_config_change={names} (which is recorded)."
+        else f", or resume with --allow_config_change={names} (which is recorded)."
     )
     return (
-        f"{path}: this run was begun with other settings:\n{table}\n"
+        f"{path}: this run started with other settings:\n{table}\n"
         f"Use the old ones, or another --workdir{rest}"
     )
 

@@ -21,7 +21,7 @@ UNDEFINED = "pr/undefined_heads"  # how many heads have none
 _WINDOW = 20  # steps that a rate is averaged over
 _WAIT_WARNING = 0.2  # share of the time that the device may wait for data
 _LOSSES = 100  # training losses that the next one is held against
-_FEWEST_LOSSES = 20  # below so many, none is called a spike
+_FEWEST_LOSSES = 20  # with fewer, none is called a spike
 _SPIKE = 6.0  # standard deviations above their mean
 
 
@@ -76,7 +76,7 @@ class Progress:
         self._pr: float | None = None
 
     def restart_clock(self, step: int) -> None:
-        """Leaves out of the next rates whatever happened up to now (an evaluation, a save)."""
+        """Leaves out of the next rates what happened up to now (an evaluation, a save)."""
         self._reads.clear()
         self._reads.append((step, time.monotonic()))
 
@@ -118,7 +118,7 @@ class Progress:
             if loss > mean + _SPIKE * spread:
                 logging.warning(
                     "step %d: the training loss %.4f is a spike, z-score %.1f against the last %d "
-                    "(mean %.4f); training goes on",
+                    "(mean %.4f); training continues",
                     step,
                     loss,
                     (loss - mean) / max(spread, 1e-12),

@@ -37,7 +37,7 @@ def check_disk(
         StorageError: with the bytes needed, there, and free.
     """
     needed = disk_bytes(config, transformation)
-    # What was set aside or left incomplete there frees nothing when the run goes on.
+    # What was set aside or left incomplete there frees nothing when the run resumes.
     checkpoints = [path for path in directory.glob("checkpoints/*") if path.name.isdigit()]
     files = [file for path in checkpoints for file in path.rglob("*") if file.is_file()]
     present = sum(file.stat().st_size for file in files)
@@ -93,7 +93,7 @@ def compile_step(
 def program_cost(program: jax.stages.Compiled) -> str:
     """The compiler's own account of memory and arithmetic, on one device, as far as it gives one.
 
-    It counts the body of a loop once, whatever the number of its turns.
+    It counts the body of a loop once, not once a turn.
     """
     parts = []
     memory = program.memory_analysis()

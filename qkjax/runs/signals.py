@@ -9,7 +9,7 @@ from qkjax import errors
 
 
 class Stopped(errors.QkjaxError):
-    """The run was asked to stop, and has saved what it needs to go on."""
+    """The run was asked to stop, and has saved what it needs to resume."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)

@@ -1,8 +1,8 @@
 """TensorBoard event files without TensorFlow, and CLU's writers without TensorFlow.
 
-`clu.metric_writers` imports its own TensorFlow writer whatever one asks of it. So this module puts
+`clu.metric_writers` always imports its own TensorFlow writer. So this module puts
 its `SummaryWriter` in that place before the first import; then the interface, CLU's other writers
-and `create_default_writer` work. Whoever wants `clu.metric_writers` imports this module first.
+and `create_default_writer` work. Import this module before `clu.metric_writers`.
 """
 
 import os
@@ -138,7 +138,7 @@ class SummaryWriter(ScalarsOnly):
         self._write_values(0, session_start.value)
 
     def flush(self) -> None:
-        """Brings everything to the disk.
+        """Writes everything to the disk and syncs it.
 
         Raises:
             OSError: the disk is full or fails.
@@ -200,7 +200,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 def _import_metric_writer() -> Any:
     """CLU's MetricWriter, imported with our class in the place of CLU's TensorFlow writer.
 
-    The class cannot inherit from what this import brings, so it is registered afterwards.
+    The class cannot inherit from what this import gives, so it is registered afterwards.
     """
     if _REPLACED not in sys.modules:
         module: Any = types.ModuleType(_REPLACED)

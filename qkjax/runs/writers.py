@@ -110,7 +110,7 @@ class JsonlWriter(ScalarsOnly, MetricWriter):
         return {"step": int(step), **files.plain(scalars)}
 
     def flush(self) -> None:
-        """Brings every row to the disk.
+        """Writes every row to the disk and syncs it.
 
         Raises:
             OSError: the disk is full or fails.
@@ -170,7 +170,7 @@ class CompositeWriter(ScalarsOnly, MetricWriter):
     def _try(self, writer: MetricWriter, call: Callable[[Any], None]) -> Exception | None:
         try:
             call(writer)
-        except Exception as error:  # whatever it is, the other writers come first
+        except Exception as error:  # any error; the other writers come first
             name = type(writer).__name__
             if name not in self._errors and writer is not self.jsonl:
                 logging.warning(
@@ -233,7 +233,7 @@ class CompositeWriter(ScalarsOnly, MetricWriter):
         self._call(lambda writer: writer.write_hparams(hparams))
 
     def flush(self) -> None:
-        """Brings everything to the disk.
+        """Writes everything to the disk and syncs it.
 
         Raises:
             StorageError: metrics.jsonl could not be written.
