@@ -26,7 +26,7 @@ def shared() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def on_devices() -> Callable[[str, int], str]:
-    """Runs Python code in a process with so many virtual CPU devices; returns what it printed."""
+    """Runs Python code in a process with `devices` virtual CPU devices; returns what it printed."""
 
     def run(code: str, devices: int) -> str:
         forced = f"--xla_force_host_platform_device_count={devices}"

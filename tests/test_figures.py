@@ -476,7 +476,7 @@ def test_runs_are_matched_by_tokens(run, copy):
         found = run_spectra.compare(runs, shown, asked)
         assert [each.evaluation.step for each in found] == [first, second]
         assert not found[1].difference.any()
-    (slower / "spectra" / file_name(40)).unlink()  # it goes on: the last that both have
+    (slower / "spectra" / file_name(40)).unlink()  # then the last that both have
     found = run_spectra.compare(run_spectra.load_runs([run, slower]), shown)
     assert [each.evaluation.step for each in found] == [9, 18]
 

@@ -1,4 +1,4 @@
-"""The scripts for lent GPU machines, tried on the CPU with models that take seconds."""
+"""The scripts for borrowed GPU machines, tried on the CPU with models that take seconds."""
 
 import json
 import os

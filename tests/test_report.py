@@ -666,7 +666,7 @@ def test_the_page_says_first_what_its_verdicts_are_about(
     tmp_path: pathlib.Path, scale: str, plan: dict, words: str
 ):
     arms = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
-    every = [("muon_noqk", 42)]  # a study that has not begun says so too
+    every = [("muon_noqk", 42)]  # a study that has not started says so too
     synthetic_study.write(tmp_path, arms, seeds=(42,), scale=scale, missing=every)
     change_plan(tmp_path, **plan)
     section = sections_verdicts.verdicts(material.load(tmp_path))

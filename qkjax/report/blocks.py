@@ -42,7 +42,7 @@ class Table:
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    words: int = 1  # so many columns from the left
+    words: int = 1  # columns from the left that hold words
     strong: tuple[int, ...] = ()  # rows that sum up others
     notes: tuple[str, ...] = ()
 
@@ -105,7 +105,7 @@ class Report:
 
 
 def number(value: float | None, digits: int = 2, *, signed: bool = False) -> str:
-    """So many digits behind the point; ABSENT where it was not measured."""
+    """`digits` digits after the point; ABSENT where it was not measured."""
     if value is None or not math.isfinite(value):
         return ABSENT
     return f"{value:{'+' if signed else ''},.{digits}f}"

@@ -55,7 +55,7 @@ def common_scale(
     """A scale that holds every value of all groups, from `after` tokens on.
 
     Args:
-        low: where it begins; None is just below the lowest value.
+        low: where it starts; None is just below the lowest value.
     """
     values = np.concatenate(
         [
@@ -70,8 +70,8 @@ def common_scale(
     if not values.size:
         return Scale(label, low)
     margin = 0.05 * (float(values.max() - values.min()) or 1.0)
-    begin = float(values.min()) - margin if low is None else low
-    return Scale(label, begin, float(values.max()) + margin)
+    start = float(values.min()) - margin if low is None else low
+    return Scale(label, start, float(values.max()) + margin)
 
 
 @drawing.styled
@@ -101,7 +101,7 @@ def over_tokens(curves: Curves, scale: Scale, looks: Looks, after: int = 0) -> "
 
 
 def _bare(figure: "Figure") -> "Axes":
-    """One panel on whatever lies behind it: a page has its own paper."""
+    """One panel with a transparent ground: a page has its own paper."""
     figure.patch.set_visible(False)
     axes = figure.subplots()
     axes.patch.set_visible(False)
@@ -275,7 +275,7 @@ def spectra(
     """Singular values over the largest at the end, mean over heads and seeds, one layer.
 
     Args:
-        low: where the vertical axis begins.
+        low: where the vertical axis starts.
     """
     figure = drawing.new_figure(*SIZE)
     figure.patch.set_visible(False)

@@ -42,7 +42,7 @@ _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qkjax",
 }
-_ANNOTATED_LAYERS = 8  # heat maps of up to so many layers show their numbers
+_ANNOTATED_LAYERS = 8  # heat maps of more layers do not show their numbers
 
 P = ParamSpec("P")
 
@@ -63,13 +63,17 @@ def _matplotlib() -> Any:
 
 
 def check_available() -> None:
-    """Raises UsageError where no figure can be drawn, before any work is done."""
+    """Checks, before any work is done, that figures can be drawn.
+
+    Raises:
+        UsageError: matplotlib cannot be imported.
+    """
     _matplotlib()
 
 
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
-    """This file's settings, whatever a matplotlibrc says."""
+    """This file's settings, which override every matplotlibrc."""
     matplotlib = _matplotlib()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -197,7 +201,7 @@ def hue_and_marker(i: int) -> tuple[str, str]:
 
 
 def colours(number: int) -> list[Any]:
-    """So many colours in order; the palest yellow, unreadable on white, is left out."""
+    """`number` colours in order; the palest yellow, unreadable on white, is left out."""
     return list(_matplotlib().colormaps["viridis"](np.linspace(0, 0.92, number)))
 
 

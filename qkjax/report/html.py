@@ -1,6 +1,6 @@
 """A report as one page that needs nothing else: no scripts, no fonts, no network.
 
-Built as a tree of elements, so whatever a run's name or config holds comes out as text.
+Built as a tree of elements, so what a run's name or config holds comes out as text.
 """
 
 import functools
@@ -310,7 +310,7 @@ def _themed(value: str, name: str) -> str:
 # The interval of a clause.
 
 _WIDTH, _HEIGHT, _EDGE = 280.0, 46.0, 12.0
-_FARTHEST = 3.0  # a paired interval longer than so many pooled ones is cut, with an arrow
+_FARTHEST = 3.0  # pooled intervals; a longer paired one is cut, with an arrow
 
 
 def interval_figure(clause: Clause) -> ET.Element | None:
@@ -344,13 +344,13 @@ def interval_figure(clause: Clause) -> ET.Element | None:
         },
     )
 
-    def line(kind: str, begin: str, end: str, top: float, bottom: float) -> None:
+    def line(kind: str, start: str, end: str, top: float, bottom: float) -> None:
         ET.SubElement(
             root,
             "line",
             {
                 "class": kind,
-                "x1": begin,
+                "x1": start,
                 "x2": end,
                 "y1": f"{top:g}",
                 "y2": f"{bottom:g}",

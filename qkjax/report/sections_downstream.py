@@ -156,5 +156,5 @@ def _conditions(study: Study) -> str:
 
 
 def _rule(bos: Mapping[str, Any]) -> str:
-    """Whether prompts begin with a token, and why."""
+    """Whether prompts start with a token, and why."""
     return f"{bos['token']} ({bos['why']})" if bos["added"] else f"none added ({bos['why']})"

@@ -74,7 +74,8 @@ def read_csv(path: pathlib.Path) -> list[Row]:
     """The rows of a CSV file of `to_csv`; none where there is no such file.
 
     Raises:
-        UsageError: it is damaged. StorageError: the disk failed.
+        UsageError: it is damaged.
+        StorageError: the disk failed.
     """
     try:
         with path.open(newline="") as file:

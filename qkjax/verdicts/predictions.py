@@ -25,7 +25,7 @@ class Quantity:
     measure: Callable[[RunResult], float]  # NaN where the run has none
     step: Callable[[RunResult], int | None]  # an early evaluation that it needs, if any
     worse: int = 0  # +1: the higher is the worse; -1: the lower; 0: neither
-    early: bool = False  # measured at that evaluation alone, whatever becomes of the run
+    early: bool = False  # measured at that evaluation alone, also in a run that diverges later
 
     def limit(self, head_dim: int) -> float:
         """The SESOI in `unit`."""
@@ -227,5 +227,5 @@ FUNCTIONAL: dict[str, tuple[Prediction, ...]] = {
 
 
 def deciding(name: str, pilot: bool) -> tuple[Prediction, ...]:
-    """The contrasts of H1 to H4; at scale pilot H3(c), which begins where it ends, is none."""
+    """The contrasts of H1 to H4; at scale pilot H3(c), which starts where it ends, is none."""
     return tuple(p for p in DECIDING[name] if not (pilot and p.quantity == "PR growth"))

@@ -106,7 +106,7 @@ def load_study(workdir: str | pathlib.Path) -> Study:
     for arm, entry in (rates or {}).items():
         study_files.need(path / "sweep" / "learning_rates.json", arm, entry, _RATE_FIELDS)
     notes = [
-        f"the plan was changed after the study began: {old.name} has {other}; error rates hold "
+        f"the plan was changed after the study started: {old.name} has {other}; error rates hold "
         "only for a plan that was fixed in advance"
         for old in sorted(path.glob("study.*.json"))
         if (other := _other_plan(old, plan))

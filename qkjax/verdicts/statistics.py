@@ -17,7 +17,7 @@ LEVEL = 0.95  # two-sided, of the interval that decides a clause
 STRICT = 0.975  # two-sided, of the interval that refutes a hypothesis
 ALPHA = 0.0125  # one-sided: of H1, and of H2 to H4 together
 RESAMPLES = 2_000
-# A root mean square residual below so many units in the last place of the largest value is
+# A root mean square residual below this share of the largest value is
 # rounding: the seeds do not differ.
 _ROUNDING = 64 * np.finfo(np.float64).eps
 
@@ -238,10 +238,10 @@ def paired_bootstrap(
     random = np.random.default_rng(seed)
     means = np.empty(resamples)
     rows = max(1, 2_000_000 // len(difference))  # 16 MB of indices at a time
-    for begin in range(0, resamples, rows):
-        size = (min(rows, resamples - begin), len(difference))
+    for start in range(0, resamples, rows):
+        size = (min(rows, resamples - start), len(difference))
         picked = random.integers(len(difference), size=size)
-        means[begin : begin + size[0]] = difference[picked].mean(axis=1)
+        means[start : start + size[0]] = difference[picked].mean(axis=1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Paired(
         estimate=float(difference.mean()),
