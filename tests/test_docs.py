@@ -5,6 +5,11 @@ import re
 
 import pytest
 
+from qkjax.data import manifest as manifest_lib
+from qkjax.data import origins
+from qkjax.data import tokenizer as tokenizer_lib
+from qkjax.runs.directory import RunDirectory
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 # The lab book tells what was: its older entries name files as they were called then.
@@ -84,3 +89,12 @@ def test_imports_written_in_strings_and_scripts_exist():
                 assert is_module or re.search(rf"\b{name}\b", file.read_text()), (
                     f"{script.name}: from {module} import {name}"
                 )
+
+
+def test_the_format_names_every_file_of_a_run_and_a_dataset():
+    page = (ROOT / "docs" / "run_directory.md").read_text()
+    of_a_run = {path.name for path in vars(RunDirectory("here")).values()} - {"here"}
+    assert len(of_a_run) > 6
+    modules = (manifest_lib, origins, tokenizer_lib)
+    for name in sorted(of_a_run | {module.FILE_NAME for module in modules}):
+        assert re.search(rf"`{re.escape(name)}[`/]", page), name
