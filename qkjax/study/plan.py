@@ -15,7 +15,7 @@ import ml_collections
 
 from qkjax import config as config_lib
 from qkjax import errors, files, presets
-from qkjax.study import plan_arms, plan_config
+from qkjax.study import plan_arms, plan_config, questions
 from qkjax.study.plan_arms import Arm
 from qkjax.study.plan_config import StudyConfig
 
@@ -119,6 +119,11 @@ class Plan:
                 )
         return fields
 
+    def unanswerable(self) -> dict[str, str]:
+        """The hypotheses that this plan cannot answer, by name, and why: fixed with the plan."""
+        config = next(iter(self.arms.values())).config
+        return questions.unanswerable(list(self.arms), config, bool(self.study.downstream))
+
     def to_dict(self) -> dict[str, Any]:
         """As study.json holds it (docs/run_directory.md)."""
         study = self.study
@@ -145,6 +150,7 @@ class Plan:
                 "overrides": list(study.overrides),
                 "export": study.export,
                 "downstream": {"": "none", "hub": "hub"}.get(study.downstream, "folder"),
+                "unanswerable": self.unanswerable(),
                 "steps": [dataclasses.asdict(step) for step in self.steps],
                 "fingerprint": self.fingerprint,
             }

@@ -43,7 +43,7 @@ SETTLED = (DONE, DIVERGED, SKIPPED)  # nothing is left to do
 NO_DATA = "no data"
 PAGE = pathlib.Path("report", "index.html")
 # Fields of study.json: the first is that of its steps; scores may be asked for later.
-_NOT_COMPARED = ("fingerprint", "downstream")
+_NOT_COMPARED = ("fingerprint", "downstream", "unanswerable")
 
 
 class State(NamedTuple):
@@ -227,7 +227,7 @@ def check_plan(plan: Plan, workdir: pathlib.Path) -> None:
     differences = [
         f"  {field}: there {json.dumps(old.get(field))}, now {json.dumps(new.get(field))}"
         for field in dict.fromkeys((*old, *new))
-        if field not in _NOT_COMPARED and old.get(field) != new.get(field)
+        if field.partition(".")[0] not in _NOT_COMPARED and old.get(field) != new.get(field)
     ]
     fingerprints = {step["name"]: step["fingerprint"] for step in steps}
     changed = [s.name for s in plan.steps if fingerprints.get(s.name) != s.fingerprint]

@@ -66,7 +66,10 @@ def left_out_of(study: Study) -> dict[str, str]:
     As study.json has them; of a study planned before it did, from its runs.
     """
     if "unanswerable" in study.plan:
-        return dict(study.plan["unanswerable"])
+        planned = dict(study.plan["unanswerable"])
+        if study.downstream:  # scores may be asked for later, and H5 is outside the family
+            planned.pop("H5", None)
+        return planned
     configs = [run.config for run in study.runs.values()]
     if not configs:
         return {}
