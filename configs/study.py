@@ -47,6 +47,9 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.sweep.seed = 7  # never a seed of the study
     config.sweep.factors = (1.0, 2.0) if scale == "tiny" else (0.25, 0.5, 1.0, 2.0, 4.0)
     config.sweep.extend = scale != "tiny"  # by one rate, where the best is at an edge
+    config.surgery = ml_collections.ConfigDict()
+    config.surgery.tokens = 0 if quick else 65_536  # of each rank; 0: no rank surgery
+    config.surgery.ranks = ()  # 1, 2, 4 and every eighth of head_dim
     config.data_dir = ""
     config.overrides = ()  # ("train.tokens_per_step=65536",): given to every run
     config.export = not quick

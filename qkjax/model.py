@@ -34,11 +34,18 @@ class HeadVectors(NamedTuple):
 Probe = Callable[[HeadVectors], Any]
 
 
-class _KeyProjection(NamedTuple):
-    """Matrices [N, G, K, K] that keys are multiplied by; None: keys as they are."""
+class _Affine(NamedTuple):
+    """Keys k become k @ matrix + shift."""
 
-    pre_rope: jax.Array | None = None
-    post_rope: jax.Array | None = None
+    matrix: jax.Array  # [N, G, K, K]
+    shift: jax.Array  # [N, G, K]
+
+
+class _KeyProjection(NamedTuple):
+    """What is done to the keys at a stage; None: nothing."""
+
+    pre_rope: _Affine | None = None
+    post_rope: _Affine | None = None
 
 
 _NO_PROJECTION = _KeyProjection()
@@ -83,17 +90,19 @@ def apply_with_key_projection(
     tokens_BT: jax.Array,
     config: ModelConfig,
     projection_NGKK: jax.Array,
+    shift_NGK: jax.Array,
     stage: str,
 ) -> jax.Array:
-    """As `apply`, with every key k that enters the attention replaced by k @ P.
+    """As `apply`, with every key k that enters the attention replaced by k @ P + b.
 
     Args:
         projection_NGKK: P of every layer and kv head, float32; the identity changes nothing.
+        shift_NGK: b of every layer and kv head, float32.
         stage: "pre_rope" (after QK-Norm, before RoPE) or "post_rope".
     Raises:
         TypeError: another stage.
     """
-    projection = _KeyProjection(**{stage: projection_NGKK})
+    projection = _KeyProjection(**{stage: _Affine(projection_NGKK, shift_NGK)})
     return _decoder(config).apply({"params": params}, tokens_BT, projection)[0]
 
 
@@ -270,10 +279,12 @@ def _split_heads(x: jax.Array, head_dim: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, head_dim)
 
 
-def _project(key_BTGK: jax.Array, matrix_GKK: jax.Array | None) -> jax.Array:
-    if matrix_GKK is None:
+def _project(key_BTGK: jax.Array, affine: _Affine | None) -> jax.Array:
+    """Of one layer: its matrices [G, K, K] and shifts [G, K]."""
+    if affine is None:
         return key_BTGK
-    return jnp.einsum("btgk,gkj->btgj", key_BTGK, matrix_GKK, precision=jax.lax.Precision.HIGHEST)
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum("btgk,gkj->btgj", key_BTGK, affine.matrix, precision=highest) + affine.shift
 
 
 def _to_float32(x: jax.Array) -> jax.Array:

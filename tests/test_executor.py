@@ -9,9 +9,10 @@ import os
 import pathlib
 import re
 import signal
+import subprocess
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import synthetic_study
@@ -23,6 +24,7 @@ from qkjax.runs import directory as run_directory
 from qkjax.runs import signals
 from qkjax.runs.directory import RunDirectory
 from qkjax.study import plan, run, states, table
+from qkjax.trained import rank_curves
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 METRICS = (synthetic_study.LOSS, synthetic_study.PR, synthetic_study.PR_BEFORE)
@@ -32,9 +34,21 @@ def make_plan(words="tiny", **fields) -> plan.Plan:
     values = config_flag.load(ROOT / "configs" / "study.py", words)
     values.arms = ("muon_qk", "adamw_noqk")
     values.controls, values.seeds = (), (1,)
-    values.tokens, values.sweep.tokens = 20_480, 10_240
+    values.tokens, values.sweep.tokens, values.surgery.tokens = 20_480, 10_240, 0
     values.update_from_flattened_dict({name.replace("__", "."): v for name, v in fields.items()})
     return plan.make_plan(values)
+
+
+def surgery_csv(name: str, ranks: Sequence[int]) -> bytes:
+    """Of the run whose parameters `synthetic_study.write_run` names."""
+    _, arm, seed = name.split("/")
+    digest = f"{arm}-{seed.removeprefix('seed_')}"
+    return rank_curves.to_csv(
+        [
+            rank_curves.Row("all", "pre_rope", "centred", "top", r, None, 64, digest, 3.0, 0.0)
+            for r in ranks
+        ]
+    )
 
 
 class Machine:
@@ -67,6 +81,9 @@ class Machine:
             arm = name.split("/")[1]
             measured = {"run": {"params_sha256": f"{arm}-1"}}
             files.write_json(self.workdir / f"{name}.json", measured)
+        elif kind == "surgery":
+            ranks = self.study.surgery_ranks(name.split("/")[1])
+            files.replace(self.workdir / f"{name}.csv", surgery_csv(name, ranks))
         elif kind == "report":
             run_directory.make_workdir(self.workdir / "report")
             (self.workdir / states.PAGE).write_text("page")
@@ -94,7 +111,7 @@ class _Process:
         results = [a for a in command if a.startswith(("--out=", "--workdir="))]
         place = pathlib.Path(results[-1].partition("=")[2])
         name = "report" if place == machine.workdir else str(place.relative_to(machine.workdir))
-        self.name, self.command = name.removesuffix(".json"), command
+        self.name, self.command = name.removesuffix(".json").removesuffix(".csv"), command
         machine.started.append(self.name)
         machine.environments.append(env)
         machine.alive += 1
@@ -133,7 +150,10 @@ def world(tmp_path, monkeypatch) -> Callable[..., tuple[plan.Plan, pathlib.Path,
     def build(words="tiny", **fields):
         study, workdir = make_plan(words, **fields), tmp_path / "study"
         machine = Machine(study, workdir)
-        monkeypatch.setattr(run.subprocess, "Popen", machine)
+        processes = types.SimpleNamespace(
+            Popen=machine, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
+        )
+        monkeypatch.setattr(run, "subprocess", processes)
         return study, workdir, machine
 
     return build
@@ -611,3 +631,50 @@ def test_status_shows_every_step_with_what_it_has_reached(world, capsys):
     with pytest.raises(errors.UsageError, match=r"seeds: there \[1\], now \[1, 2\]"):
         table.print_status(states.StudyFiles(make_plan(seeds=(1, 2)), workdir))
     assert lines[-1].startswith(f"{workdir}: 8 of 14 steps done, 1 diverged, 1 failed, 1 open, 3")
+
+
+# --------------------------------------------------------------------------------------------
+# Rank surgery.
+
+
+def test_surgery_is_measured_resumed_skipped_or_refused(world, capsys):
+    study, workdir, machine = world(export=False, surgery__tokens=64, surgery__ranks=(2, 8))
+    machine.exit_codes = {"runs/adamw_noqk/seed_1": 3, "surgery/muon_qk/seed_1": 1}
+    missing(study, workdir)
+    name = "surgery/muon_qk/seed_1"
+    found = statuses(study, workdir)
+    assert found["surgery/adamw_noqk/seed_1"] == "skipped" and found[name] == "failed"
+    (workdir / "surgery" / "muon_qk").mkdir(parents=True)
+    part = workdir / f"{name}.part.json"
+    part.write_text("{}")  # what a kill leaves beside the CSV
+    (workdir / "logs" / f"{name}.json").unlink()
+    assert statuses(study, workdir)[name] == "unfinished"
+    machine.exit_codes = {}
+    commands = {}
+    machine.when_started = lambda step: commands.update({step: 1})
+    run.execute(study, workdir)
+    assert name in commands and statuses(study, workdir)[name] == "done"
+    assert f"{name}  resumes" in capsys.readouterr().out
+    path = workdir / f"{name}.csv"
+    path.write_bytes(surgery_csv(name, (2, 4)))
+    with pytest.raises(errors.UsageError, match=r"seed_1\.csv: measured ranks \[2, 4\] of"):
+        run.execute(study, workdir)
+    path.write_text("layer,stage\n")
+    with pytest.raises(errors.UsageError, match=r"seed_1\.csv: damaged"):
+        run.execute(study, workdir)
+
+
+def test_a_study_recorded_before_surgery_continues_without_it(world):
+    study, workdir, machine = world(export=False, surgery__tokens=64)
+    run.execute(plan.without_surgery(study), workdir)
+    recorded = json.loads((workdir / "study.json").read_text())
+    del recorded["surgery"]
+    (workdir / "study.json").write_text(json.dumps(recorded))
+    continued, said = states.as_recorded(study, workdir)
+    assert "continues without it" in said
+    machine.started.clear()
+    run.execute(continued, workdir)
+    assert machine.started == ["report"]  # study.json is newer than the page
+    with pytest.raises(errors.UsageError, match="surgery"):
+        run.execute(study, workdir)
+    assert states.as_recorded(study, workdir.parent / "new") == (study, "")

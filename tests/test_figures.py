@@ -629,7 +629,9 @@ def test_formats_are_written_once():
 
 def rank_rows(layers: Iterable[str]) -> list[rank_curves.Row]:
     return [
-        rank_curves.Row(layer, "pre_rope", kind, rank, None, 3.0, 1 / rank - 0.1)
+        rank_curves.Row(
+            layer, "pre_rope", "raw", kind, rank, None, 100, "d" * 64, 3.0, 1 / rank - 0.1
+        )
         for layer in layers
         for kind in rank_curves.KINDS
         for rank in (1, 8, 16)

@@ -51,6 +51,7 @@ def test_full_is_twenty_sweep_runs_eight_runs_and_the_controls():
         "run": 8 + 2 * 5,
         "export": 18,
         "downstream": 18,
+        "surgery": 18,
         "report": 1,
     }
     assert list(study.arms) == [
@@ -72,6 +73,25 @@ def test_full_is_twenty_sweep_runs_eight_runs_and_the_controls():
     assert short.optimizer.learning_rate == 0.0003
 
 
+def test_rank_surgery_is_a_step_of_every_final_run():
+    study = make("tiny")
+    step = study.step("surgery/muon_qk/seed_137")
+    assert step.needs == ("runs/muon_qk/seed_137",) and step.name in study.step("report").needs
+    assert study.surgery_ranks("muon_qk") == (1, 2, 4, 8, 12, 16, 20, 24, 28, 32)  # of 32
+    assert make("full").surgery_ranks("muon_qk") == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+    assert make("tiny", surgery__ranks=(3, 5)).surgery_ranks("muon_qk") == (3, 5)
+    assert "rank surgery: 8 runs, forward alone, at most 5,767,168 tokens" in (
+        plan_cost.describe(study, {})
+    )
+    other = make("tiny", surgery__tokens=1_024).step(step.name)
+    assert other.fingerprint != step.fingerprint  # by its budget
+    without = plan.without_surgery(study)
+    assert "surgery" not in counts(without) and without.to_dict()["surgery"] is None
+    assert without.steps == make("tiny", surgery__tokens=0).steps
+    assert "surgery.tokens is -1" in refusal("tiny", surgery__tokens=-1)
+    assert "surgery.ranks is (0,)" in refusal("tiny", surgery__ranks=(0,))
+
+
 def test_recipe_original_has_its_own_controls_and_no_sweep():
     study = make("full,original")
     assert counts(study) == {
@@ -79,6 +99,7 @@ def test_recipe_original_has_its_own_controls_and_no_sweep():
         "run": 2 * 10,
         "export": 20,
         "downstream": 20,
+        "surgery": 20,
         "report": 1,
     }
     assert set(study.arms) - set(ARMS) == {
@@ -112,11 +133,21 @@ def test_the_pilots_arms_in_recipe_original_are_their_own_decayed_controls():
 @pytest.mark.parametrize(
     ("words", "expected", "tokens", "seeds"),
     [
-        ("tiny", {"sweep": 8, "choice": 4, "run": 8, "export": 8, "downstream": 8}, 200_000, 2),
+        (
+            "tiny",
+            {"sweep": 8, "choice": 4, "run": 8, "export": 8, "downstream": 8, "surgery": 8},
+            200_000,
+            2,
+        ),
         ("tiny,quick", {"run": 4, "downstream": 4}, 100_000, 1),
         (
             "pilot",
-            {"sweep": 20, "extension": 4, "choice": 4, "run": 18, "export": 18, "downstream": 18},
+            {
+                "sweep": 20,
+                "extension": 4,
+                "choice": 4,
+                **dict.fromkeys(("run", "export", "downstream", "surgery"), 18),
+            },
             25_000_000,
             2,
         ),
@@ -359,7 +390,7 @@ def test_the_command_line_shows_the_plan_and_its_mistakes():
 
     shown = call("--config=configs/study.py:tiny", "--config.arms=muon_qk,adamw_qk", "--dry_run")
     assert shown.returncode == 0, shown.stderr
-    assert "20 steps:" in shown.stdout and "runs/adamw_qk/seed_137" in shown.stdout
+    assert "24 steps:" in shown.stdout and "runs/adamw_qk/seed_137" in shown.stdout
     assert "muon.granularity" in shown.stdout
     printed = call(
         "--config=configs/study.py:tiny",

@@ -1,6 +1,7 @@
 """Rank surgery: projected keys against plain numpy, full rank, planted ranks, files, refusals."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -135,8 +136,8 @@ class Reference:
                 total -= log_p[np.arange(len(log_p)), record[1:]].sum()
         return total / (len(self.records) * c.sequence_length)
 
-    def top(self, stage: str) -> dict[tuple[int, int], np.ndarray]:
-        """(layer, head) -> [K, K], rows are right singular vectors of all keys of the stage."""
+    def keys(self, stage: str) -> dict[tuple[int, int], np.ndarray]:
+        """(layer, head) -> [n, K], all keys of the stage."""
         keys: dict[tuple[int, int], list[np.ndarray]] = {}
 
         def collect(layer, head, now, key_TK):
@@ -145,22 +146,27 @@ class Reference:
             return key_TK
 
         self.loss(collect)
-        return {
-            place: np.linalg.svd(np.concatenate(parts), full_matrices=False)[2]
-            for place, parts in keys.items()
-        }
+        return {place: np.concatenate(parts) for place, parts in keys.items()}
+
+
+Directions = dict[tuple[int, int], np.ndarray]
+
+
+def top(keys: Directions) -> Directions:
+    """[K, K], rows are right singular vectors."""
+    return {place: np.linalg.svd(rows, full_matrices=False)[2] for place, rows in keys.items()}
 
 
 @pytest.mark.parametrize("stage", list(rank_surgery.STAGES))
 def test_equals_numpy_with_its_own_directions(case, measured, stage, monkeypatch):
     reference = Reference(case, monkeypatch)
-    top = reference.top(stage)
+    directions_of = top(reference.keys(stage))
     for layer in ("all", "1"):
 
         def project(at_layer, head, now, key_TK, layer=layer):
             if now != stage or layer not in ("all", str(at_layer)):
                 return key_TK
-            directions = top[at_layer, head][:4]
+            directions = directions_of[at_layer, head][:4]
             return key_TK @ directions.T @ directions
 
         expected = reference.loss(project)
@@ -252,7 +258,9 @@ def test_projections_keep_what_they_should():
 
 
 def row(rank: int, delta: float, layer: str = "all", kind: str = "top") -> rank_curves.Row:
-    return rank_curves.Row(layer, "pre_rope", kind, rank, None, 2.0 + delta, delta)
+    return rank_curves.Row(
+        layer, "pre_rope", "raw", kind, rank, None, 100, "d" * 64, 2.0 + delta, delta
+    )
 
 
 def test_the_answer_is_the_smallest_rank_within_a_hundredth_of_a_nat():
@@ -273,18 +281,23 @@ def test_csv_has_every_setting_once(case, measured):
         path = case[0] / "rank_surgery" / f"step_00000300{suffix}.csv"
         with path.open() as file:
             found = list(csv.DictReader(file))
-        columns = ["layer", "stage", "kind", "rank", "seed", "val_loss", "delta"]
-        assert list(found[0]) == columns
+        columns = ["layer", "stage", "kind", "rank", "seed"]
+        assert list(found[0]) == list(rank_curves.Row._fields)
         expected = [
             (layer, stage, kind, str(rank), "0" if kind == "random" else "")
             for layer in ("all", "0", "1")
             for kind in ("top", "random")
             for rank in RANKS
         ]
-        assert [tuple(line[name] for name in columns[:5]) for line in found] == expected
+        assert [tuple(line[name] for name in columns) for line in found] == expected
         for line, row in zip(found, measured[stage], strict=True):
             assert float(line["val_loss"]) == pytest.approx(row.val_loss, rel=1e-8)
             assert float(line["delta"]) == pytest.approx(row.delta, rel=1e-5)
+        read = rank_curves.read_csv(path)
+        digits = {"val_loss": 0.0, "delta": 0.0}
+        assert [row._replace(**digits) for row in read] == [
+            row._replace(**digits) for row in measured[stage]
+        ]
 
 
 # --------------------------------------------------------------------------------------------
@@ -333,6 +346,8 @@ def test_command_answers_from_a_moved_dataset(case, tmp_path):
         ({"tokens": -1}, "--tokens: -1"),
         ({"stage": "sideways"}, "--stage: .*pre_rope, post_rope, found 'sideways'"),
         ({"step": 7}, r"--step: .*no checkpoint of step 7. Give one of \[0, 300\]"),
+        ({"centring": "half"}, "--centring: .*raw, centred, found 'half'"),
+        ({"kinds": ("best",)}, "--kinds: .*top, random, found best"),
         ({"data_dir": "nowhere"}, "nowhere: no dataset.json there"),
     ],
 )
@@ -347,6 +362,66 @@ def test_a_measurement_that_is_there_is_not_overwritten(case, measured):
     with pytest.raises(errors.UsageError, match=r"step_00000300\.csv: is there already, and no"):
         measure(case[0], rank_surgery.Request(ranks=(8,), layers=("1",), tokens=32))
     assert path.read_bytes() == before
+
+
+def test_a_measurement_that_was_stopped_resumes_and_ends_in_the_same_bytes(
+    case, tmp_path, monkeypatch
+):
+    """What is stopped is no CSV, and its rows are not measured again."""
+    request = rank_surgery.Request(ranks=RANKS, layers=("all",), out=tmp_path / "whole.csv")
+    measure(case[0], request)
+    stopped = dataclasses.replace(request, out=tmp_path / "stopped.csv")
+    part = tmp_path / "stopped.part.json"
+    passes, original = [], rank_surgery._Passes.loss
+
+    def loss(self, *arguments):
+        passes.append(arguments)
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(rank_surgery._Passes, "loss", loss)
+    with pytest.raises(KeyboardInterrupt):
+        measure(case[0], stopped)
+    assert not stopped.out.exists() and len(json.loads(part.read_text())["rows"]) == 3
+    other = dataclasses.replace(stopped, ranks=(1, 2), seed=5)
+    with pytest.raises(errors.UsageError, match=r"part\.json: .* with other seed, settings\. Give"):
+        measure(case[0], other)
+    lines = []
+    rank_surgery.measure(case[0], stopped, report=lines.append)
+    assert f"{part}: resumes after 3 of 6 rows" in lines
+    assert len(passes) == 4 + 3 and not part.exists()
+    assert stopped.out.read_bytes() == request.out.read_bytes()
+
+
+def test_centred_directions_leave_the_mean_where_it_is(case, tmp_path, monkeypatch):
+    """Against numpy: what varies around each head's mean key is projected, before RoPE."""
+    reference = Reference(case, monkeypatch)
+    keys = reference.keys("pre_rope")
+    mean = {place: rows.mean(axis=0) for place, rows in keys.items()}
+    directions_of = top({place: rows - mean[place] for place, rows in keys.items()})
+
+    def project(layer, head, now, key_TK):
+        if now != "pre_rope":
+            return key_TK
+        around = key_TK - mean[layer, head]
+        directions = directions_of[layer, head][:4]
+        return mean[layer, head] + around @ directions.T @ directions
+
+    request = rank_surgery.Request(
+        ranks=(4,), layers=("all",), kinds=("top",), centring="centred", out=tmp_path / "one.csv"
+    )
+    (found,) = measure(case[0], request)
+    assert found.val_loss == pytest.approx(reference.loss(project), abs=2e-5)
+
+
+@pytest.mark.parametrize("text", ["", "layer,stage\n", "{header}\nall,pre_rope\n", "\xff"])
+def test_a_damaged_csv_is_refused(tmp_path, text):
+    path = tmp_path / "seed_1.csv"
+    header = ",".join(rank_curves.Row._fields)
+    path.write_text(text.format(header=header), "latin-1")
+    with pytest.raises(errors.UsageError, match=r"seed_1\.csv: damaged .*Move it away"):
+        rank_curves.read_csv(path)
 
 
 def test_a_run_of_another_machine_needs_no_cudnn_here(case, measured, tmp_path):
@@ -406,7 +481,7 @@ def test_what_is_no_run_is_refused(case, tmp_path):
             measure(tmp_path, rank_surgery.Request())
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
     (tmp_path / "environment.json").write_text("{}")
-    with pytest.raises(errors.UsageError, match="names no dataset_fingerprint"):
+    with pytest.raises(errors.UsageError, match=r"environment\.json: .*dataset_fingerprint"):
         measure(tmp_path, rank_surgery.Request())
 
 

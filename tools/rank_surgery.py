@@ -4,8 +4,9 @@
   python tools/rank_surgery.py --workdir=runs/88m --layers=all --tokens=65536 --ranks=8,16,32
 
 Writes rank_surgery/step_*.csv, .svg and .png in the run directory (step_*_post_rope.* with
---stage=post_rope) and prints the smallest rank that loses at most 0.01 nat. Files that are there
-already are not overwritten.
+--stage=post_rope, step_*_centred.* with --centring=centred) and prints the smallest rank that loses
+at most 0.01 nat. The CSV appears when it is whole and is not overwritten; until then its rows are
+in .part.json, and the same command resumes after them.
 """
 
 import functools
@@ -25,6 +26,10 @@ _RANKS = flags.DEFINE_list(
 _STAGE = flags.DEFINE_enum(
     "stage", "pre_rope", ["pre_rope", "post_rope"], "Where the keys are projected."
 )
+_CENTRING = flags.DEFINE_enum(
+    "centring", "raw", ["raw", "centred"], "centred: the mean key stays, the rest is projected."
+)
+_KINDS = flags.DEFINE_list("kinds", ["top", "random"], "Directions: the strongest, or random ones.")
 _LAYERS = flags.DEFINE_list(
     "layers", ["all", "each"], "all: together; each: one at a time; or indices: one at a time."
 )
@@ -32,6 +37,8 @@ _TOKENS = flags.DEFINE_integer(
     "tokens", None, "Validation tokens, 0 for all; the run's eval.tokens unless given."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random directions.", lower_bound=0)
+_OUT = flags.DEFINE_string("out", None, "The CSV; in the run directory unless given.")
+_FIGURES = flags.DEFINE_bool("figures", True, "Draw .svg and .png beside the CSV.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "The run's dataset, where it has moved.")
 
 
@@ -46,15 +53,19 @@ def main() -> None:
         step=_STEP.value,
         ranks=ranks,
         stage=_STAGE.value,
+        centring=_CENTRING.value,
         layers=tuple(_LAYERS.value),
+        kinds=tuple(_KINDS.value),
         tokens=_TOKENS.value,
         seed=_SEED.value,
         data_dir=_DATA_DIR.value,
+        out=None if _OUT.value is None else pathlib.Path(_OUT.value).expanduser().absolute(),
     )
     workdir = pathlib.Path(_WORKDIR.value).expanduser().absolute()
     found = rank_surgery.measure(workdir, request, report=functools.partial(print, flush=True))
-    figure = figures.rank_curves(found.rows, found.head_dim, found.title)
-    drawing.save(figure, found.path.with_suffix(""), drawing.FORMATS)
+    if _FIGURES.value:
+        figure = figures.rank_curves(found.rows, found.head_dim, found.title)
+        drawing.save(figure, found.path.with_suffix(""), drawing.FORMATS)
 
 
 def _rank(text: str) -> int:

@@ -51,6 +51,9 @@ def main() -> None:
         return
     if workdir is None:
         raise errors.UsageError("--workdir: missing. Name the directory, --workdir=studies/NAME.")
+    study, said = states.as_recorded(study, workdir)
+    if said:
+        print(said, flush=True)
     if _PRINT_COMMANDS.value:
         command = [sys.executable, sys.argv[0], *config_flag.as_flags(), f"--workdir={workdir}"]
         print("\n".join(plan.shell_lines(study, command, os.getcwd())))

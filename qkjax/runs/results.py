@@ -149,6 +149,7 @@ def newest_input(workdir: pathlib.Path) -> int:
         workdir / "sweep" / "learning_rates.json",
         *workdir.glob("runs/*/*/summary.json"),
         *workdir.glob("downstream/*/*.json"),
+        *workdir.glob("surgery/*/*.csv"),
     ]
     return max((path.stat().st_mtime_ns for path in inputs if path.exists()), default=0)
 

@@ -19,7 +19,7 @@ from qkjax.study import plan_arms, plan_config, questions
 from qkjax.study.plan_arms import Arm
 from qkjax.study.plan_config import StudyConfig
 
-DATASET, SWEEP, EXTENSION, CHOICE, RUN, EXPORT, DOWNSTREAM, REPORT = KINDS = (
+DATASET, SWEEP, EXTENSION, CHOICE, RUN, EXPORT, DOWNSTREAM, SURGERY, REPORT = KINDS = (
     "dataset",
     "sweep",
     "extension",
@@ -27,6 +27,7 @@ DATASET, SWEEP, EXTENSION, CHOICE, RUN, EXPORT, DOWNSTREAM, REPORT = KINDS = (
     "run",
     "export",
     "downstream",
+    "surgery",
     "report",
 )
 TRAINING = (SWEEP, EXTENSION, RUN)  # kinds that train
@@ -83,6 +84,12 @@ class Plan:
         """The learning rates of the arm's sweep, ascending."""
         base = self.arms[arm].base_rate
         return tuple(_round(factor * base) for factor in self.study.sweep.factors)
+
+    def surgery_ranks(self, arm: str) -> tuple[int, ...]:
+        """The directions that rank surgery keeps, ascending."""
+        head_dim = self.arms[arm].config.model.head_dim
+        eighths = (max(1, number * head_dim // 8) for number in range(1, 9))
+        return self.study.surgery.ranks or tuple(sorted({1, 2, 4, *eighths}))
 
     def choice_of(self, arm: str) -> str | None:
         """The step that chooses the learning rate of an arm or control; None without a sweep."""
@@ -149,6 +156,7 @@ class Plan:
                 "sweep": sweep if study.sweep.tokens else None,
                 "overrides": list(study.overrides),
                 "export": study.export,
+                "surgery": dataclasses.asdict(study.surgery) if study.surgery.tokens else None,
                 "downstream": {"": "none", "hub": "hub"}.get(study.downstream, "folder"),
                 "unanswerable": self.unanswerable(),
                 "steps": [dataclasses.asdict(step) for step in self.steps],
@@ -170,6 +178,13 @@ def make_plan(values: ml_collections.ConfigDict) -> Plan:
     """
     study = plan_config.resolve(values)
     bare = Plan(study, *plan_arms.make_arms(study), ())
+    return dataclasses.replace(bare, steps=tuple(_steps(bare)))
+
+
+def without_surgery(plan: Plan) -> Plan:
+    """The plan as studies recorded it before rank surgery was one of their steps."""
+    study = dataclasses.replace(plan.study, surgery=plan_config.SurgeryConfig(tokens=0, ranks=()))
+    bare = dataclasses.replace(plan, study=study)
     return dataclasses.replace(bare, steps=tuple(_steps(bare)))
 
 
@@ -213,6 +228,17 @@ def _steps(plan: Plan) -> Iterator[Step]:
     for name, seed in places:  # without data they count as skipped
         needs = [f"runs/{name}/seed_{seed}"]
         yield step(f"downstream/{name}/seed_{seed}", DOWNSTREAM, name, seed, needs=needs)
+    for name, seed in places if study.surgery.tokens else ():
+        needs = [f"runs/{name}/seed_{seed}"]
+        ranks = plan.surgery_ranks(name)
+        yield step(
+            f"surgery/{name}/seed_{seed}",
+            SURGERY,
+            name,
+            seed,
+            needs=needs,
+            inputs=[study.surgery.tokens, ranks],
+        )
     yield step("report", REPORT, needs=list(made))
 
 

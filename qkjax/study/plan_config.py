@@ -30,6 +30,14 @@ class SweepConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SurgeryConfig:
+    """Rank surgery of every final run: how many directions of its keys the loss needs."""
+
+    tokens: int  # of the validation split, for each rank; 0 = no surgery
+    ranks: tuple[int, ...]  # directions kept; () = 1, 2, 4 and every eighth of head_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class StudyConfig:
     """What a study compares (configs/study.py)."""
 
@@ -42,6 +50,7 @@ class StudyConfig:
     seeds: tuple[int, ...]
     tokens: int  # of every run
     sweep: SweepConfig
+    surgery: SurgeryConfig
     data_dir: str  # dataset of every run; "" = the embedded corpus (tiny)
     overrides: tuple[str, ...]  # "FIELD=VALUE": given to every run, sweep included
     export: bool  # also as Hugging Face directories
@@ -83,7 +92,11 @@ def resolve(values: ml_collections.ConfigDict) -> StudyConfig:
         )
     for name in _NAMES:
         plain[name] = tuple(item for text in plain[name] for item in text.split(","))
-    study = StudyConfig(**{**plain, "sweep": SweepConfig(**plain["sweep"])})
+    sections = {
+        "sweep": SweepConfig(**plain["sweep"]),
+        "surgery": SurgeryConfig(**plain["surgery"]),
+    }
+    study = StudyConfig(**{**plain, **sections})
     found = list(_mistakes(study))
     if found:
         raise errors.UsageError("config of the study: " + "; ".join(found))
@@ -106,6 +119,10 @@ def _mistakes(study: StudyConfig) -> Iterator[str]:
     if study.tokens < 1:
         yield f"tokens is {study.tokens}, it must be above 0"
     yield from _mistakes_of_sweep(study)
+    if study.surgery.tokens < 0:
+        yield f"surgery.tokens is {study.surgery.tokens}, it must be 0 (no surgery) or more"
+    if any(not isinstance(rank, int) or rank < 1 for rank in study.surgery.ranks):
+        yield f"surgery.ranks is {study.surgery.ranks}, it must be integers from 1"
     for text in study.overrides:
         field, equals, _ = str(text).partition("=")
         if not equals:

@@ -10,7 +10,7 @@ from qkjax import config as config_lib
 from qkjax import flops, presets
 from qkjax.runs.directory import RunDirectory
 from qkjax.study import plan_arms
-from qkjax.study.plan import EXPORT, EXTENSION, TRAINING, Plan, Step
+from qkjax.study.plan import EXPORT, EXTENSION, SURGERY, TRAINING, Plan, Step
 from qkjax.study.plan_config import StudyConfig
 
 # What a config derives from tokens, tokens_per_step and the fractions of the schedule.
@@ -113,6 +113,13 @@ def _costs(plan: Plan, rates: Mapping[str, float]) -> Iterator[str]:
     exports = sum(step.kind == EXPORT for step in plan.steps)
     if exports:
         yield f"exports: {exports}, about {4 * max(parameters) / 1e9:.2f} GB each"
+    surgery = [step for step in plan.steps if step.kind == SURGERY]
+    if surgery:
+        passes = sum(1 + len(plan.surgery_ranks(step.arm)) for step in surgery)
+        yield (
+            f"rank surgery: {len(surgery)} runs, forward alone, at most "
+            f"{passes * plan.study.surgery.tokens:,} tokens"
+        )
     training = [cost(plan, step) for step in plan.steps if step.kind in TRAINING]
     whole = sum(c.whole_passes for c in training)
     yield (

@@ -27,6 +27,7 @@ from qkjax.study.plan import (
     EXPORT,
     REPORT,
     RUN,
+    SURGERY,
     TRAINING,
     Plan,
     Step,
@@ -213,7 +214,7 @@ class _Executor:
             self._settle(step, found)
         elif step.kind == CHOICE:
             self._choose(step)
-        elif step.kind in (EXPORT, DOWNSTREAM) and self._is(
+        elif step.kind in (EXPORT, DOWNSTREAM, SURGERY) and self._is(
             self.plan.step(step.needs[0]), DIVERGED
         ):
             self._note(step, State(SKIPPED, "its run diverged"))
@@ -261,6 +262,8 @@ class _Executor:
         run = f"--workdir={workdir / step.needs[0]}"
         if step.kind == EXPORT:
             return ["tools/export_hf.py", run, f"--out={result}"]
+        if step.kind == SURGERY:
+            return self._surgery_arguments(step, run, result)
         source = self.plan.study.downstream
         folder = pathlib.Path(source).expanduser().absolute()
         data = [] if source == "hub" else [f"--data_dir={folder}"]
@@ -270,6 +273,19 @@ class _Executor:
             "--backend=jax",
             "--tasks=hellaswag,lambada",
             *data,
+            f"--out={result}",
+        ]
+
+    def _surgery_arguments(self, step: Step, run: str, result: pathlib.Path) -> list[str]:
+        ranks = ",".join(map(str, self.plan.surgery_ranks(step.arm)))
+        what = ["--layers=all", "--kinds=top", "--centring=centred", "--nofigures"]
+        tokens = self.plan.study.surgery.tokens
+        return [
+            "tools/rank_surgery.py",
+            run,
+            *what,
+            f"--tokens={tokens}",
+            f"--ranks={ranks}",
             f"--out={result}",
         ]
 

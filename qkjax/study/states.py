@@ -23,11 +23,14 @@ from qkjax.study.plan import (
     DOWNSTREAM,
     EXTENSION,
     REPORT,
+    SURGERY,
     SWEEP,
     TRAINING,
     Plan,
     Step,
+    without_surgery,
 )
+from qkjax.trained import rank_curves
 
 DONE, DIVERGED, SKIPPED, RUNNING, UNFINISHED, FAILED, REFUSED, OPEN = (
     "done",
@@ -82,8 +85,8 @@ class StudyFiles:
         """Where the step's result lies."""
         if step.kind == EXTENSION and (rate := self.learning_rate(step)) is not None:
             return self.workdir / sweep.directory_of(step.arm, rate)
-        suffix = ".json" if step.kind in (DATASET, DOWNSTREAM) else ""
-        return self.workdir / f"{step.name}{suffix}"
+        suffixes = {DATASET: ".json", DOWNSTREAM: ".json", SURGERY: ".csv"}
+        return self.workdir / f"{step.name}{suffixes.get(step.kind, '')}"
 
     def state(self, step: Step) -> State:
         """Of one step; a damaged or foreign result is refused, not an error."""
@@ -103,6 +106,8 @@ class StudyFiles:
             return self._choice(step)
         if step.kind == DOWNSTREAM:
             return self._downstream(step)
+        if step.kind == SURGERY:
+            return self._surgery(step)
         if step.kind == REPORT:
             return State(DONE if self._report_is_new() else OPEN)
         return State(DONE if self.directory(step).exists() else OPEN)  # dataset, export
@@ -164,6 +169,24 @@ class StudyFiles:
             return State(DONE)
         return State(OPEN) if self.plan.study.downstream else State(SKIPPED, NO_DATA)
 
+    def _surgery(self, step: Step) -> State:
+        """A CSV is whole; rows that were measured before a kill wait beside it."""
+        path = self.directory(step)
+        if not path.exists():
+            part = path.with_suffix(".part.json").exists()
+            return State(UNFINISHED, "a part of its ranks is measured") if part else State(OPEN)
+        rows = rank_curves.read_csv(path)
+        summary = RunDirectory(self.workdir / step.needs[0]).read_summary() or {}
+        found = {row.params_sha256 for row in rows}, sorted({row.rank for row in rows})
+        planned = {summary.get("params_sha256")}, list(self.plan.surgery_ranks(step.arm))
+        if found != planned:
+            raise errors.UsageError(
+                f"{path}: measured ranks {found[1]} of the parameters {', '.join(found[0])}, "
+                f"expected {planned[1]} of those of {step.needs[0]}. "
+                "Move it away and run the same command again."
+            )
+        return State(DONE)
+
     def _report_is_new(self) -> bool:
         """Whether the page is of everything that there is to show."""
         page = self.workdir / PAGE
@@ -190,6 +213,20 @@ def _check_config(
             f"{directory / 'config.json'}: not the run of this plan: {'; '.join(differences)}. "
             "Move the directory away, or use another --workdir."
         )
+
+
+def as_recorded(plan: Plan, workdir: pathlib.Path) -> tuple[Plan, str]:
+    """The plan that a used study directory continues with, and what to say of it; "" is nothing.
+
+    A study whose study.json was written before rank surgery was a step goes without it.
+    """
+    recorded = study_files.read_object(workdir / "study.json")
+    if recorded is None or "surgery" in recorded or not plan.study.surgery.tokens:
+        return plan, ""
+    return without_surgery(plan), (
+        f"{workdir / 'study.json'}: recorded before rank surgery was a step of a study, and "
+        "continues without it"
+    )
 
 
 def settle_plan(plan: Plan, workdir: pathlib.Path) -> None:

@@ -21,9 +21,12 @@ class Row(NamedTuple):
 
     layer: str  # "all", or the index of the one layer whose keys are projected
     stage: str
+    centring: str  # "raw", or "centred": the mean key stays, what varies around it is projected
     kind: str  # "top" or "random"
     rank: int
     seed: int | None  # of random directions
+    tokens: int  # of the validation split
+    params_sha256: str  # of the parameters that were measured
     val_loss: float  # nats per predicted token
     delta: float  # val_loss minus that of the model as it is
 
@@ -71,27 +74,35 @@ def to_csv(rows: Sequence[Row]) -> bytes:
 
 
 def read_csv(path: pathlib.Path) -> list[Row]:
-    """The rows of a CSV file of `to_csv`; none where there is no such file.
+    """The rows of a measurement that `to_csv` wrote; none where there is no such file.
 
     Raises:
-        UsageError: it is damaged.
+        UsageError: the file is damaged.
         StorageError: the disk failed.
     """
+    fix = "Move it away and measure again (tools/rank_surgery.py)."
     try:
-        with path.open(newline="") as file:
-            return [_row(line) for line in csv.DictReader(file)]
+        lines = list(csv.reader(path.read_text("utf-8").splitlines()))
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError) as error:
-        raise errors.UsageError(
-            f"{path}: damaged ({error}), expected the columns {', '.join(Row._fields)}. Delete it "
-            "and measure the run again with tools/rank_surgery.py."
-        ) from error
     except OSError as error:
         raise files.storage_error(path, error) from error
+    except (ValueError, csv.Error) as error:
+        raise files.damaged(path, errors.one_line(error), fix) from error
+    if len(lines) < 2 or lines[0] != list(Row._fields):
+        raise files.damaged(path, f"expected rows under {','.join(Row._fields)}", fix)
+    try:
+        return [_row(line) for line in lines[1:]]
+    except (ValueError, TypeError) as error:
+        raise files.damaged(path, errors.one_line(error), fix) from error
 
 
-def _row(line: dict[str, str]) -> Row:
-    seed = int(line["seed"]) if line["seed"] else None
-    rank, loss, delta = int(line["rank"]), float(line["val_loss"]), float(line["delta"])
-    return Row(line["layer"], line["stage"], line["kind"], rank, seed, loss, delta)
+def _row(cells: Sequence[str]) -> Row:
+    row = Row(*cells)  # type: ignore[arg-type]
+    return row._replace(
+        rank=int(row.rank),
+        seed=int(row.seed) if row.seed else None,
+        tokens=int(row.tokens),
+        val_loss=float(row.val_loss),
+        delta=float(row.delta),
+    )

@@ -1,16 +1,18 @@
 """Rank surgery: how many dimensions of its keys does a trained model use?
 
 At evaluation the keys that enter the attention are projected to a few directions of their head:
-to the top ones (right singular vectors of the uncentred keys) or to random ones. The loss that
-this costs, against the number of directions kept, is the measure. Nothing is trained.
+to the top ones (right singular vectors of the keys) or to random ones, as they are or, centred,
+around their mean, which stays. The loss that this costs, against the number of directions kept, is
+the measure. Nothing is trained.
 """
 
 import dataclasses
 import functools
+import json
 import pathlib
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from qkjax.trained import rank_curves, trained_run
 from qkjax.trained.rank_curves import ALL, KINDS, Row
 
 STAGES = {"pre_rope": "pre-RoPE", "post_rope": "post-RoPE"}
+CENTRINGS = ("raw", "centred")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +38,13 @@ class Request:
     step: int | None = None  # of the checkpoint; the latest
     ranks: tuple[int, ...] | None = None  # directions kept; powers of two and head_dim
     stage: str = "pre_rope"  # of the keys that are projected
+    centring: str = "raw"  # or "centred": what varies around the mean key is projected
     layers: tuple[str, ...] = (ALL, "each")  # "all" together, "each" alone, or indices
+    kinds: tuple[str, ...] = KINDS  # of directions
     tokens: int | None = None  # of the validation split, 0 = all; the run's eval.tokens
     seed: int = 0  # of the random directions
     data_dir: str | None = None  # where the dataset lies now; where the run found it
+    out: pathlib.Path | None = None  # the CSV; rank_surgery/step_* in the run directory
 
 
 class Measured(NamedTuple):
@@ -53,17 +59,17 @@ class Measured(NamedTuple):
 def measure(
     workdir: pathlib.Path, request: Request, report: Callable[[str], None] = print
 ) -> Measured:
-    """Measures a checkpoint of a run: `rank_surgery/step_*.csv` in its directory.
+    """Measures a checkpoint of a run; the same call resumes one that was stopped.
 
-    The CSV is replaced after every row, so a call that is stopped leaves what it has. One that is
-    there already is never replaced: it may have taken hours, with other settings.
+    Rows gather in NAME.part.json. NAME.csv is there only when it has all of them, and is never
+    replaced: it may have taken hours, with other settings.
 
     Args:
         workdir: the run directory; nothing else in it is written.
         report: gets one line for every row, with the time left, and the answer.
     Raises:
         UsageError: no run, no such checkpoint or a damaged one, no dataset or another one, a
-            wrong request, or a CSV that is there.
+            wrong request, a CSV that is there, or a part with other settings.
         StorageError: the disk failed.
     """
     run = trained_run.open_run(
@@ -71,53 +77,121 @@ def measure(
     )
     config, step = _here(run.config), run.step
     ranks, layers, tokens = _check(request, config)
-    name = f"step_{step:08d}" + ("" if request.stage == "pre_rope" else f"_{request.stage}")
-    path = workdir / "rank_surgery" / f"{name}.csv"
+    path = request.out or workdir / "rank_surgery" / f"{_name(request, step)}.csv"
     if path.exists():
         raise errors.UsageError(
             f"{path}: is there already, and no measurement is overwritten. Move it away."
         )
-    settings = [(layer, kind, rank) for layer in layers for kind in KINDS for rank in ranks]
+    settings = [(layer, kind, rank) for layer in layers for kind in request.kinds for rank in ranks]
     passes = _Passes(config, run.dataset, run.params, tokens, request.stage)
-    progress = _Progress(report, config.log.every_seconds, 1 + len(settings), passes.num_batches)
+    part = _Part(
+        path,
+        {
+            **run.identity,
+            "stage": request.stage,
+            "centring": request.centring,
+            "tokens": passes.num_tokens,
+            "seed": request.seed,
+            "settings": settings,
+        },
+    )
+    done = len(part.rows)
+    progress = _Progress(
+        report, config.log.every_seconds, 1 + len(settings) - done, passes.num_batches
+    )
     full_loss, factor = passes.look(progress.batch_done)
     if not np.isfinite(factor.r).all():
         raise errors.UsageError(
             f"{workdir}: the keys of step {step} are not finite. Give an earlier --step."
         )
-    top = top_directions(factor)
+    centred = request.centring == "centred"
+    top = top_directions(factor, centred)
     directions = {"top": top, "random": random_directions(top.shape, request.seed)}
+    mean_NGK = np.asarray(factor.mean, np.float64) if centred else np.zeros(top.shape[:-1])
     about = f"step {step}, {passes.num_tokens:,} validation tokens, val/loss {full_loss:.4f}"
     report(about)
+    if done:
+        report(f"{part.path}: resumes after {done} of {len(settings)} rows")
 
-    rows: list[Row] = []
-    for layer, kind, rank in settings:
-        loss = passes.loss(projection(directions[kind], rank, layer), progress.batch_done)
+    for layer, kind, rank in settings[done:]:
+        projected_NGKK = projection(directions[kind], rank, layer)
+        loss = passes.loss(projected_NGKK, kept_mean(mean_NGK, projected_NGKK), progress.batch_done)
         seed = request.seed if kind == "random" else None
-        rows.append(Row(layer, request.stage, kind, rank, seed, loss, loss - full_loss))
-        files.replace(path, rank_curves.to_csv(rows))
-        progress.row_done(rows[-1])
+        what = (layer, request.stage, request.centring, kind, rank, seed, passes.num_tokens)
+        row = Row(*what, run.params_sha256, loss, loss - full_loss)
+        part.add(row)
+        progress.row_done(row)
+    part.finish()
     report(str(path))
-    report(rank_curves.answer(rows, config.model.head_dim))
-    title = f"Keys projected {STAGES[request.stage]}: {config.arm}, {about}"
-    return Measured(rows, path, config.model.head_dim, title)
+    report(rank_curves.answer(part.rows, config.model.head_dim))
+    keys = "Centred keys" if centred else "Keys"
+    title = f"{keys} projected {STAGES[request.stage]}: {config.arm}, {about}"
+    return Measured(part.rows, path, config.model.head_dim, title)
+
+
+def _name(request: Request, step: int) -> str:
+    stage = "" if request.stage == "pre_rope" else f"_{request.stage}"
+    return f"step_{step:08d}{stage}" + ("" if request.centring == "raw" else "_centred")
+
+
+class _Part:
+    """The rows of a measurement that is under way, kept beside its CSV until that is whole."""
+
+    def __init__(self, csv_path: pathlib.Path, identity: Mapping[str, Any]) -> None:
+        """Takes up what an earlier call with the same settings has left.
+
+        Raises:
+            UsageError: what lies there has other settings, or is damaged.
+        """
+        self._csv = csv_path
+        self._identity = json.loads(json.dumps(identity))  # tuples as a file gives them back
+        self.path = csv_path.with_suffix(".part.json")
+        self.rows: list[Row] = []
+        fix = "Move it away; its rows are measured again."
+        found = files.read_object(self.path, fix)
+        if found is None:
+            return
+        files.need(self.path, "", found, {"identity": dict, "rows": list}, fix)
+        theirs = found["identity"]
+        changed = [name for name in self._identity if theirs.get(name) != self._identity[name]]
+        if changed:
+            raise errors.UsageError(
+                f"{self.path}: part of a measurement with other {', '.join(changed)}. "
+                "Give those settings again, or move it away."
+            )
+        for number, row in enumerate(found["rows"]):
+            files.need(self.path, f"rows[{number}]", row, Row._fields, fix)
+            self.rows.append(Row(**row))
+
+    def add(self, row: Row) -> None:
+        """Appends one row and writes all."""
+        self.rows.append(row)
+        rows = [each._asdict() for each in self.rows]
+        files.write_json(self.path, {"identity": self._identity, "rows": rows})
+
+    def finish(self) -> None:
+        """Makes the CSV of the rows; the part goes."""
+        files.replace(self._csv, rank_curves.to_csv(self.rows))
+        self.path.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------
 # Directions and projections, on the host in float64.
 
 
-def top_directions(factor: spectral.Factor) -> np.ndarray:
-    """Right singular vectors of the uncentred vectors behind a factor, strongest first.
+def top_directions(factor: spectral.Factor, centred: bool) -> np.ndarray:
+    """Right singular vectors of the vectors behind a factor, strongest first.
 
     Args:
         factor: with leading axes [N, G], on the host.
+        centred: True: of the vectors minus their mean; False: as they are.
     Returns:
         [N, G, K, K] float64; column r is direction r, columns are orthonormal.
     """
     r, mean = np.asarray(factor.r, np.float64), np.asarray(factor.mean, np.float64)
     root = np.sqrt(np.asarray(factor.count, np.float64))
-    rows = np.concatenate([r, (root[..., None] * mean)[..., None, :]], axis=-2)
+    of_mean = (0.0 if centred else root[..., None]) * mean
+    rows = np.concatenate([r, of_mean[..., None, :]], axis=-2)
     return np.linalg.svd(rows, full_matrices=True)[2].swapaxes(-1, -2)
 
 
@@ -144,6 +218,12 @@ def projection(directions_NGKK: np.ndarray, rank: int, layer: str) -> np.ndarray
         projectors = np.broadcast_to(np.eye(kept.shape[-2]), projectors.shape).copy()
         projectors[int(layer)] = only
     return projectors.astype(np.float32)
+
+
+def kept_mean(mean_NGK: np.ndarray, projection_NGKK: np.ndarray) -> np.ndarray:
+    """[N, G, K] float32 that keeps the mean m where k becomes k P + b: b = m - m P."""
+    projected = np.einsum("ngk,ngkj->ngj", mean_NGK, projection_NGKK.astype(np.float64))
+    return (mean_NGK - projected).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------
@@ -197,11 +277,16 @@ class _Passes:
             batch_done()
         return float(total / self.num_tokens), jax.device_get(factor)
 
-    def loss(self, projection_NGKK: np.ndarray, batch_done: Callable[[], None]) -> float:
-        """Validation loss with projected keys, nats per predicted token."""
-        matrices, total = jax.device_put(projection_NGKK, self._replicated), 0.0
+    def loss(
+        self,
+        projection_NGKK: np.ndarray,
+        shift_NGK: np.ndarray,
+        batch_done: Callable[[], None],
+    ) -> float:
+        """Validation loss with keys k P + b, nats per predicted token."""
+        affine, total = jax.device_put((projection_NGKK, shift_NGK), self._replicated), 0.0
         for batch in self._batches:
-            loss_sum = self._project(self._params, matrices, batch)
+            loss_sum = self._project(self._params, *affine, batch)
             total += np.asarray(loss_sum).sum(dtype=np.float64)
             batch_done()
         return float(total / self.num_tokens)
@@ -223,10 +308,12 @@ class _Passes:
         merged = spectral.merge(factor, spectral.merge_leading_axis(by_sequence))
         return merged, self._loss_sums(params, hidden, batch)
 
-    def _project_step(self, params: model.Params, matrices: jax.Array, batch: _Batch) -> jax.Array:
+    def _project_step(
+        self, params: model.Params, matrices: jax.Array, shifts: jax.Array, batch: _Batch
+    ) -> jax.Array:
         with sharding.ambient(self._mesh):
             hidden = model.apply_with_key_projection(
-                params, batch.tokens[:, :-1], self._config.model, matrices, self._stage
+                params, batch.tokens[:, :-1], self._config.model, matrices, shifts, self._stage
             )
         return self._loss_sums(params, hidden, batch)
 
@@ -268,6 +355,16 @@ def _check(request: Request, config: Config) -> tuple[list[int], list[str], int]
     if request.stage not in STAGES:
         raise errors.UsageError(
             f"--stage: expected one of {', '.join(STAGES)}, found {request.stage!r}. Give one."
+        )
+    if request.centring not in CENTRINGS:
+        raise errors.UsageError(
+            f"--centring: expected one of {', '.join(CENTRINGS)}, found {request.centring!r}. "
+            "Give one."
+        )
+    if not request.kinds or not set(request.kinds) <= set(KINDS):
+        raise errors.UsageError(
+            f"--kinds: expected some of {', '.join(KINDS)}, found "
+            f"{', '.join(request.kinds) or 'none'}. Give one or both."
         )
     indices = [str(index) for index in range(num_layers)]
     layers: list[str] = []
