@@ -1,5 +1,6 @@
 """StopRequest: the first signal asks, the second SIGINT leaves at once."""
 
+import concurrent.futures
 import os
 import signal
 import subprocess
@@ -40,6 +41,20 @@ def test_handlers_are_put_back():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_another_thread_can_train_and_leaves_signals_alone():
+    """As a notebook or a server does; Python refuses handlers that are set there."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def enter() -> tuple[int | None, object]:
+        with signals.StopRequest() as stop:
+            return stop.signum, signal.getsignal(signal.SIGTERM)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(enter).result() == (None, before)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.process
 def test_the_second_sigint_leaves_at_once():
     process = subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import types
 from typing import Any
 
@@ -17,15 +18,20 @@ class Stopped(errors.QkjaxError):
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT only sets `signum`; a second SIGINT exits."""
+    """While entered, the first SIGTERM or SIGINT only sets `signum`; a second SIGINT exits.
+
+    Python handles signals in the main thread alone: in another one nothing is handled here, and
+    whoever started the thread decides what a signal does.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            self._previous[signum] = signal.signal(signum, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
