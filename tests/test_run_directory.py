@@ -566,6 +566,13 @@ def test_git_is_not_needed(tmp_path, monkeypatch):
     assert environment.git_state(tmp_path) == {"sha": None, "dirty": None}
 
 
+def test_a_run_of_this_checkout_names_its_commit():
+    root = pathlib.Path(__file__).resolve().parents[1]
+    found = environment.describe(())["git"]
+    assert found == environment.git_state(root)
+    assert found["sha"] or not (root / ".git").exists()
+
+
 def test_another_version_of_a_library_is_said_at_resume(tmp_path, caplog):
     RunDirectory(tmp_path).write_environment("f" * 64)
     record = json.loads((tmp_path / "environment.json").read_text())

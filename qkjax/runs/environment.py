@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qkjax.cli import places
+
 _PACKAGES = (
     "qkjax",
     "jax",
@@ -62,7 +64,7 @@ def describe(command: Sequence[str] | None = None) -> dict[str, Any]:
             jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
         ),
         "cpu_count": os.cpu_count(),
-        "git": git_state(pathlib.Path(__file__).resolve().parent.parent),
+        "git": git_state(places.PACKAGE.parent),
     }
 
 
