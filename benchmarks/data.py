@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qkjax import errors
+from qkjax.cli import startup
 
 _LOADER_SECONDS = 3.0
 _BATCH_SEQUENCES = 32
@@ -26,8 +27,11 @@ seconds = time.perf_counter() - start
 print(sum(len(encoding) for encoding in encodings) / seconds)
 """
 _LOADER = """
-import os, sys, time
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import sys, time
+import qkjax
+from qkjax.cli import startup
+startup.stay_on_one_cpu()
+qkjax.prepare_process()
 from qkjax.data import manifest, pipeline
 read = manifest.load(sys.argv[1])
 loader = pipeline.TrainLoader(sys.argv[1], read, seed=0, sequences_per_step=int(sys.argv[2]))
@@ -100,7 +104,7 @@ def _write_inputs(
         tokenizer = tokenizer_lib.train(texts, size)
     path = folder / tokenizer_lib.FILE_NAME
     path.write_bytes(tokenizer.content)
-    cores = len(os.sched_getaffinity(0))
+    cores = startup.cpu_count()
     report(f"{characters:,} characters, {tokenizer.vocab_size} tokens, {cores} cores")
     return path, text
 

@@ -7,15 +7,19 @@ import json
 import sys
 from typing import Any
 
-import jax
-import numpy as np
-
+import qkjax
 from qkjax import config as config_lib
-from qkjax import model, muon
-from qkjax.runs import checkpoint
 
 
 def main(path: str, values: dict[str, Any]) -> None:
+    qkjax.prepare_process()
+
+    import jax
+    import numpy as np
+
+    from qkjax import model, muon
+    from qkjax.runs import checkpoint
+
     settings = config_lib.from_dict(values)
     params = jax.jit(model.init, static_argnums=1)(jax.random.key(0), settings.model)
     named = dict(zip(checkpoint.leaf_names(params), jax.tree.leaves(params), strict=True))

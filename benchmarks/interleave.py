@@ -96,7 +96,6 @@ class _Worker:
             "module": module,
             "class": cls,
             "platform": request.platform,
-            "core": max(os.sched_getaffinity(0)) if on_cpu else None,
             "config": request.config.to_dict(),
             "inputs": str(folder / "inputs.npz"),
         }

@@ -4,17 +4,17 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
 from benchmarks import arrays
 from qkjax import attention, evaluation, losses, model, optimizer, sharding, train_step
 from qkjax import config as config_lib
 from qkjax.cli import startup
 from qkjax.config import Config
 from qkjax.runs import checkpoint
-
-import jax  # isort: skip  (after qkjax, which sets the XLA flags)
-import jax.numpy as jnp  # isort: skip
-import numpy as np  # isort: skip
-import optax  # isort: skip
 
 startup.keep_freed_memory()  # as every command of the project does; the peers run as torch comes
 

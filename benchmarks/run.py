@@ -24,23 +24,42 @@ from benchmarks import data, interleave, subjects, table
 from qkjax import errors
 from qkjax.cli import command_line
 
-_SHAPE = flags.DEFINE_enum("shape", "tiny", subjects.SHAPES, "Of the model.")
-_ARM = flags.DEFINE_enum("arm", "adamw_qk", subjects.ARMS, "Of the study.")
-_SEQUENCES = flags.DEFINE_integer("sequences", None, "Of a step; by shape unless given.", 1)
-_PLATFORM = flags.DEFINE_enum("platform", "cpu", subjects.PLATFORMS, "Where it is measured.")
-_VARIANTS = flags.DEFINE_list("variants", [], "Only these; the usual ones unless given.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each is measured.", 1)
-_BLOCK_SECONDS = flags.DEFINE_float("block_seconds", 1.0, "Of the reference, at least.", 0.0)
-_OUT = flags.DEFINE_string("out", None, "JSON file for the figures.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "run: dataset; the embedded one at tiny.")
-_SOURCE = flags.DEFINE_string("source", "docstrings", "data: text; see prepare_data.py.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", "train:4096", "data: as prepare_data.py takes it.")
-_CHARACTERS = flags.DEFINE_integer("characters", 40_000_000, "data: how much of the source.", 1)
-_SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 2048, "data: tokens of a record.", 1)
+FLAGS = flags.FlagValues()
+_SHAPE = flags.DEFINE_enum("shape", "tiny", subjects.SHAPES, "Of the model.", flag_values=FLAGS)
+_ARM = flags.DEFINE_enum("arm", "adamw_qk", subjects.ARMS, "Of the study.", flag_values=FLAGS)
+_SEQUENCES = flags.DEFINE_integer(
+    "sequences", None, "Of a step; by shape unless given.", 1, flag_values=FLAGS
+)
+_PLATFORM = flags.DEFINE_enum(
+    "platform", "cpu", subjects.PLATFORMS, "Where it is measured.", flag_values=FLAGS
+)
+_VARIANTS = flags.DEFINE_list(
+    "variants", [], "Only these; the usual ones unless given.", flag_values=FLAGS
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each is measured.", 1, flag_values=FLAGS)
+_BLOCK_SECONDS = flags.DEFINE_float(
+    "block_seconds", 1.0, "Of the reference, at least.", 0.0, flag_values=FLAGS
+)
+_OUT = flags.DEFINE_string("out", None, "JSON file for the figures.", flag_values=FLAGS)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "", "run: dataset; the embedded one at tiny.", flag_values=FLAGS
+)
+_SOURCE = flags.DEFINE_string(
+    "source", "docstrings", "data: text; see prepare_data.py.", flag_values=FLAGS
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", "train:4096", "data: as prepare_data.py takes it.", flag_values=FLAGS
+)
+_CHARACTERS = flags.DEFINE_integer(
+    "characters", 40_000_000, "data: how much of the source.", 1, flag_values=FLAGS
+)
+_SEQUENCE_LENGTH = flags.DEFINE_integer(
+    "sequence_length", 2048, "data: tokens of a record.", 1, flag_values=FLAGS
+)
 
 
 def main(subject: str) -> None:
-    out = None if _OUT.value is None else pathlib.Path(_OUT.value).expanduser()
+    out = None if _OUT.value is None else pathlib.Path(_OUT.value)
     if out is not None and not out.parent.is_dir():
         raise errors.UsageError(f"--out: no folder {out.parent}. Make it first.")
     report = functools.partial(print, flush=True)
@@ -77,4 +96,4 @@ def main(subject: str) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, positionals=["SUBJECT"])
+    command_line.run(main, FLAGS, __doc__, positionals=["SUBJECT"])

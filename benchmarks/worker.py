@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import qkjax
+from qkjax.cli import startup
+
 
 class Work(Protocol):
     """What every variant can do; constructed with the spec."""
@@ -41,8 +44,9 @@ def main(spec: dict[str, Any]) -> None:
 
     started = time.time() - time.process_time()  # close to the start of the process
     try:
-        if spec["core"] is not None:
-            os.sched_setaffinity(0, {spec["core"]})
+        if spec["platform"] == "cpu":
+            startup.stay_on_one_cpu()
+        qkjax.prepare_process()
         clock = time.process_time if spec["platform"] == "cpu" else time.perf_counter
         work: Work = getattr(importlib.import_module(spec["module"]), spec["class"])(spec)
         agree = work.first()

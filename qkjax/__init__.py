@@ -1,5 +1,14 @@
-"""qkjax: does QK-Norm collapse attention keys? The study, reimplemented in JAX and Flax."""
+"""qkjax: does QK-Norm collapse attention keys? The study, reimplemented in JAX and Flax.
 
-from qkjax.cli import startup
+Importing it changes nothing. Commands compute under settings of the process that must stand before
+jax is imported; a notebook or script that is to give the same bits starts with
 
-startup.prepare_process()  # before anything imports numpy or jax
+    import qkjax
+
+    qkjax.prepare_process()
+"""
+
+from qkjax.cli.startup import prepare_process
+
+__all__ = ["__version__", "prepare_process"]
+__version__ = "0.1.0"

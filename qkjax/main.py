@@ -11,20 +11,38 @@ from qkjax import errors
 from qkjax.cli import command_line, config_flag
 from qkjax.config import Config
 
-_CONFIG = config_flag.define()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; made where it is missing.")
+FLAGS = flags.FlagValues()
+_CONFIG = config_flag.define(FLAGS)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run directory; made where it is missing.", flag_values=FLAGS
+)
 _RESTORE_STEP = flags.DEFINE_integer(
-    "restore_step", None, "Go on from this checkpoint; later ones are set aside.", lower_bound=0
+    "restore_step",
+    None,
+    "Go on from this checkpoint; later ones are set aside.",
+    lower_bound=0,
+    flag_values=FLAGS,
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_list(
-    "allow_config_change", [], "Fields that may differ from the run directory's config.json."
+    "allow_config_change",
+    [],
+    "Fields that may differ from the run directory's config.json.",
+    flag_values=FLAGS,
 )
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show what the run would cost; write nothing.")
-_PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Show the checked config as JSON.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Show what the run would cost; write nothing.", flag_values=FLAGS
+)
+_PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config", False, "Show the checked config as JSON.", flag_values=FLAGS
+)
 
 
 def main() -> None:
-    """Checks the command line, then trains."""
+    """Checks the command line, then trains; ends the process."""
+    command_line.run(_train, FLAGS, __doc__, parse=config_flag.parse, exit_at_once=True)
+
+
+def _train() -> None:
     config = config_flag.read(_CONFIG)
     if _PRINT_CONFIG.value:
         print(json.dumps(config.to_dict(), indent=2))
@@ -79,4 +97,4 @@ def _show_costs(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, parse=config_flag.parse, exit_at_once=True)
+    main()

@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 import pytest
 
+import qkjax
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools" / "airgapped"))  # its packing.py
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+qkjax.prepare_process()  # before any test file imports numpy or jax
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +31,7 @@ def on_devices() -> Callable[[str, int], str]:
     """Runs Python code in a process with `devices` virtual CPU devices; returns what it printed."""
 
     def run(code: str, devices: int) -> str:
-        forced = f"--xla_force_host_platform_device_count={devices}"
+        forced = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         env = {**os.environ, "XLA_FLAGS": forced, "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(
             [sys.executable, "-c", code],

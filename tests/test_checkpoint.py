@@ -11,6 +11,8 @@ import sys
 import textwrap
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -18,9 +20,6 @@ import pytest
 from qkjax import config as config_lib
 from qkjax import errors, model, optimizer, train_step
 from qkjax.runs import checkpoint
-
-import jax  # isort: skip  (after qkjax, which sets the XLA flags)
-import jax.numpy as jnp  # isort: skip
 
 SMALL = {
     "model.num_layers": 2,

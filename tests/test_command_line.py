@@ -1,4 +1,4 @@
-"""`python -m qkjax.main` with mistakes: one line that helps, the right exit code, no jax."""
+"""The commands with mistakes: one line that helps, the right exit code, no jax."""
 
 import json
 import os
@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+from qkjax import commands
+
+pytestmark = pytest.mark.process
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = "--config=configs/muon_noqk.py:tiny"
 # The packages that take seconds to import. In this test they cannot be imported at all.
@@ -22,13 +25,14 @@ def call(tmp_path_factory):
     for name in HEAVY:
         (poison / f"{name}.py").write_text(f"raise AssertionError('{name} was imported')\n")
 
-    def run(*arguments):
+    def run(*arguments, start=("-m", "qkjax.main"), cwd=ROOT, **variables):
+        path = f"{poison}{os.pathsep}{ROOT}"
         return subprocess.run(
-            [sys.executable, "-m", "qkjax.main", *arguments],
+            [sys.executable, *start, *arguments],
             capture_output=True,
             text=True,
-            cwd=ROOT,
-            env={"PYTHONPATH": str(poison), "PATH": "", "HOME": str(poison)},
+            cwd=cwd,
+            env={"PYTHONPATH": path, "PATH": "", "HOME": "/home/me", **variables},
         )
 
     return run
@@ -181,3 +185,60 @@ def test_a_reader_that_leaves_early_gets_no_traceback(flag):
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_console_command_lists_its_verbs(call):
+    console = ("-m", "qkjax.commands")
+    done = call("--help", start=console)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.findall("^  ([a-z]+) ", done.stdout, re.MULTILINE) == list(commands.VERBS)
+    assert call(start=console).stdout == done.stdout
+    modules = {path.stem for path in (ROOT / "qkjax" / "commands").glob("[!_]*.py")}
+    assert modules == set(commands.VERBS)
+    assert call("--version", start=console).stdout == "0.1.0\n"
+    wrong = call("stduy", "--workdir=x", start=console)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+    assert wrong.stderr.startswith("ERROR: stduy: no such command. Did you mean 'study'? Known: ")
+
+
+@pytest.mark.parametrize("verb", [verb for verb in commands.VERBS if verb != "train"])
+def test_a_tool_is_its_verb(verb, call):
+    """tools/*.py run this checkout, whatever is installed, and know the same flags."""
+    texts = {path: path.read_text() for path in (ROOT / "tools").glob("*.py")}
+    [tool] = [path for path, text in texts.items() if f'commands.run("{verb}")' in text]
+    shown = call("--help", start=(tool,), cwd="/", PYTHONPATH="")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"qkjax {verb}" in shown.stdout and "--[no]debug" in shown.stdout
+    assert call(verb, "--help", start=("-m", "qkjax.commands")).stdout == shown.stdout
+
+
+def test_a_config_that_comes_with_qkjax_is_taken_by_name_and_said(call, tmp_path):
+    for name in ("muon_noqk", "configs/muon_noqk.py"):
+        done = call(f"--config={name}:tiny", "--print_config", cwd=tmp_path)
+        assert json.loads(done.stdout)["arm"] == "muon_noqk"
+        place = ROOT / "configs" / "muon_noqk.py"
+        assert done.stderr == f"config: {place}, as there is no file {name} here\n"
+    own = (ROOT / "configs" / "adamw_qk.py").read_text()
+    (tmp_path / "muon_noqk").write_text(own)  # one's own file, by whatever name
+    done = call("--config", "muon_noqk:tiny", "--print_config", cwd=tmp_path)
+    assert json.loads(done.stdout)["arm"] == "adamw_qk" and done.stderr == ""
+
+
+def test_paths_are_checked_and_completed_at_the_door(call):
+    done = call(CONFIG, "--config.data.dir=~/data", "--print_config")
+    assert json.loads(done.stdout)["data"]["dir"] == "/home/me/data"
+    done = call(CONFIG, "--workdir=runs/a\r")
+    assert done.returncode == 2
+    assert done.stderr.startswith("ERROR: --workdir: runs/a\\r ends with a carriage return.")
+    done = call(CONFIG, b"--workdir=caf\xe9")
+    assert done.returncode == 2
+    assert done.stderr.startswith("ERROR: --workdir: caf\\xe9 holds bytes that are not UTF-8.")
+
+
+PRINT = "from absl import flags; from qkjax.cli import command_line; command_line.run("
+
+
+def test_a_terminal_that_is_not_utf_8_gets_escapes(call):
+    code = f"{PRINT}lambda: print('\u2581 é'), flags.FlagValues(), '')"
+    done = call(start=("-c", code), PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, "\\u2581 \\xe9\n"), done.stderr

@@ -7,6 +7,7 @@ import small_run
 
 from qkjax import config as config_lib
 from qkjax import errors
+from qkjax.cli import places
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import prepare
 
@@ -109,7 +110,7 @@ def test_the_folder_of_the_embedded_corpus_says_what_it_holds(vocab_size, end_of
 
 
 def test_a_run_on_an_earlier_embedded_corpus_keeps_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset_lib, "_EMBEDDED", tmp_path)
+    monkeypatch.setattr(places, "data", lambda: tmp_path)
     old = small_run.make_dataset(tmp_path / "embedded", seed=1)
     new = small_run.make_dataset(tmp_path / "embedded-v2", seed=2)
     monkeypatch.setattr(prepare, "prepare_embedded", lambda directory, **options: new)

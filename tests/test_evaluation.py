@@ -3,6 +3,7 @@
 import functools
 import zlib
 
+import jax
 import numpy as np
 import pytest
 import reference_model
@@ -11,8 +12,6 @@ from compile_options import QUICK
 from qkjax import config as config_lib
 from qkjax import evaluation, model, sharding
 from qkjax.data import pipeline
-
-import jax  # isort: skip  (after qkjax, which sets the XLA flags)
 
 SMALL = {  # N 2, D 32, H 4, G 2, K 8, F 48, V 64, T 16
     "model.num_layers": 2,

@@ -10,6 +10,7 @@ import pathlib
 import re
 import signal
 import subprocess
+import sys
 import time
 import types
 from collections.abc import Callable, Sequence
@@ -150,18 +151,18 @@ def world(tmp_path, monkeypatch) -> Callable[..., tuple[plan.Plan, pathlib.Path,
     def build(words="tiny", **fields):
         study, workdir = make_plan(words, **fields), tmp_path / "study"
         machine = Machine(study, workdir)
-        processes = types.SimpleNamespace(
+        stand_in = types.SimpleNamespace(
             Popen=machine, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
         )
-        monkeypatch.setattr(run, "subprocess", processes)
+        monkeypatch.setattr(run, "subprocess", stand_in)  # others may start processes
         return study, workdir, machine
 
     return build
 
 
 def statuses(study: plan.Plan, workdir: pathlib.Path) -> dict[str, str]:
-    files = states.StudyFiles(study, workdir)
-    return {step.name: files.state(step).status for step in study.steps}
+    kept = states.StudyFiles(study, workdir)
+    return {step.name: kept.state(step).status for step in study.steps}
 
 
 def missing(study: plan.Plan, workdir: pathlib.Path, **arguments) -> run.Incomplete:
@@ -197,8 +198,8 @@ def test_final_runs_take_the_chosen_rate_and_controls_that_of_their_parent(world
         assert config.arm == arm
         assert config.optimizer.learning_rate == 0.024
         assert config.optimizer.adam_learning_rate == 0.006
-    files = states.StudyFiles(study, workdir)
-    choice = files.state(study.step("sweep/muon_qk/choice"))
+    kept = states.StudyFiles(study, workdir)
+    choice = kept.state(study.step("sweep/muon_qk/choice"))
     assert choice == states.State("done", "0.024, EDGE: high end of the grid")
 
 
@@ -221,8 +222,8 @@ def test_a_grid_whose_best_lies_inside_is_not_extended(world):
     machine.losses = {0.012: 2.9, 0.0012: 2.9}
     run.execute(study, workdir)
     assert sum(name.startswith("sweep/") for name in machine.started) == 6
-    files = states.StudyFiles(study, workdir)
-    state = files.state(study.step("sweep/muon_qk/extension"))
+    kept = states.StudyFiles(study, workdir)
+    state = kept.state(study.step("sweep/muon_qk/extension"))
     assert state == states.State("done", "not needed")
 
 
@@ -386,8 +387,8 @@ def test_a_wider_sweep_that_chooses_anew_refuses_the_runs_of_the_old_choice(worl
     (workdir / "study.json").rename(workdir / "study.old.json")
     wider = make_plan(sweep__factors=(0.5, 1.0, 2.0))
     machine.study, machine.losses = wider, {0.006: 2.5, 0.0006: 3.5}  # better, and worse
-    files = states.StudyFiles(wider, workdir)
-    assert files.state(wider.step("runs/muon_qk/seed_1")).status == "open"
+    kept = states.StudyFiles(wider, workdir)
+    assert kept.state(wider.step("runs/muon_qk/seed_1")).status == "open"
     error = missing(wider, workdir)
     assert error.exit_code == 1
     assert "learning_rate is 0.012, planned 0.006" in str(error)
@@ -501,9 +502,9 @@ def test_a_page_made_while_a_run_finished_is_made_again(world, monkeypatch):
 
     study, workdir, _ = world()
     run.execute(study, workdir)
-    files = states.StudyFiles(study, workdir)
+    kept = states.StudyFiles(study, workdir)
     report.make_report(workdir)
-    assert files.state(study.step("report")).status == "done"
+    assert kept.state(study.step("report")).status == "done"
     gather = report.gather
 
     def finish_meanwhile(found):
@@ -513,18 +514,18 @@ def test_a_page_made_while_a_run_finished_is_made_again(world, monkeypatch):
 
     monkeypatch.setattr(report, "gather", finish_meanwhile)
     report.make_report(workdir)
-    assert files.state(study.step("report")).status == "open"
+    assert kept.state(study.step("report")).status == "open"
 
 
 def test_downstream_results_are_made_skipped_or_refused(world):
     study, workdir, machine = world(downstream="hub", export=False)
-    assert run.HUB_IS_SILENT in (ROOT / "qkjax" / "export" / "benchmarks.py").read_text()
+    assert run.HUB_IS_SILENT in (ROOT / "qkjax" / "tasks" / "benchmarks.py").read_text()
     machine.words = f"--tasks: {run.HUB_IS_SILENT} hellaswag"
     name, other = "downstream/muon_qk/seed_1", "downstream/adamw_noqk/seed_1"
     machine.exit_codes = {name: 2, other: 2}
     run.execute(study, workdir)
-    files = states.StudyFiles(study, workdir)
-    state = files.state(study.step(name))
+    kept = states.StudyFiles(study, workdir)
+    state = kept.state(study.step(name))
     assert state.status == "skipped" and state.detail.startswith("no data: ")
     files.write_json(workdir / f"{other}.json", {"run": {"params_sha256": "adamw_noqk-1"}})
     machine.started.clear()
@@ -532,7 +533,7 @@ def test_downstream_results_are_made_skipped_or_refused(world):
     assert machine.started == [name, "report"]  # there may be data now
     path = workdir / f"{name}.json"
     files.write_json(path, {"run": {"params_sha256": "muon_qk-1"}})
-    assert files.state(study.step(name)).status == "done"
+    assert kept.state(study.step(name)).status == "done"
     files.write_json(path, {"run": {"params_sha256": "another"}})
     with pytest.raises(errors.UsageError, match="measured the parameters another, but the run has"):
         run.execute(study, workdir)
@@ -550,20 +551,23 @@ def test_the_commands_of_the_other_tools(world, monkeypatch):
     )
     run.execute(study, workdir)
     seed = workdir / "runs" / "muon_qk" / "seed_1"
-    assert commands["exports/muon_qk/seed_1"][1:] == [
-        "tools/export_hf.py",
+    start = [sys.executable, "-P", "-m", "qkjax.commands"]
+    assert commands["exports/muon_qk/seed_1"] == [
+        *start,
+        "export",
         f"--workdir={seed}",
         f"--out={workdir / 'exports/muon_qk/seed_1'}",
     ]
-    assert commands["downstream/muon_qk/seed_1"][1:] == [
-        "tools/eval_downstream.py",
+    assert commands["downstream/muon_qk/seed_1"] == [
+        *start,
+        "evaluate",
         f"--workdir={seed}",
         "--backend=jax",
         "--tasks=hellaswag,lambada",
         f"--data_dir={pathlib.Path('benchmarks').absolute()}",
         f"--out={workdir / 'downstream/muon_qk/seed_1.json'}",
     ]
-    assert commands["report"][1:] == ["tools/make_report.py", f"--workdir={workdir}"]
+    assert commands["report"] == [*start, "report", f"--workdir={workdir}"]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -607,11 +611,13 @@ def test_an_error_of_its_own_waits_until_the_runs_have_saved(world, monkeypatch)
 def test_an_unfinished_run_names_the_other_host_that_held_it(world):
     study, workdir, _ = world()
     run.execute(study, workdir)
-    files, step = states.StudyFiles(study, workdir), study.step("runs/muon_qk/seed_1")
-    (files.directory(step) / "summary.json").unlink()
-    assert files.state(step) == states.State("unfinished")
-    files.write_json(files.directory(step) / "run.lock", {"host": "node7", "pid": 1})
-    assert files.state(step) == states.State("unfinished", "last held by node7")
+    kept, step = states.StudyFiles(study, workdir), study.step("runs/muon_qk/seed_1")
+    (kept.directory(step) / "summary.json").unlink()
+    assert kept.state(step) == states.State("unfinished")
+    files.write_json(
+        kept.directory(step) / "run.lock", {"host": "node7", "pid": 1, "start_time": files.now()}
+    )
+    assert kept.state(step) == states.State("unfinished", "last held by node7")
 
 
 def test_status_shows_every_step_with_what_it_has_reached(world, capsys):

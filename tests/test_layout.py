@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from qkjax import commands
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # Rooms are files, and wings (folders). A room imports only from rows above its own, or
@@ -19,7 +21,7 @@ STREET = (
     "model optimizer flops cli data __init__",
     "measures train_step",
     "evaluation runs",
-    "train main trained export tasks study verdicts report",
+    "train main trained export tasks study verdicts report commands",
 )
 PLACES = {
     room: (row, position)
@@ -39,6 +41,7 @@ LIGHT = (
     "main",
     "cli.command_line",
     "cli.config_flag",
+    *(f"commands.{verb}" for verb in commands.VERBS),
     "data.check",
     "data.dataset",
     "report.figures",
@@ -201,13 +204,14 @@ def test_there_is_one_door_to_the_disk(call):
 
 
 def test_configs_and_scripts_are_the_end_of_the_street():
-    """configs/ only fill in a run's config or a study's; no file of tools/ imports another one."""
+    """configs/ only fill in a run's config or a study's; tools/*.py start a command."""
     for path in (ROOT / "configs").glob("*.py"):
         owner = "study.plan_config" if path.stem == "study" else "config"
         assert ours(imports(path)) <= {owner}, path.name
     siblings = {path.stem for path in (ROOT / "tools").glob("*.py")}
     for path in (ROOT / "tools").glob("*.py"):
         assert not outsiders(imports(path)) & (siblings | {"tools", "configs", "tests"}), path.name
+        assert ours(imports(path)) <= {"commands.__init__"}, path.name
 
 
 def test_benchmarks_stand_beside_the_package():

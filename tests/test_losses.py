@@ -1,12 +1,11 @@
 """The chunked loss against plain log_softmax: values, gradients, memory, sharding."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qkjax import losses
-
-import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
 
 B, T, D, V = 3, 13, 16, 97
 

@@ -12,7 +12,7 @@ import pytest
 
 from qkjax import config as config_lib
 from qkjax import errors, files, flops, model
-from qkjax.cli import config_flag
+from qkjax.cli import children, config_flag
 from qkjax.runs.directory import RunDirectory
 from qkjax.study import plan, plan_cost
 
@@ -208,7 +208,10 @@ def test_the_command_of_a_step_trains_its_config(tmp_path):
         step = study.step(name)
         arguments = study.arguments(step, tmp_path / "run", rate)
         done = subprocess.run(
-            [sys.executable, *arguments, "--print_config"], cwd=ROOT, capture_output=True, text=True
+            [*children.command(*arguments), "--print_config"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         expected = files.plain(study.run_config(step, rate).to_dict())

@@ -2,6 +2,8 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -16,9 +18,6 @@ from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
 from qkjax.measures import moments, probes, ranks, spectral
 from qkjax.runs.directory import RunDirectory
-
-import jax  # isort: skip  (after qkjax, which sets the XLA flags)
-import jax.numpy as jnp  # isort: skip
 
 STEPS, N, H, G, K, T = 4, 2, 4, 2, 16, small_run.LENGTH
 ARMS = {

@@ -2,13 +2,12 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qkjax.measures import ranks, spectral
-
-import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
 
 K = 64
 NUM_BATCHES, BATCH_ROWS = 500, 96

@@ -1,79 +1,176 @@
-"""startup: what stands in the environment before jax is imported."""
+"""startup: what a command sets before jax is imported, and that importing qkjax sets nothing."""
 
+import ast
 import importlib.metadata
+import json
 import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
-SHOW = (
-    "import os, qkjax; print(os.environ.get('OPENBLAS_NUM_THREADS'), os.environ.get('XLA_FLAGS'))"
+from qkjax import commands
+from qkjax.cli import startup
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# The tests' own process has them already.
+OURS = (
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    "OPENBLAS_NUM_THREADS",
+    "XLA_FLAGS",
 )
 YNN = "--xla_cpu_experimental_ynn_fusion_type="
-
-
-def show(**variables: str) -> list[str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_NUM_THREADS", "XLA_FLAGS")}
-    done = subprocess.run(
-        [sys.executable, "-c", SHOW], capture_output=True, text=True, env={**kept, **variables}
-    )
-    return done.stdout.strip().split(" ", 1)
-
-
-@pytest.mark.skipif(
+has_ynn = pytest.mark.skipif(
     importlib.metadata.version("jaxlib") not in ("0.10.2", "0.11.0"), reason="another jaxlib"
 )
-def test_cpu_flags_are_set_and_join_those_of_the_user():
-    assert show(JAX_PLATFORMS="cpu") == ["1", YNN]
-    assert show(JAX_PLATFORMS="cpu", XLA_FLAGS="--a=1") == ["1", f"--a=1 {YNN}"]
-    assert show(JAX_PLATFORMS="cpu", XLA_FLAGS=YNN) == ["1", YNN]
 
 
-def test_an_accelerator_gets_no_cpu_flag_and_the_users_values_stay():
-    assert show(JAX_PLATFORMS="cuda") == ["1", "None"]
-    assert show(JAX_PLATFORMS="cuda", OPENBLAS_NUM_THREADS="3")[0] == "3"
+def run(code: str, **variables: str) -> str:
+    """What the code prints in a process without this project's variables, but with these."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in OURS and name[:7] != "MALLOC_"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**kept, **variables},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
+MODULES = [
+    *(f"qkjax.commands.{verb}" for verb in commands.VERBS),
+    "qkjax.data.pipeline",
+    "qkjax.muon",
+    "qkjax.report.report",
+    "qkjax.study.run",
+    "qkjax.train",
+]
+IMPORT_THEN_COMMAND = f"""
+import importlib, json, os, sys
+import jax  # which sets two variables of its own
+before = dict(os.environ)
+def changed():
+    return sorted(name for name in os.environ if os.environ[name] != before.get(name))
+for name in {MODULES}:
+    importlib.import_module(name)
+imported = changed()
+sys.argv = ["qkjax", "check", "--help"]
+try:
+    sys.modules["qkjax.commands"].main()
+except SystemExit:
+    print(json.dumps([imported, changed()]))
+"""
+
+
+@pytest.mark.process
+def test_importing_changes_no_environment_variable_and_a_command_does():
+    """All modules at once: no two commands define a flag for each other either."""
+    imported, commanded = json.loads(run(IMPORT_THEN_COMMAND, JAX_PLATFORMS="cpu").splitlines()[-1])
+    assert imported == []
+    assert set(commanded) in (set(OURS), set(OURS) - {"XLA_FLAGS"})
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """This process without the variables; they are back after the test."""
+    for name in (*OURS, "JAX_PLATFORMS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@has_ynn
+@pytest.mark.parametrize("given", ["", "--a=1", YNN, f"{YNN} --a=1"])
+def test_cpu_flags_join_those_of_the_user(bare, given):
+    bare.setenv("JAX_PLATFORMS", "cpu")
+    bare.setenv("XLA_FLAGS", given)
+    startup.prepare_process()
+    assert os.environ["XLA_FLAGS"] == (given if YNN in given else f"{given} {YNN}".strip())
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
+
+
+def test_an_accelerator_gets_no_cpu_flag_and_the_users_values_stay(bare):
+    bare.setenv("JAX_PLATFORMS", "cuda")
+    bare.setenv("OPENBLAS_NUM_THREADS", "3")
+    startup.prepare_process()
+    assert "XLA_FLAGS" not in os.environ
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "3"
+
+
+@has_ynn
+@pytest.mark.parametrize("plugin", ["jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu", None])
+@pytest.mark.parametrize("device", ["nvidia0", "vendor", None])
+def test_a_plugin_without_its_device_changes_nothing(bare, tmp_path, plugin, device):
+    """The CPU's bits depend on the flag, and a machine for compilation has plugins alone."""
+    bare.syspath_prepend(tmp_path)
+    (tmp_path / f"{plugin}.py").touch()
+    if device:
+        (tmp_path / device).write_text("0x1ae0\n")
+    bare.setattr(startup, "_NVIDIA_DEVICES", (str(tmp_path / "nvidia0"),))
+    bare.setattr(startup, "_PCI_VENDORS", str(tmp_path / "vend*"))
+    startup.prepare_process()
+    pairs = {"nvidia0": "jax_cuda", "vendor": "libtpu"}
+    is_used = bool(device and plugin and plugin.startswith(pairs[device]))
+    assert (YNN in os.environ.get("XLA_FLAGS", "")) != is_used
+
+
+def test_cpus_are_counted_where_the_system_cannot_say_which(monkeypatch):
+    assert startup.cpu_count() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert startup.cpu_count() == 7
+
+
+def test_nothing_else_takes_linux_for_granted():
+    for path in [*(ROOT / "qkjax").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        named = {n.attr for n in ast.walk(ast.parse(path.read_text())) if hasattr(n, "attr")}
+        affinity = {"sched_getaffinity", "sched_setaffinity"} & named
+        assert not affinity or path.name == "startup.py", path
+
+
+@pytest.mark.process
 def test_compiled_programs_are_kept_for_the_next_start(tmp_path):
     code = (
-        "import qkjax, jax, jax.numpy as jnp; "
+        "import qkjax; qkjax.prepare_process()\n"
+        "import jax, jax.numpy as jnp\n"
         "jax.jit(lambda x: jnp.linalg.svd(x @ x.T)[1].sum())(jnp.ones((9, 9)))"
     )
-    settings = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-    env = {k: v for k, v in os.environ.items() if k not in settings}
-    env |= {"XDG_CACHE_HOME": str(tmp_path), settings[1]: "0"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    soon = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    run(code, **soon, XDG_CACHE_HOME=str(tmp_path))
     assert list((tmp_path / "qkjax" / "jax").iterdir())
     (tmp_path / "file").touch()  # no directory can be made in it: a warning, and the result
-    unwritable = env | {"XDG_CACHE_HOME": str(tmp_path / "file")}
-    subprocess.run([sys.executable, "-c", code], check=True, env=unwritable)
-    own = env | {settings[0]: str(tmp_path / "own")}
-    subprocess.run([sys.executable, "-c", code], check=True, env=own)
+    run(code, **soon, XDG_CACHE_HOME=str(tmp_path / "file"))
+    run(code, **soon, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
     assert list((tmp_path / "own").iterdir())
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_stays_with_the_process_on_cpus():
     """64 MB are taken and given back six times by a thread: pages are mapped at the first alone."""
     code = (
         "import resource, sys, threading\n"
+        "from absl import flags\n"
         "from qkjax.cli import command_line\n"
         "def take():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    for _ in range(6): bytearray(2**26)\n"
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
-        "def main():\n"
+        "def work():\n"
         "    thread = threading.Thread(target=take); thread.start(); thread.join()\n"
-        "sys.argv = ['command']; command_line.run(main)"
+        "sys.argv = ['command']; command_line.run(work, flags.FlagValues(), '')"
     )
 
     def faults(**variables: str) -> float:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env={**kept, **variables}
-        )
-        return int(done.stdout) / (2**26 / os.sysconf("SC_PAGE_SIZE"))
+        return int(run(code, **variables)) / (2**26 / os.sysconf("SC_PAGE_SIZE"))
 
     assert faults(JAX_PLATFORMS="cpu") < 1.5
     assert faults(JAX_PLATFORMS="cuda") > 5  # as glibc has it

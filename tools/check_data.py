@@ -1,27 +1,11 @@
-"""Checks a dataset: digests, records, token ids, and that nothing held out is trained on.
+"""`qkjax check` of this checkout. python tools/check_data.py --help lists its flags."""
 
-python tools/check_data.py DIR
-python tools/check_data.py --sources DIR     # also that its text is still what it was read from
-"""
+import pathlib
+import sys
 
-from absl import flags
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from qkjax.cli import command_line
-
-_SOURCES = flags.DEFINE_bool(
-    "sources", False, "Hash the files again that the dataset was made from."
-)
-
-
-def main(directory: str) -> None:
-    from qkjax.data import check
-
-    print(check.summary(check.check(directory)))
-    if _SOURCES.value:
-        for line in check.check_sources(directory):
-            print(f"  {line}")
-        print("  sources: read again, as they were when the dataset was made")
-
+from qkjax import commands
 
 if __name__ == "__main__":
-    command_line.run(main, positionals=["DIR"])
+    commands.run("check")

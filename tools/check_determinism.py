@@ -1,40 +1,11 @@
-"""Repeats and resumes a run, and compares to the bit: for the machine and flags that you use.
-
-  python tools/check_determinism.py --config=configs/muon_qk.py:tiny --workdir=runs/determinism
-
-Trains the config twice, and once more from a checkpoint on the way; keep train.tokens small. A run
-keeps its latest two checkpoints, so that is the last one before the end, unless
---config.checkpoint.keep_all=true keeps one in the middle.
-Exit code 0 where all three end with the same parameters and optimiser state, 2 where they differ:
-the leaves are named, and determinism.json holds everything. On a GPU try it with and without
-XLA_FLAGS=--xla_gpu_deterministic_ops=true.
-"""
+"""`qkjax determinism` of this checkout: python tools/check_determinism.py --help."""
 
 import pathlib
+import sys
 
-from absl import flags
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from qkjax import errors
-from qkjax.cli import command_line, config_flag
-
-_CONFIG = config_flag.define()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the three runs.")
-
-
-def main() -> None:
-    config = config_flag.read(_CONFIG)
-    if not _WORKDIR.value:
-        raise errors.UsageError("--workdir: missing. Name a directory for the three runs.")
-
-    from qkjax.trained import determinism
-
-    outcome = determinism.check(config, config_flag.as_flags(), pathlib.Path(_WORKDIR.value))
-    if not outcome["equal"]:
-        raise errors.UsageError(
-            f"{_WORKDIR.value}: the runs differ, see determinism.json there. On a GPU set "
-            "XLA_FLAGS=--xla_gpu_deterministic_ops=true; on a CPU this is a fault: report it."
-        )
-
+from qkjax import commands
 
 if __name__ == "__main__":
-    command_line.run(main, parse=config_flag.parse)
+    commands.run("determinism")

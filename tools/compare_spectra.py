@@ -1,60 +1,11 @@
-"""Runs side by side: python tools/compare_spectra.py RUN RUN ... [--measure=pr] [--vectors=key]
-
-A CSV (run, arm, seed, step, tokens, layer, head, value, difference to the first run) and a figure
-of one measure, per layer and head, after equally many training tokens; and a figure of it over
-training. The runs must share dataset, validation tokens and shapes.
-"""
+"""`qkjax compare` of this checkout. python tools/compare_spectra.py --help lists its flags."""
 
 import pathlib
+import sys
 
-from absl import flags
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from qkjax import files
-from qkjax.cli import command_line
-from qkjax.report import drawing, quantities, run_spectra
-
-_MEASURE = flags.DEFINE_enum(
-    "measure",
-    "pr",
-    [*quantities.MEASURES, *quantities.SAVED],
-    "Of singular values, or an array that is saved per head.",
-)
-_VECTORS = flags.DEFINE_enum(
-    "vectors", None, quantities.VECTORS, "Whose singular values; wqk is W_q^T W_k. Default: key."
-)
-_STAGE = flags.DEFINE_enum(
-    "stage", None, quantities.STAGES, "Of keys and queries. Default: post_rope."
-)
-_CENTRING = flags.DEFINE_enum(
-    "centring", None, quantities.CENTRINGS, "centred: the mean vector is removed. Default: raw."
-)
-_STEP = flags.DEFINE_integer(
-    "step", None, "Evaluation of the first RUN. Default: the last that all of them have."
-)
-_OUT = flags.DEFINE_string("out", "", "Directory for both. Default: figures/ of the first RUN.")
-_FORMAT = flags.DEFINE_list("format", "svg,png", "Of the figure: svg, png or both.")
-
-
-def main(*workdirs: str) -> None:
-    from qkjax.report import figures
-
-    formats = drawing.check_formats(_FORMAT.value)
-    quantity = quantities.quantity(_MEASURE.value, _VECTORS.value, _STAGE.value, _CENTRING.value)
-    runs = run_spectra.load_runs(workdirs)
-    compared = run_spectra.compare(runs, quantity, _STEP.value)
-    out = pathlib.Path(_OUT.value) if _OUT.value else runs[0].workdir / "figures"
-    stem = out / f"compare_{quantity.name}"
-    path = stem.with_suffix(".csv")
-    files.replace(path, run_spectra.comparison_csv(compared).encode())
-    print(path)  # before the figure, which needs matplotlib
-    drawn = {
-        stem: figures.comparison(compared, quantity),
-        stem.with_name(f"{stem.name}_trajectory"): figures.trajectories(runs, [quantity]),
-    }
-    for stem, figure in drawn.items():
-        for path in drawing.save(figure, stem, formats):
-            print(path)
-
+from qkjax import commands
 
 if __name__ == "__main__":
-    command_line.run(main, positionals=["RUN..."])
+    commands.run("compare")

@@ -1,49 +1,11 @@
-"""A run as a directory that stock Hugging Face classes load, with no custom code.
+"""`qkjax export` of this checkout. python tools/export_hf.py --help lists its flags."""
 
-  python tools/export_hf.py --workdir=runs/muon_qk --out=exports/muon_qk
-  python tools/export_hf.py --workdir=runs/muon_qk --out=exports/muon_qk --verify
-
-Needs no torch; --verify does (pip install -e '.[export]'): it compares logits and losses of the
-directory with the run's, writes the verdict into the model card, exits with 2 where they differ.
-"""
-
-import functools
 import pathlib
+import sys
 
-from absl import flags
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from qkjax import errors
-from qkjax.cli import command_line
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory, of a finished run.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; the latest unless given.")
-_OUT = flags.DEFINE_string("out", None, "The directory to make; it must not exist.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the stored tensors.")
-_VERIFY = flags.DEFINE_bool("verify", False, "Compare the directory with the run.")
-_VERIFY_SEQUENCES = flags.DEFINE_integer(
-    "verify_sequences", 8, "Validation sequences to compare on.", lower_bound=1
-)
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "The run's dataset, where it has moved.")
-
-
-def main() -> None:
-    if not _WORKDIR.value:
-        raise errors.UsageError("--workdir: missing. Name the run directory, --workdir=runs/NAME.")
-    if not _OUT.value:
-        raise errors.UsageError("--out: missing. Name a new directory, --out=exports/NAME.")
-
-    from qkjax.export import directory  # jax and all
-
-    request = directory.Request(
-        workdir=pathlib.Path(_WORKDIR.value).expanduser().absolute(),
-        out=pathlib.Path(_OUT.value).expanduser().absolute(),
-        step=_STEP.value,
-        dtype=_DTYPE.value,
-        data_dir=_DATA_DIR.value,
-        verify_sequences=_VERIFY_SEQUENCES.value if _VERIFY.value else 0,
-    )
-    directory.export(request, report=functools.partial(print, flush=True))
-
+from qkjax import commands
 
 if __name__ == "__main__":
-    command_line.run(main)
+    commands.run("export")

@@ -1,53 +1,11 @@
-"""Text from a run's model: python tools/generate.py --workdir=runs/muon_qk --prompt="The cell"
+"""`qkjax generate` of this checkout. python tools/generate.py --help lists its flags."""
 
-  python tools/generate.py --workdir=runs/muon_qk --prompt="The cell" --temperature=0
-  python tools/generate.py --workdir=runs/muon_qk --prompt="" --seed=3     # starts a document
-
-Prints the prompt and its continuation; tokens, speed and why it ended go to stderr. The same seed
-gives the same text. The run need not be finished.
-"""
-
-import functools
 import pathlib
 import sys
 
-from absl import flags
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from qkjax import errors
-from qkjax.cli import command_line
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; the latest unless given.")
-_PROMPT = flags.DEFINE_string("prompt", None, "The text to continue; empty: start a document.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: always the most probable token.")
-_TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the tokens that hold this probability.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Stop after N new tokens.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "The run's dataset, where it has moved.")
-
-
-def main() -> None:
-    if not _WORKDIR.value:
-        raise errors.UsageError("--workdir: missing. Name the run directory, --workdir=runs/NAME.")
-    if _PROMPT.value is None:
-        raise errors.UsageError('--prompt: missing. Give the text to continue, --prompt="...".')
-
-    from qkjax.trained import generation  # jax and all
-
-    request = generation.Request(
-        workdir=pathlib.Path(_WORKDIR.value).expanduser().absolute(),
-        prompt=_PROMPT.value,
-        max_tokens=_MAX_TOKENS.value,
-        sampling=generation.Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value),
-        step=_STEP.value,
-        data_dir=_DATA_DIR.value,
-    )
-    generation.run(
-        request,
-        write=functools.partial(print, end="", flush=True),
-        report=functools.partial(print, file=sys.stderr, flush=True),
-    )
-
+from qkjax import commands
 
 if __name__ == "__main__":
-    command_line.run(main)
+    commands.run("generate")

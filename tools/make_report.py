@@ -1,27 +1,11 @@
-"""The report of a study: python tools/make_report.py --workdir=STUDY
+"""`qkjax report` of this checkout. python tools/make_report.py --help lists its flags."""
 
-Writes into STUDY/report: index.html, one page that needs nothing else; report.md, the same as text;
-results.csv, the numbers of runs, sweep, scores and verdicts; figures/*.svg. A study that is not
-finished has a report too: it says what is missing. What cannot be compared is refused. Prints the
-path of the page last.
-"""
+import pathlib
+import sys
 
-from absl import flags
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from qkjax import errors
-from qkjax.cli import command_line
-
-_WORKDIR = flags.DEFINE_string("workdir", "", "Study directory, of tools/run_study.py.")
-_OUT = flags.DEFINE_string("out", "", "Directory for the report. Default: STUDY/report.")
-
-
-def main() -> None:
-    from qkjax.report import report
-
-    if not _WORKDIR.value:
-        raise errors.UsageError("--workdir: missing, expected a study directory. See --help.")
-    print(report.make_report(_WORKDIR.value, _OUT.value or None))
-
+from qkjax import commands
 
 if __name__ == "__main__":
-    command_line.run(main)
+    commands.run("report")

@@ -1,90 +1,11 @@
-"""Text to a dataset: whole-document hold-out, tokens, shards. A killed run is simply run again.
+"""`qkjax prepare` of this checkout. python tools/prepare_data.py --help lists its flags."""
 
-  python tools/prepare_data.py --preset=study --out=data/study
-  python tools/prepare_data.py --source='jsonl:web/*.jsonl.xz:text' --weight=0.7 \\
-    --source='parquet:books/*.parquet:text' --weight=0.3 \\
-    --tokenizer=hf:HuggingFaceTB/SmolLM2-135M --train_tokens=300000000 --out=data/mix
+import pathlib
+import sys
 
-Sources: hf:DATASET[:CONFIG][:SPLIT][:COLUMN] (streamed from the hub, or a local directory),
-tfds:NAME[:SPLIT][:FEATURE], parquet:GLOB[:COLUMN], jsonl:GLOB[:FIELD] (plain, .gz, .xz, .zst),
-text:GLOB (every file a document), docstrings. COLUMN, FIELD and FEATURE are "text", SPLIT is
-"train", unless named. More in docs/data.md. Check the result: tools/check_data.py.
-"""
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import os
-from typing import Any
-
-from absl import flags
-
-from qkjax import errors
-from qkjax.cli import command_line
-
-_PRESET = flags.DEFINE_string(
-    "preset", "", "study (300M training tokens of smollm-corpus) or pilot (25M); flags override it."
-)
-_SOURCE = flags.DEFINE_multi_string("source", [], "Where documents come from; repeatable.")
-_WEIGHT = flags.DEFINE_multi_float(
-    "weight", [], "Share of the training tokens, one for every --source, in order."
-)
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer",
-    "",
-    "train:SIZE (byte-level BPE on the training documents), a tokenizer.json, or hf:NAME.",
-)
-_OUT = flags.DEFINE_string("out", "", "Directory to make; new or empty.")
-_SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Predicted tokens of a record.")
-_TRAIN_TOKENS = flags.DEFINE_integer(
-    "train_tokens", None, "Training tokens; all of one source, or of a mix, unless given."
-)
-_VALIDATION_TOKENS = flags.DEFINE_integer(
-    "validation_tokens", 5_000_000, "Tokens of held-out documents."
-)
-_END_OF_TEXT = flags.DEFINE_bool("end_of_text", True, "End-of-text token after every document.")
-_EOS_TOKEN = flags.DEFINE_string(
-    "eos_token", "", "The end-of-text token, where it is not <|endoftext|>, </s> or <eos>."
-)
-_MAX_BAD_LINES = flags.DEFINE_integer("max_bad_lines", 0, "Bad jsonl lines to skip, per source.")
-_BENCHMARK_DIR = flags.DEFINE_string(
-    "benchmark_dir", "", "Holds hellaswag*.jsonl, lambada*.jsonl: count 13-grams shared with them."
-)
-_DECONTAMINATE = flags.DEFINE_bool(
-    "decontaminate",
-    False,
-    "Drop training documents that share a 13-gram with a validation document or a benchmark.",
-)
-_WORKERS = flags.DEFINE_integer(
-    "workers", None, "Processes that encode text (default: all cores); the result is the same."
-)
-
-
-def main() -> None:
-    from qkjax.data import prepare, request
-
-    if not _OUT.value:
-        raise errors.UsageError("--out: missing, expected the directory to make. See --help.")
-    workers = len(os.sched_getaffinity(0)) if _WORKERS.value is None else _WORKERS.value
-    if workers < 1:
-        raise errors.UsageError(f"--workers: expected at least 1, found {workers}. See --help.")
-    options: dict[str, Any] = {
-        "sources": _SOURCE,
-        "weights": _WEIGHT,
-        "tokenizer": _TOKENIZER,
-        "sequence_length": _SEQUENCE_LENGTH,
-        "train_tokens": _TRAIN_TOKENS,
-        "validation_tokens": _VALIDATION_TOKENS,
-        "end_of_text": _END_OF_TEXT,
-        "eos_token": _EOS_TOKEN,
-        "max_bad_lines": _MAX_BAD_LINES,
-        "benchmark_dir": _BENCHMARK_DIR,
-        "decontaminate": _DECONTAMINATE,
-    }
-    given = {
-        name: tuple(flag.value) if isinstance(flag.value, list) else flag.value
-        for name, flag in options.items()
-        if flag.present
-    }
-    prepare.prepare(request.preset(_PRESET.value, **given), _OUT.value, workers=workers)
-
+from qkjax import commands
 
 if __name__ == "__main__":
-    command_line.run(main)
+    commands.run("prepare")

@@ -1,81 +1,11 @@
-"""How many dimensions of its keys a trained model uses: validation loss with projected keys.
+"""`qkjax surgery` of this checkout. python tools/rank_surgery.py --help lists its flags."""
 
-  python tools/rank_surgery.py --workdir=runs/muon_qk
-  python tools/rank_surgery.py --workdir=runs/88m --layers=all --tokens=65536 --ranks=8,16,32
-
-Writes rank_surgery/step_*.csv, .svg and .png in the run directory (step_*_post_rope.* with
---stage=post_rope, step_*_centred.* with --centring=centred) and prints the smallest rank that loses
-at most 0.01 nat. The CSV appears when it is whole and is not overwritten; until then its rows are
-in .part.json, and the same command resumes after them.
-"""
-
-import functools
 import pathlib
+import sys
 
-from absl import flags
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from qkjax import errors
-from qkjax.cli import command_line
-from qkjax.report import drawing, figures
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; the latest unless given.")
-_RANKS = flags.DEFINE_list(
-    "ranks", None, "Directions kept, such as 1,2,4,8; powers of two up to head_dim unless given."
-)
-_STAGE = flags.DEFINE_enum(
-    "stage", "pre_rope", ["pre_rope", "post_rope"], "Where the keys are projected."
-)
-_CENTRING = flags.DEFINE_enum(
-    "centring", "raw", ["raw", "centred"], "centred: the mean key stays, the rest is projected."
-)
-_KINDS = flags.DEFINE_list("kinds", ["top", "random"], "Directions: the strongest, or random ones.")
-_LAYERS = flags.DEFINE_list(
-    "layers", ["all", "each"], "all: together; each: one at a time; or indices: one at a time."
-)
-_TOKENS = flags.DEFINE_integer(
-    "tokens", None, "Validation tokens, 0 for all; the run's eval.tokens unless given."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the random directions.", lower_bound=0)
-_OUT = flags.DEFINE_string("out", None, "The CSV; in the run directory unless given.")
-_FIGURES = flags.DEFINE_bool("figures", True, "Draw .svg and .png beside the CSV.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "The run's dataset, where it has moved.")
-
-
-def main() -> None:
-    if not _WORKDIR.value:
-        raise errors.UsageError("--workdir: missing. Name the run directory, --workdir=runs/NAME.")
-    ranks = None if _RANKS.value is None else tuple(_rank(text) for text in _RANKS.value)
-
-    from qkjax.trained import rank_surgery  # jax and all
-
-    request = rank_surgery.Request(
-        step=_STEP.value,
-        ranks=ranks,
-        stage=_STAGE.value,
-        centring=_CENTRING.value,
-        layers=tuple(_LAYERS.value),
-        kinds=tuple(_KINDS.value),
-        tokens=_TOKENS.value,
-        seed=_SEED.value,
-        data_dir=_DATA_DIR.value,
-        out=None if _OUT.value is None else pathlib.Path(_OUT.value).expanduser().absolute(),
-    )
-    workdir = pathlib.Path(_WORKDIR.value).expanduser().absolute()
-    found = rank_surgery.measure(workdir, request, report=functools.partial(print, flush=True))
-    if _FIGURES.value:
-        figure = figures.rank_curves(found.rows, found.head_dim, found.title)
-        drawing.save(figure, found.path.with_suffix(""), drawing.FORMATS)
-
-
-def _rank(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise errors.UsageError(
-            f"--ranks: {text!r} is not an integer. Give integers separated by commas."
-        ) from None
-
+from qkjax import commands
 
 if __name__ == "__main__":
-    command_line.run(main)
+    commands.run("surgery")

@@ -1,68 +1,11 @@
-"""The whole study by one command: sweep, runs, controls, exports, downstream, report.
+"""`qkjax study` of this checkout. python tools/run_study.py --help lists its flags."""
 
-python tools/run_study.py --config=configs/study.py:tiny,quick --workdir=studies/quick
-python tools/run_study.py --config=configs/study.py:pilot --config.data_dir=DATA --dry_run
-
-The same command again resumes; --status shows from another terminal how far it is.
-Exit codes: 0 complete (a diverged run is a result), 1 steps are missing, named in the last line.
-"""
-
-import os
 import pathlib
 import sys
 
-from absl import flags
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from qkjax import errors
-from qkjax.cli import command_line, config_flag
-from qkjax.study import plan, plan_cost, run, states, table
-
-_EXAMPLE = "configs/study.py:tiny,quick"
-_CONFIG = config_flag.define(_EXAMPLE)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Study directory; made where it is missing.")
-_ONLY = flags.DEFINE_list(
-    "only", [], "Steps to do: names with wildcards (sweep/*), arms, or kinds (run, export, report)."
-)
-_JOBS = flags.DEFINE_integer(
-    "jobs", None, "Runs at one time. Default: one a device of --devices, or one.", lower_bound=1
-)
-_DEVICES = flags.DEFINE_list(
-    "devices", [], "Accelerators that runs are spread over, such as 0,1,2,3. Default: all to each."
-)
-_STATUS = flags.DEFINE_bool("status", False, "Show how far every step is, and end.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show steps and costs; write nothing.")
-_RATE = flags.DEFINE_float(
-    "tokens_per_second",
-    None,
-    "For the time of --dry_run, instead of what runs have measured.",
-    lower_bound=1e-9,
-)
-_PRINT_COMMANDS = flags.DEFINE_bool(
-    "print_commands", False, "Print one shell line a step, for a scheduler; run nothing."
-)
-
-
-def main() -> None:
-    study = plan.make_plan(config_flag.given(_CONFIG, _EXAMPLE))
-    workdir = None if not _WORKDIR.value else pathlib.Path(_WORKDIR.value).expanduser().absolute()
-    if _DRY_RUN.value:
-        rates = {} if workdir is None else plan_cost.measured_rates(workdir)
-        print(plan_cost.describe(study, {"": _RATE.value} if _RATE.value else rates))
-        return
-    if workdir is None:
-        raise errors.UsageError("--workdir: missing. Name the directory, --workdir=studies/NAME.")
-    study, said = states.as_recorded(study, workdir)
-    if said:
-        print(said, flush=True)
-    if _PRINT_COMMANDS.value:
-        command = [sys.executable, sys.argv[0], *config_flag.as_flags(), f"--workdir={workdir}"]
-        print("\n".join(plan.shell_lines(study, command, os.getcwd())))
-        return
-    if _STATUS.value:
-        table.print_status(states.StudyFiles(study, workdir))
-        return
-    run.execute(study, workdir, _ONLY.value, run.places_of(_JOBS.value, _DEVICES.value))
-
+from qkjax import commands
 
 if __name__ == "__main__":
-    command_line.run(main, parse=config_flag.parse)
+    commands.run("study")

@@ -1,49 +1,61 @@
 """What every command of this project shares: flags, --help, --debug, exit codes.
 
-A command defines its flags with absl, then ends with `command_line.run(main)`. Exit codes: 0 done;
-1 internal error; 2 usage, config, data or checkpoint mistake; 3 non-finite training; 4 disk;
-130 / 143 stopped by SIGINT / SIGTERM; 141 nobody reads the output any more.
+A command defines its flags with absl in a FlagValues of its own, so that importing it leaves no
+trace, and ends with `command_line.run(work, FLAGS, __doc__)`. Exit codes: 0 done; 1 internal error;
+2 usage, config, data or checkpoint mistake; 3 non-finite training; 4 disk; 130 / 143 stopped by
+SIGINT / SIGTERM; 141 nobody reads the output any more.
 """
 
+import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from absl import flags
 
 from qkjax import errors
-from qkjax.cli import startup
+from qkjax.cli import arguments, startup
 
-_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 _BROKEN_PIPE = 141  # as of a program that SIGPIPE has ended
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 
 
 def run(
-    main: Callable[..., int | None],
-    parse: Callable[[list[str]], list[str]] = flags.FLAGS,
+    work: Callable[..., int | None],
+    values: flags.FlagValues,
+    doc: str | None,
+    parse: Callable[[flags.FlagValues, list[str]], list[str]] = flags.FlagValues.__call__,
     positionals: Sequence[str] = (),
+    texts: Collection[str] = (),
     exit_at_once: bool = False,
 ) -> None:
-    """Parses sys.argv, calls `main` and exits with its code (None counts as 0).
+    """Prepares the process, parses sys.argv, calls `work`, exits with its code (None counts as 0).
 
-    Heavy imports belong inside `main`, so that --help and flag errors answer at once.
+    Heavy imports belong inside `work`, so that --help and flag errors answer at once.
 
     Args:
+        values: the command's flags.
+        doc: what --help shows above them.
         parse: reads the flags and returns argv[0] and what is left; `config_flag.parse` where
             the command takes a --config.
-        positionals: names of the arguments without --name= that the command needs; `main` is
+        positionals: names of the arguments without --name= that the command needs; `work` is
             called with their values. A last name that ends in "..." takes one or more.
+        texts: flags whose value is text, and no path or name.
         exit_at_once: leave without waiting for threads; a failed Orbax save would keep the
             process for five minutes.
     """
+    startup.prepare_process()
     startup.keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where a notebook stands in for it
+            stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
+    command = _Command(work, values, doc or "", parse, positionals, texts)
     if not exit_at_once:
-        sys.exit(_run(main, parse, positionals, sys.argv))
+        sys.exit(command.run())
     code = 1
     try:
-        code = _run(main, parse, positionals, sys.argv)
+        code = command.run()
     except BaseException:  # an internal error
         traceback.print_exc()
     finally:
@@ -52,42 +64,71 @@ def run(
         os._exit(code)
 
 
-def _run(
-    main: Callable[..., int | None],
-    parse: Callable[[list[str]], list[str]],
-    positionals: Sequence[str],
-    argv: list[str],
-) -> int:
-    try:
-        if any(argument in _HELP for argument in argv[1:]):
-            print(_help_text(), flush=True)
+class _Command:
+    """The arguments of `run`."""
+
+    def __init__(
+        self,
+        work: Callable[..., int | None],
+        values: flags.FlagValues,
+        doc: str,
+        parse: Callable[[flags.FlagValues, list[str]], list[str]],
+        positionals: Sequence[str],
+        texts: Collection[str],
+    ) -> None:
+        self.work, self.values, self.parse = work, values, parse
+        self.positionals, self.texts = positionals, texts
+        self.debug = flags.DEFINE_bool(
+            "debug", False, "Show the traceback of an error.", flag_values=values
+        )
+        names = values.flags_by_module_dict()
+        self.help = "\n".join([doc.strip(), *(values.module_help(name) for name in names)])
+        values.append_flag_values(flags.FLAGS)  # absl's own, as --verbosity
+
+    def run(self) -> int:
+        return exit_code(self._run, lambda: self.values.is_parsed() and self.debug.value)
+
+    def _run(self) -> int | None:
+        if any(argument in _HELP for argument in sys.argv[1:]):
+            print(self.help, flush=True)
             return 0
-        values = parse(argv)[1:]
-        repeated = bool(positionals) and positionals[-1].endswith("...")
-        if len(values) > len(positionals) and not repeated:
+        sys.argv = arguments.check(sys.argv, self.texts)
+        positionals = self.parse(self.values, sys.argv)[1:]
+        flags.FLAGS.mark_as_parsed()  # absl's logging looks there
+        self._check_number(positionals)
+        return self.work(*positionals)
+
+    def _check_number(self, found: Sequence[str]) -> None:
+        repeated = bool(self.positionals) and self.positionals[-1].endswith("...")
+        if len(found) > len(self.positionals) and not repeated:
             raise errors.UsageError(
-                f"{values[len(positionals)]}: a stray argument, which nothing reads. "
+                f"{found[len(self.positionals)]}: a stray argument, which nothing reads. "
                 "Write options as --name=value, with '=' and without spaces."
             )
-        if len(values) < len(positionals):
+        if len(found) < len(self.positionals):
             raise errors.UsageError(
-                f"{positionals[len(values)]}: missing, expected {' '.join(positionals)} on the "
-                "command line. See --help."
+                f"{self.positionals[len(found)]}: missing, expected "
+                f"{' '.join(self.positionals)} on the command line. See --help."
             )
-        return main(*values) or 0
+
+
+def exit_code(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: False) -> int:
+    """The exit code of `work`; a failure that a user can fix is one ERROR line on stderr.
+
+    Args:
+        debug: whether its traceback is shown too, as it is where --debug is on the command line.
+    """
+    try:
+        return work() or 0
     except BrokenPipeError:  # whoever read this has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return _BROKEN_PIPE
     except (flags.Error, errors.QkjaxError, OSError, KeyboardInterrupt) as error:
-        if _debug_wanted(argv):
+        if "--debug" in sys.argv or debug():
             traceback.print_exc()
         code, text = _describe(error)
         print(f"ERROR: {text}", file=sys.stderr, flush=True)
         return code
-
-
-def _debug_wanted(argv: list[str]) -> bool:
-    return "--debug" in argv or (flags.FLAGS.is_parsed() and _DEBUG.value)
 
 
 def _describe(error: BaseException) -> tuple[int, str]:
@@ -98,9 +139,3 @@ def _describe(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped by SIGINT"
     return errors.StorageError.exit_code, f"{type(error).__name__}: {error}"
-
-
-def _help_text() -> str:
-    doc = (sys.modules["__main__"].__doc__ or "").strip()
-    modules = [name for name in flags.FLAGS.flags_by_module_dict() if not name.startswith("absl")]
-    return "\n".join([doc, *(flags.FLAGS.module_help(name) for name in modules)])

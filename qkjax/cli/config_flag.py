@@ -15,16 +15,40 @@ from ml_collections import config_flags
 
 from qkjax import config as config_lib
 from qkjax import errors, presets
+from qkjax.cli import places
 
 _EXPONENT = re.compile(r"(--?config\.[\w.]+=)(\d+(?:\.\d*)?[eE]\+?\d+)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)")  # absl takes one dash as well
+_NAMES = ("--config", "-config")
 
 
-def define(example: str = "configs/muon_noqk.py:tiny,original") -> flags.FlagHolder:
-    """Defines the flag --config of a command that trains."""
+def define(
+    values: flags.FlagValues, example: str = "configs/muon_noqk.py:tiny,original"
+) -> flags.FlagHolder:
+    """Defines the flag --config among the flags of a command."""
     return config_flags.DEFINE_config_file(
-        "config", None, f"Config file, with words after a colon: {example}"
+        "config",
+        None,
+        f"Config file, or the name of one that comes with qkjax, words after a colon: {example}",
+        flag_values=values,
     )
+
+
+def find(path: str) -> pathlib.Path:
+    """The config file of a path or name: the file itself, else the one that comes with qkjax.
+
+    Args:
+        path: FILE.py, or of those that come with qkjax configs/NAME.py, NAME.py or NAME.
+    Raises:
+        UsageError: neither is there.
+    """
+    given = pathlib.Path(path)
+    if given.is_file():
+        return given
+    ours = places.configs() / f"{given.name.removesuffix('.py')}.py"
+    if given.parent.as_posix() in (".", "configs") and ours.is_file():
+        return ours
+    raise _no_file(path)
 
 
 def load(path: pathlib.Path, words: str) -> ml_collections.ConfigDict:
@@ -33,8 +57,7 @@ def load(path: pathlib.Path, words: str) -> ml_collections.ConfigDict:
     Raises:
         UsageError: the file is missing, broken, or has no get_config.
     """
-    if not path.is_file():
-        raise _no_file(str(path))
+    path = find(str(path))
     try:
         spec = importlib.util.spec_from_file_location(f"configs_{path.stem}", path)
         assert spec is not None and spec.loader is not None
@@ -47,10 +70,11 @@ def load(path: pathlib.Path, words: str) -> ml_collections.ConfigDict:
         raise _explain(error, [f"--config={path}"]) from error
 
 
-def parse(argv: list[str]) -> list[str]:
+def parse(values: flags.FlagValues, argv: list[str]) -> list[str]:
     """Reads all flags; returns argv[0] and the arguments that are no flags.
 
-    Integers may be written 300e6.
+    Integers may be written 300e6. A config that comes with qkjax is found by name, which is said on
+    stderr.
 
     Raises:
         UsageError: the config file, an override, or what is set by words alone.
@@ -64,10 +88,11 @@ def parse(argv: list[str]) -> list[str]:
                 "after the config's colon: --config=configs/muon_noqk.py:tiny,original."
             )
     path = _config_path(argv)
-    if path and not pathlib.Path(path).is_file():
-        raise _no_file(path)
+    if path and find(path) != pathlib.Path(path):
+        print(f"config: {find(path)}, as there is no file {path} here", file=sys.stderr)
+        argv = _replaced(argv, path, str(find(path)))
     try:
-        return flags.FLAGS([_integral(argument) for argument in argv])
+        return values([_integral(argument) for argument in argv])
     except (flags.Error, errors.QkjaxError):
         raise
     except Exception as error:  # whatever a config file may raise
@@ -75,10 +100,10 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def _no_file(path: str) -> errors.UsageError:
-    shipped = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
+    shipped = sorted(f"configs/{file.name}" for file in places.configs().glob("*.py"))
     return errors.UsageError(
-        f"--config: no file {path}. Configs here: {', '.join(shipped) or 'none'}; run from "
-        "the repository's root or give the whole path."
+        f"--config: no file {path}. Configs here: {', '.join(shipped)}; give "
+        "one of them, or the path of your own."
     )
 
 
@@ -96,9 +121,21 @@ def _given(argv: list[str]) -> str:
     """The value of --config, which absl also takes behind a space."""
     for argument, following in itertools.pairwise([*argv, ""]):
         name, equals, value = argument.partition("=")
-        if name in ("--config", "-config"):
+        if name in _NAMES:
             return value if equals else following
     return ""
+
+
+def _replaced(argv: list[str], path: str, found: str) -> list[str]:
+    """The arguments with another path in the value of --config."""
+    result = list(argv)
+    for number, argument in enumerate(argv):
+        for start in (f"{name}=" for name in _NAMES):
+            if argument.startswith(start + path):
+                result[number] = start + found + argument[len(start + path) :]
+        if number and argv[number - 1] in _NAMES and argument.startswith(path):
+            result[number] = found + argument[len(path) :]
+    return result
 
 
 def _explain(error: Exception, argv: list[str]) -> errors.UsageError:
@@ -177,9 +214,9 @@ def given(holder: flags.FlagHolder, example: str) -> ml_collections.ConfigDict:
     return holder.value
 
 
-def as_flags() -> list[str]:
+def as_flags(values: flags.FlagValues) -> list[str]:
     """The flags --config... of the command line as they were read, for a command like this one."""
-    holder = flags.FLAGS["config"]
+    holder = values["config"]
     overrides = config_flags.get_override_values(holder)
     return [
         f"--config={config_flags.get_config_filename(holder)}",

@@ -1,10 +1,14 @@
 """Settings of the process, with their reasons: most must stand before numpy and jax are there."""
 
 import ctypes
+import glob
 import importlib.metadata
 import importlib.util
 import os
+import pathlib
 import sys
+
+from qkjax.cli import places
 
 # jaxlib 0.10.2 and 0.11.0 can crash or hang in YNN fusions on x86 CPUs (jax issue 39257).
 _YNN_OFF = "--xla_cpu_experimental_ynn_fusion_type="
@@ -12,18 +16,26 @@ _YNN_VERSIONS = ("0.10.2", "0.11.0")
 # Options of glibc's mallopt (malloc.h): never give memory back, never map a block of its own, one
 # arena for all threads.
 _KEEP_MEMORY = ((-1, 2**31 - 1), (-4, 0), (-8, 1))  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX
-_ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
+# What jax needs to use a kind of accelerator: one of these packages, and one of these files.
+_CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+_NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # the last one under WSL
+_TPU = ("libtpu",)
+_PCI_VENDORS = "/sys/bus/pci/devices/*/vendor"
+_GOOGLE = "0x1ae0"
 
 
 def prepare_process() -> None:
-    """Sets the environment variables; a value that the user has set stays."""
+    """Sets the environment variables that this project computes under, before jax is imported.
+
+    Commands call it first; a notebook or script of one's own that is to give a command's bits does
+    the same. Importing qkjax sets nothing. A value that the user has set stays.
+    """
     # XLA calls LAPACK from all threads of its pool. An OpenBLAS with threads of its own then spins
     # on its lock: 8 virtual devices on 2 cores made no headway in a minute (docs/log.md).
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # A study starts the same few programs dozens of times; JAX_ENABLE_COMPILATION_CACHE=false ends
     # it. A directory that cannot be written costs a warning of jax.
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "qkjax", "jax"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(places.cache() / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     if _is_cpu_only() and importlib.metadata.version("jaxlib") in _YNN_VERSIONS:
         present = os.environ.get("XLA_FLAGS", "")
@@ -45,7 +57,35 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+def cpu_count() -> int:
+    """How many CPUs this process may use; all of the machine where the system cannot say."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def stay_on_one_cpu() -> None:
+    """Binds this process to the last of its CPUs, where the system can do that."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
 def _is_cpu_only() -> bool:
+    """Whether jax will compute on the CPU: asked for, or no accelerator with its plugin.
+
+    A plugin without its device changes nothing, as jax falls back to the CPU there.
+    """
     wanted = os.environ.get("JAX_PLATFORMS", "")
-    has_accelerator = any(importlib.util.find_spec(name) for name in _ACCELERATOR_PLUGINS)
-    return wanted == "cpu" or not (wanted or has_accelerator)
+    return wanted == "cpu" or not (wanted or _has_accelerator())
+
+
+def _has_accelerator() -> bool:
+    if any(os.path.exists(path) for path in _NVIDIA_DEVICES) and _has_package(_CUDA):
+        return True
+    return _has_package(_TPU) and any(
+        pathlib.Path(path).read_text().strip() == _GOOGLE for path in glob.glob(_PCI_VENDORS)
+    )
+
+
+def _has_package(names: tuple[str, ...]) -> bool:
+    return any(importlib.util.find_spec(name) for name in names)

@@ -6,11 +6,11 @@ import pathlib
 from absl import logging
 
 from qkjax import errors
+from qkjax.cli import places
 from qkjax.config import Config
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import prepare, request, staging
 
-_EMBEDDED = pathlib.Path(__file__).resolve().parents[2] / "data"
 # The version stands for what `prepare_embedded` makes; raise it with any change of that.
 _EMBEDDED_VERSION = "embedded-v2"
 _EMBEDDED_VOCABULARY = 4096  # needs no word in the folder's name
@@ -96,14 +96,14 @@ def embedded_directory(vocab_size: int, end_of_text: bool) -> pathlib.Path:
     name = _EMBEDDED_VERSION
     if vocab_size != _EMBEDDED_VOCABULARY:
         name += f"-{vocab_size}"
-    return _EMBEDDED / (name if end_of_text else f"{name}-without-end-of-text")
+    return places.data() / (name if end_of_text else f"{name}-without-end-of-text")
 
 
 def _embedded_of_fingerprint(fingerprint: str) -> pathlib.Path | None:
     """The finished embedded corpus, of any version, that a run was trained on; None without one."""
     if not fingerprint:
         return None
-    for path in sorted(_EMBEDDED.glob(f"embedded*/{manifest_lib.FILE_NAME}")):
+    for path in sorted(places.data().glob(f"embedded*/{manifest_lib.FILE_NAME}")):
         if manifest_lib.load(path.parent).fingerprint == fingerprint:
             return path.parent
     return None

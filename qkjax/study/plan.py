@@ -103,10 +103,10 @@ class Plan:
     def arguments(
         self, step: Step, directory: pathlib.Path, learning_rate: float | None
     ) -> list[str]:
-        """What follows `python` to train a step, from the repository's root."""
+        """The verb and the flags that train a step."""
         fields = self._fields(step, learning_rate)
         flags = plan_arms.flags(self.study, self.arms[step.arm], fields)
-        return ["-m", "qkjax.main", *flags, f"--workdir={directory}"]
+        return ["train", *flags, f"--workdir={directory}"]
 
     def _fields(self, step: Step, learning_rate: float | None) -> dict[str, Any]:
         """What the plan sets, behind the overrides of the study."""

@@ -12,11 +12,10 @@ import ml_collections
 
 from qkjax import config as config_lib
 from qkjax import errors, files, presets
-from qkjax.cli import config_flag
+from qkjax.cli import config_flag, places
 from qkjax.runs import directory as run_directory
 from qkjax.study.plan_config import StudyConfig
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 # Two weight decays closer than this make one arm (recipe original's pilot has tau 7.32, not 7.3).
 _SAME_DECAY = 0.01
 
@@ -27,7 +26,7 @@ class Arm:
 
     name: str
     parent: str  # the arm whose learning rate a control takes; of an arm its own name
-    file: str  # config file, from the repository's root
+    file: str  # its config file, configs/NAME.py
     words: str  # after the file's colon
     base_rate: float  # of the grid
     auxiliary_rate: float | None  # of Muon's auxiliary AdamW at the base rate
@@ -68,7 +67,7 @@ def make_arms(study: StudyConfig) -> tuple[dict[str, Arm], dict[str, str]]:
 
 def _arm(study: StudyConfig, name: str) -> Arm:
     """An arm by its name: the file of configs/, and control words behind it."""
-    files = {path.stem for path in (REPOSITORY / "configs").glob("*.py")} - {"study"}
+    files = {path.stem for path in places.configs().glob("*.py")} - {"study"}
     stem = name
     controls: list[str] = []
     while stem not in files:
@@ -155,7 +154,7 @@ def _overrides(study: StudyConfig) -> dict[str, str]:
 def _values(
     study: StudyConfig, file: str, words: str, fields: dict[str, Any]
 ) -> ml_collections.ConfigDict:
-    values = config_flag.load(REPOSITORY / file, words)
+    values = config_flag.load(places.configs() / pathlib.Path(file).name, words)
     for field, text in _overrides(study).items():
         _set(values, field, _parsed(values, field, text))
     for field, value in fields.items():

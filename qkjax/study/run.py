@@ -15,11 +15,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from qkjax import errors, files
+from qkjax.cli import children, places
 from qkjax.data import dataset as dataset_lib
 from qkjax.runs import directory as run_directory
 from qkjax.runs import signals
 from qkjax.runs.directory import RunDirectory
-from qkjax.study import plan_arms, states, study_files, sweep
+from qkjax.study import states, study_files, sweep
 from qkjax.study.plan import (
     CHOICE,
     DATASET,
@@ -35,7 +36,7 @@ from qkjax.study.plan import (
 from qkjax.study.states import DIVERGED, FAILED, REFUSED, RUNNING, SETTLED, SKIPPED, State
 from qkjax.study.table import View, counts
 
-HUB_IS_SILENT = "the hub does not give"  # how tools/eval_downstream.py says that there is no data
+HUB_IS_SILENT = "the hub does not give"  # how `qkjax evaluate` says that there is no data
 _POLL_SECONDS = 0.2
 _DIVERGED_EXIT = errors.NonFiniteError.exit_code
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # before any fork
@@ -239,9 +240,9 @@ class _Executor:
         with open(log, "ab") as file:
             start = file.tell()
             process = subprocess.Popen(
-                [sys.executable, *self._arguments(step, directory)],
-                cwd=plan_arms.REPOSITORY,
-                env={**os.environ, **self.places[place]},
+                children.command(*self._arguments(step, directory)),
+                cwd=places.PACKAGE.parent,  # arms name their config files from here
+                env={**children.environment(), **self.places[place]},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -253,22 +254,22 @@ class _Executor:
         self.view.event(f"{step.name}  {begins}")
 
     def _arguments(self, step: Step, result: pathlib.Path) -> list[str]:
-        """What follows `python`."""
+        """The verb of the step's command, and what follows it."""
         workdir = self.files.workdir
         if step.kind in TRAINING:
             return self.plan.arguments(step, result, self.files.learning_rate(step))
         if step.kind == REPORT:
-            return ["tools/make_report.py", f"--workdir={workdir}"]
+            return ["report", f"--workdir={workdir}"]
         run = f"--workdir={workdir / step.needs[0]}"
         if step.kind == EXPORT:
-            return ["tools/export_hf.py", run, f"--out={result}"]
+            return ["export", run, f"--out={result}"]
         if step.kind == SURGERY:
             return self._surgery_arguments(step, run, result)
         source = self.plan.study.downstream
         folder = pathlib.Path(source).expanduser().absolute()
         data = [] if source == "hub" else [f"--data_dir={folder}"]
         return [
-            "tools/eval_downstream.py",
+            "evaluate",
             run,
             "--backend=jax",
             "--tasks=hellaswag,lambada",
@@ -281,7 +282,7 @@ class _Executor:
         what = ["--layers=all", "--kinds=top", "--centring=centred", "--nofigures"]
         tokens = self.plan.study.surgery.tokens
         return [
-            "tools/rank_surgery.py",
+            "surgery",
             run,
             *what,
             f"--tokens={tokens}",

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qkjax import errors, files
+from qkjax.cli import children
 from qkjax.config import Config
 from qkjax.runs import signals
 from qkjax.runs.directory import RunDirectory
@@ -93,10 +94,10 @@ def check(
 
 def _train(arguments: Sequence[str], report: Callable[[str], None]) -> None:
     """Trains in a process of its own, which shows what it does and dies with this one."""
-    report(f"python -m qkjax.main {' '.join(arguments)}")
+    report(f"qkjax train {' '.join(arguments)}")
     sys.stdout.flush()  # the child writes to the same place
-    command = [sys.executable, "-m", "qkjax.main", *arguments]
-    with signals.StopRequest() as stop, subprocess.Popen(command) as process:
+    command, environment = children.command("train", *arguments), children.environment()
+    with signals.StopRequest() as stop, subprocess.Popen(command, env=environment) as process:
         while process.poll() is None:
             if stop.signum is not None:
                 process.terminate()

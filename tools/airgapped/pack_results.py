@@ -12,11 +12,20 @@ from absl import flags
 from qkjax import errors
 from qkjax.cli import command_line
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Study or run directory.")
-_OUT = flags.DEFINE_string("out", None, "Where the archives go; made where it is missing.")
-_CHECKPOINTS = flags.DEFINE_bool("checkpoints", False, "Pack each run's latest checkpoint too.")
-_ARCHIVES = flags.DEFINE_integer("max_archives", 8, "Refuse to write more.", lower_bound=1)
-_MEBIBYTES = flags.DEFINE_float("max_mebibytes", 16, "Of each archive.", lower_bound=0)
+FLAGS = flags.FlagValues()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Study or run directory.", flag_values=FLAGS)
+_OUT = flags.DEFINE_string(
+    "out", None, "Where the archives go; made where it is missing.", flag_values=FLAGS
+)
+_CHECKPOINTS = flags.DEFINE_bool(
+    "checkpoints", False, "Pack each run's latest checkpoint too.", flag_values=FLAGS
+)
+_ARCHIVES = flags.DEFINE_integer(
+    "max_archives", 8, "Refuse to write more.", lower_bound=1, flag_values=FLAGS
+)
+_MEBIBYTES = flags.DEFINE_float(
+    "max_mebibytes", 16, "Of each archive.", lower_bound=0, flag_values=FLAGS
+)
 
 
 def main() -> None:
@@ -37,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, FLAGS, __doc__)

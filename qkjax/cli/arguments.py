@@ -1,0 +1,70 @@
+"""The door of every command: what an argument may hold, whatever flag it belongs to."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
+
+from qkjax import errors
+
+_FLAG = re.compile(r"--?[\w.]+=")
+_KIND = re.compile(r"[a-z]+:(?=~)")  # of a source, as in jsonl:~/texts/*.jsonl
+# Control characters, halves of characters (bytes that are not UTF-8), separators of lines.
+_REFUSED = ("Cc", "Cs", "Zl", "Zp")
+_LINE_BREAKS = "\n\t\r"
+
+
+def check(argv: Sequence[str], texts: Collection[str] = ()) -> list[str]:
+    """The arguments with every leading ~ expanded, behind a flag's = as well.
+
+    A shell expands ~ at the start of a word alone: --out=~/data would make a folder called ~.
+
+    Args:
+        argv: argv[0] is left as it is.
+        texts: flags whose value is text: it may hold line breaks, and a ~ in it stays.
+    Raises:
+        UsageError: control characters, as the carriage return at the end of a line of a script
+            that was written on Windows; or bytes that are not UTF-8.
+    """
+    return [*argv[:1], *_checked(argv[1:], texts)]
+
+
+def _checked(arguments: Sequence[str], texts: Collection[str]) -> Iterator[str]:
+    flag = ""  # that the argument before named without a value
+    for argument in arguments:
+        match = _FLAG.match(argument)
+        start = match.end() if match else 0
+        name = match[0].strip("-=") if match else flag
+        value = argument[start:]
+        is_text = name in texts
+        for character in value:
+            if unicodedata.category(character) in _REFUSED and not (
+                is_text and character in _LINE_BREAKS
+            ):
+                raise errors.UsageError(_refusal(f"--{name}" if name else "argument", value))
+        flag = "" if match or not argument.startswith("-") else argument.lstrip("-")
+        yield argument if is_text else argument[:start] + _expanded(value)
+
+
+def _expanded(value: str) -> str:
+    kind = _KIND.match(value)
+    start = kind.end() if kind else 0
+    return value[:start] + os.path.expanduser(value[start:])
+
+
+def _refusal(where: str, value: str) -> str:
+    shown = visible(value)
+    if any(unicodedata.category(character) == "Cs" for character in value):
+        return f"{where}: {shown} holds bytes that are not UTF-8. Rename it, or type it in UTF-8."
+    if value.endswith("\r"):
+        return (
+            f"{where}: {shown} ends with a carriage return. Save the script that holds the "
+            "command with Unix line ends."
+        )
+    return f"{where}: {shown} holds a control character. Remove it."
+
+
+def visible(text: str) -> str:
+    """The text with everything that a terminal cannot show as an escape, such as \\r or \\xe9."""
+    decoded = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)

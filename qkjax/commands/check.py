@@ -1,0 +1,32 @@
+"""Checks a dataset: digests, records, token ids, and that nothing held out is trained on.
+
+qkjax check DIR
+qkjax check --sources DIR     # also that its text is still what it was read from
+"""
+
+from absl import flags
+
+from qkjax.cli import command_line
+
+FLAGS = flags.FlagValues()
+_SOURCES = flags.DEFINE_bool(
+    "sources",
+    False,
+    "Hash the files again that the dataset was made from.",
+    flag_values=FLAGS,
+)
+
+
+def main() -> None:
+    """Reads the command line and does the work; ends the process."""
+    command_line.run(_check, FLAGS, __doc__, positionals=["DIR"])
+
+
+def _check(directory: str) -> None:
+    from qkjax.data import check
+
+    print(check.summary(check.check(directory)))
+    if _SOURCES.value:
+        for line in check.check_sources(directory):
+            print(f"  {line}")
+        print("  sources: read again, as they were when the dataset was made")

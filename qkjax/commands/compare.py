@@ -1,0 +1,78 @@
+"""Runs side by side: qkjax compare RUN RUN ... [--measure=pr] [--vectors=key]
+
+A CSV (run, arm, seed, step, tokens, layer, head, value, difference to the first run) and a figure
+of one measure, per layer and head, after equally many training tokens; and a figure of it over
+training. The runs must share dataset, validation tokens and shapes.
+"""
+
+import pathlib
+
+from absl import flags
+
+from qkjax import files
+from qkjax.cli import command_line
+from qkjax.report import drawing, quantities, run_spectra
+
+FLAGS = flags.FlagValues()
+_MEASURE = flags.DEFINE_enum(
+    "measure",
+    "pr",
+    [*quantities.MEASURES, *quantities.SAVED],
+    "Of singular values, or an array that is saved per head.",
+    flag_values=FLAGS,
+)
+_VECTORS = flags.DEFINE_enum(
+    "vectors",
+    None,
+    quantities.VECTORS,
+    "Whose singular values; wqk is W_q^T W_k. Default: key.",
+    flag_values=FLAGS,
+)
+_STAGE = flags.DEFINE_enum(
+    "stage", None, quantities.STAGES, "Of keys and queries. Default: post_rope.", flag_values=FLAGS
+)
+_CENTRING = flags.DEFINE_enum(
+    "centring",
+    None,
+    quantities.CENTRINGS,
+    "centred: the mean vector is removed. Default: raw.",
+    flag_values=FLAGS,
+)
+_STEP = flags.DEFINE_integer(
+    "step",
+    None,
+    "Evaluation of the first RUN. Default: the last that all of them have.",
+    flag_values=FLAGS,
+)
+_OUT = flags.DEFINE_string(
+    "out", "", "Directory for both. Default: figures/ of the first RUN.", flag_values=FLAGS
+)
+_FORMAT = flags.DEFINE_list(
+    "format", "svg,png", "Of the figure: svg, png or both.", flag_values=FLAGS
+)
+
+
+def main() -> None:
+    """Reads the command line and does the work; ends the process."""
+    command_line.run(_compare, FLAGS, __doc__, positionals=["RUN..."])
+
+
+def _compare(*workdirs: str) -> None:
+    from qkjax.report import figures
+
+    formats = drawing.check_formats(_FORMAT.value)
+    quantity = quantities.quantity(_MEASURE.value, _VECTORS.value, _STAGE.value, _CENTRING.value)
+    runs = run_spectra.load_runs(workdirs)
+    compared = run_spectra.compare(runs, quantity, _STEP.value)
+    out = pathlib.Path(_OUT.value) if _OUT.value else runs[0].workdir / "figures"
+    stem = out / f"compare_{quantity.name}"
+    path = stem.with_suffix(".csv")
+    files.replace(path, run_spectra.comparison_csv(compared).encode())
+    print(path)  # before the figure, which needs matplotlib
+    drawn = {
+        stem: figures.comparison(compared, quantity),
+        stem.with_name(f"{stem.name}_trajectory"): figures.trajectories(runs, [quantity]),
+    }
+    for stem, figure in drawn.items():
+        for path in drawing.save(figure, stem, formats):
+            print(path)

@@ -1,0 +1,63 @@
+"""A run as a directory that stock Hugging Face classes load, with no custom code.
+
+  qkjax export --workdir=runs/muon_qk --out=exports/muon_qk
+  qkjax export --workdir=runs/muon_qk --out=exports/muon_qk --verify
+
+Needs no torch; --verify does (pip install -e '.[export]'): it compares logits and losses of the
+directory with the run's, writes the verdict into the model card, exits with 2 where they differ.
+"""
+
+import functools
+import pathlib
+
+from absl import flags
+
+from qkjax import errors
+from qkjax.cli import command_line
+
+FLAGS = flags.FlagValues()
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run directory, of a finished run.", flag_values=FLAGS
+)
+_STEP = flags.DEFINE_integer(
+    "step", None, "Checkpoint; the latest unless given.", flag_values=FLAGS
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "The directory to make; it must not exist.", flag_values=FLAGS
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Of the stored tensors.", flag_values=FLAGS
+)
+_VERIFY = flags.DEFINE_bool(
+    "verify", False, "Compare the directory with the run.", flag_values=FLAGS
+)
+_VERIFY_SEQUENCES = flags.DEFINE_integer(
+    "verify_sequences", 8, "Validation sequences to compare on.", lower_bound=1, flag_values=FLAGS
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "The run's dataset, where it has moved.", flag_values=FLAGS
+)
+
+
+def main() -> None:
+    """Reads the command line and does the work; ends the process."""
+    command_line.run(_export, FLAGS, __doc__)
+
+
+def _export() -> None:
+    if not _WORKDIR.value:
+        raise errors.UsageError("--workdir: missing. Name the run directory, --workdir=runs/NAME.")
+    if not _OUT.value:
+        raise errors.UsageError("--out: missing. Name a new directory, --out=exports/NAME.")
+
+    from qkjax.export import directory  # jax and all
+
+    request = directory.Request(
+        workdir=pathlib.Path(_WORKDIR.value).absolute(),
+        out=pathlib.Path(_OUT.value).absolute(),
+        step=_STEP.value,
+        dtype=_DTYPE.value,
+        data_dir=_DATA_DIR.value,
+        verify_sequences=_VERIFY_SEQUENCES.value if _VERIFY.value else 0,
+    )
+    directory.export(request, report=functools.partial(print, flush=True))

@@ -1,0 +1,5 @@
+"""Trains one arm; the same as `python -m qkjax.main`."""
+
+from qkjax.main import main
+
+__all__ = ["main"]

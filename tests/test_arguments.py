@@ -1,0 +1,60 @@
+"""arguments: what every command refuses at the door, and ~ where no shell expands it."""
+
+import pathlib
+
+import pytest
+
+from qkjax import errors
+from qkjax.cli import arguments
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> pathlib.Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--out=~/data"], ["--out={home}/data"]),
+        (["--out", "~/data"], ["--out", "{home}/data"]),
+        (["~"], ["{home}"]),
+        (["--config=~/mine.py:tiny"], ["--config={home}/mine.py:tiny"]),
+        (["-config.data.dir=~/d"], ["-config.data.dir={home}/d"]),
+        (["--source=jsonl:~/a/*.jsonl:text"], ["--source=jsonl:{home}/a/*.jsonl:text"]),
+        (["--prompt=~/ is home"], ["--prompt=~/ is home"]),
+        (["--prompt", "~/ is home"], ["--prompt", "~/ is home"]),
+        (["--prompt=one\n\ttwo"], ["--prompt=one\n\ttwo"]),
+        (["--out=a~b", "--only=runs/*"], ["--out=a~b", "--only=runs/*"]),
+        (
+            ["--source=text:ü/日本語/a\N{NO-BREAK SPACE}b"],
+            ["--source=text:ü/日本語/a\N{NO-BREAK SPACE}b"],
+        ),
+    ],
+)
+def test_a_tilde_is_the_home_folder_wherever_a_value_begins(given, expected, home):
+    found = arguments.check(["~/qkjax", *given], texts=["prompt"])
+    assert found == ["~/qkjax", *(text.replace("{home}", str(home)) for text in expected)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--out=data\r"], r"--out: data\r ends with a carriage return. Save the script"),
+        (["--out", "data\r"], r"--out: data\r ends with a carriage return."),
+        (["a\r"], r"argument: a\r ends with a carriage return."),
+        (["--workdir=a\x1b[2Jb"], r"--workdir: a\x1b[2Jb holds a control character. Remove it."),
+        (["--workdir=a\nb"], r"--workdir: a\nb holds a control character."),
+        (["--out=a\N{LINE SEPARATOR}"], r"--out: a\u2028 holds a control character."),
+        (["--source=text:caf\udce9"], r"--source: text:caf\xe9 holds bytes that are not UTF-8."),
+        (["--prompt=caf\udce9"], r"--prompt: caf\xe9 holds bytes that are not UTF-8."),
+        (["--prompt=\x07"], r"--prompt: \x07 holds a control character."),
+        (["--config.data.dir=x\r"], r"--config.data.dir: x\r ends with"),
+    ],
+)
+def test_what_no_path_should_hold_is_refused_in_one_printable_line(given, message):
+    with pytest.raises(errors.UsageError) as caught:
+        arguments.check(["qkjax", *given], texts=["prompt"])
+    assert str(caught.value).startswith(message)
+    assert str(caught.value).isprintable()
