@@ -26,10 +26,18 @@ if [ ! -x .venv/bin/python ]; then
   fi
 fi
 
-# Installs again only when what is to be installed has changed.
-_wanted="$(cat setup.py constraints.txt | sha256sum | cut -d' ' -f1) $_extras"
-if ! grep -qxF -- "$_wanted" .venv/installed 2>/dev/null; then
+# Installs again only when what is to be installed has changed, or this environment was made for
+# another place: a copied checkout would run the original's code.
+_digest='
+import hashlib, pathlib, sys
+root, *files = sys.argv[1:]
+contents = b"".join(pathlib.Path(file).read_bytes() for file in files)
+print(hashlib.sha256(root.encode() + contents).hexdigest())'
+_wanted="$(.venv/bin/python -c "$_digest" "$_root" setup.py pyproject.toml constraints.txt)"
+if ! grep -qxF -- "$_wanted $_extras" .venv/installed 2>/dev/null; then
   echo "installing qkjax$_extras with the versions of constraints.txt"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$_extras"
-  echo "$_wanted" >> .venv/installed
+  grep "^$_wanted " .venv/installed >.venv/installed.new 2>/dev/null || true
+  echo "$_wanted $_extras" >>.venv/installed.new
+  mv .venv/installed.new .venv/installed
 fi
