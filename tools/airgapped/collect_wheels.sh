@@ -4,7 +4,7 @@
 # Run where PyPI is in reach, for the Python of the other machine; x86-64 Linux, 5 MB in all.
 # NAME==VERSION behind these two adds further packages.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 if [ $# -lt 1 ]; then
   echo "ERROR: DIR: missing. Name the folder for the wheels: bash tools/airgapped/collect_wheels.sh DIR" >&2
