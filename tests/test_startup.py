@@ -9,9 +9,10 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 from qkjax import commands
-from qkjax.cli import startup
+from qkjax.cli import command_line, startup
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # The tests' own process has them already.
@@ -85,6 +86,16 @@ def bare(monkeypatch):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch
+
+
+def test_every_command_prepares_its_process(bare):
+    """As `python -m qkjax.main` does, which no verb leads to."""
+    bare.setattr(sys, "argv", ["command"])
+    bare.setattr(startup, "keep_freed_memory", lambda: None)  # this process is pytest's
+    seen = []
+    with pytest.raises(SystemExit):
+        command_line.run(lambda: seen.append(os.environ.copy()), flags.FlagValues(), "")
+    assert seen[0]["OPENBLAS_NUM_THREADS"] == "1"
 
 
 @has_ynn
