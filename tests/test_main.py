@@ -14,6 +14,7 @@ import small_run
 
 from qkjax import train
 
+pytestmark = pytest.mark.process
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
