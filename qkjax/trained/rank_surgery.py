@@ -144,7 +144,7 @@ class _Part:
             UsageError: what lies there has other settings, or is damaged.
         """
         self._csv = csv_path
-        self._identity = json.loads(json.dumps(identity))  # tuples as a file gives them back
+        self._identity = files.plain(identity)  # tuples as a file gives them back
         self.path = csv_path.with_suffix(".part.json")
         self.rows: list[Row] = []
         fix = "Move it away; its rows are measured again."
