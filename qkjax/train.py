@@ -61,6 +61,28 @@ def train_and_evaluate(
             raise resources.explain(error, config, run.transformation) from error
 
 
+class Programs(NamedTuple):
+    """What a run computes with; made from the config alone, compiled at first use."""
+
+    transformation: optax.GradientTransformation
+    train_step: jax.stages.Wrapped
+    evaluate: evaluation.Evaluator
+
+
+def make_programs(config: Config, mesh: jax.sharding.Mesh) -> Programs:
+    """The optimiser, the jitted update and the evaluation of a config on these devices.
+
+    Raises:
+        UsageError: the batch does not divide over the devices, or a parameter has no rule.
+    """
+    transformation = optimizer.make_optimizer(config, model.parameter_shapes(config.model))
+    return Programs(
+        transformation,
+        train_step.make_train_step(config, transformation, mesh),
+        evaluation.Evaluator(config, mesh),
+    )
+
+
 def initialisation_key(seed: int) -> jax.Array:
     """The key of a seed's initial parameters; data order has its own, derived by another name."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"initialisation"))
@@ -122,11 +144,7 @@ class _Run:
         self.dataset = dataset
         self.stop = stop
         self.mesh = sharding.make_mesh()
-        self.transformation: optax.GradientTransformation = optimizer.make_optimizer(
-            config, model.parameter_shapes(config.model)
-        )
-        self.train_step = train_step.make_train_step(config, self.transformation, self.mesh)
-        self.evaluate = evaluation.Evaluator(config, self.mesh)
+        self.transformation, self.train_step, self.evaluate = make_programs(config, self.mesh)
         self.rate = optimizer.learning_rate(config.schedule, config.optimizer.learning_rate)
         self.num_parameters = model.count_parameters(config.model)
         self.progress = progress.Progress(

@@ -1,10 +1,12 @@
 """Fixtures that several test files share."""
 
+import functools
 import os
 import pathlib
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -45,3 +47,21 @@ def on_devices() -> Callable[[str, int], str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _programs() -> Callable[..., Any]:
+    from qkjax import train
+
+    return functools.cache(train.make_programs)
+
+
+@pytest.fixture
+def programs_built_once(_programs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of one config share their programs, as the processes of one run share a cache.
+
+    Not for tests that change what is traced: they would get the programs of another test.
+    """
+    from qkjax import train
+
+    monkeypatch.setattr(train, "make_programs", _programs)

@@ -46,6 +46,7 @@ def check(workdir: pathlib.Path, data: pathlib.Path) -> subprocess.CompletedProc
     return subprocess.run(command(workdir, data), cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_a_repeated_and_a_resumed_run_are_equal_and_a_changed_one_is_found(tmp_path):
     data = small_run.make_dataset(tmp_path / "data")
     workdir = tmp_path / "check"

@@ -127,6 +127,7 @@ def pilot(folder: pathlib.Path, tokens: int, *arguments: str) -> subprocess.Comp
     )
 
 
+@pytest.mark.long
 def test_a_part_of_the_pilot_runs_and_comes_home(data, tmp_path):
     make_wheel(tmp_path / "wheels", "carried_along")
     tokens = 5 * small_run.TOKENS_PER_STEP
@@ -146,6 +147,7 @@ def test_a_part_of_the_pilot_runs_and_comes_home(data, tmp_path):
     assert {path.name for path in checkpoints.rglob("*") if path.is_file()} == {"metadata"}
 
 
+@pytest.mark.long
 def test_the_time_limit_is_kept_and_leaves_what_is_there(data, tmp_path):
     done = pilot(tmp_path, 10**9, f"--data={data}", "--minutes=1")
     assert done.returncode == 143, done.stdout + done.stderr
@@ -207,6 +209,7 @@ def benchmark(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.long
 def test_the_check_of_determinism_comes_home_and_a_failed_part_stops_no_other(data, tmp_path):
     done = benchmark(tmp_path, f"--data={data}", "--subjects=nonsense")
     assert done.returncode == 1

@@ -76,6 +76,7 @@ def wait_for_rows(process: subprocess.Popen, workdir: pathlib.Path, count: int) 
         time.sleep(0.005)
 
 
+@pytest.mark.long
 def test_kill_9_at_random_moments_ends_in_the_same_bits(dataset, unbroken, tmp_path):
     chance = random.Random(11)
     workdir = tmp_path / "run"

@@ -109,6 +109,7 @@ def test_a_study_of_real_runs(unbroken):
     assert (config["seed"], config["train"]["num_steps"], config["model"]["d_ff"]) == (3, STEPS, 48)
 
 
+@pytest.mark.long
 def test_kill_9_of_the_process_group_and_signals_end_in_the_same_study(dataset, unbroken, tmp_path):
     chance = random.Random(5)
     workdir = tmp_path / "study"

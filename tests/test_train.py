@@ -123,6 +123,7 @@ def test_a_finished_run_is_left_as_it_is(finished, capsys):
 
 
 @pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.usefixtures("programs_built_once")
 def test_any_number_of_stops_ends_in_the_same_bits(datasets, arm, tmp_path, monkeypatch):
     config = arm_config(datasets, arm)
     last = config.train.num_steps
@@ -147,6 +148,7 @@ def assert_same_run(unbroken: pathlib.Path, broken: pathlib.Path, last: int) -> 
         assert path.read_bytes() == (broken / path.relative_to(unbroken)).read_bytes()
 
 
+@pytest.mark.usefixtures("programs_built_once")
 def test_a_stop_during_an_evaluation_is_made_up_for(datasets, finished, tmp_path, monkeypatch):
     config, unbroken, _ = finished
     original, passes = evaluation.Evaluator.__call__, []
@@ -167,6 +169,7 @@ def test_a_stop_during_an_evaluation_is_made_up_for(datasets, finished, tmp_path
     assert_same_run(unbroken, tmp_path / "run", small_run.STEPS)
 
 
+@pytest.mark.usefixtures("programs_built_once")
 def test_a_crash_goes_on_from_the_checkpoint_before(datasets, finished, tmp_path, monkeypatch):
     config, unbroken, _ = finished
     original = pipeline.TrainLoader.__next__
@@ -185,6 +188,7 @@ def test_a_crash_goes_on_from_the_checkpoint_before(datasets, finished, tmp_path
     assert_same_run(unbroken, tmp_path / "run", small_run.STEPS)
 
 
+@pytest.mark.usefixtures("programs_built_once")
 def test_a_damaged_checkpoint_is_refused_and_an_earlier_one_goes_on(finished, tmp_path):
     config, unbroken, _ = finished
     workdir = tmp_path / "run"
@@ -313,6 +317,7 @@ def test_a_spike_is_said_and_training_goes_on(datasets, tmp_path, monkeypatch, c
     assert_same_run(tmp_path / "run", tmp_path / "stopped", 60)
 
 
+@pytest.mark.usefixtures("programs_built_once")
 def test_lost_rows_do_not_put_an_evaluation_into_another_step(finished, tmp_path):
     config, unbroken, _ = finished
     workdir = shutil.copytree(unbroken, tmp_path / "run")
@@ -327,6 +332,7 @@ def test_lost_rows_do_not_put_an_evaluation_into_another_step(finished, tmp_path
     assert last["val/loss"] == whole[20]["val/loss"] == found["val/loss"]
 
 
+@pytest.mark.usefixtures("programs_built_once")
 def test_arrays_of_the_steps_that_are_done_again_are_gone(datasets, finished, tmp_path):
     _, unbroken, _ = finished
     workdir = shutil.copytree(unbroken, tmp_path / "run")
@@ -341,6 +347,7 @@ def test_arrays_of_the_steps_that_are_done_again_are_gone(datasets, finished, tm
         assert steps == [f"step_{step:08d}.npz" for step in (0, 5, 20)]
 
 
+@pytest.mark.usefixtures("programs_built_once")
 def test_tensorboard_reads_every_scalar_of_a_stopped_run(datasets, tmp_path, monkeypatch):
     config = arm_config(datasets, "muon_noqk_accumulated")
     workdir = tmp_path / "run"
@@ -365,6 +372,7 @@ def test_tensorboard_reads_every_scalar_of_a_stopped_run(datasets, tmp_path, mon
         assert found[key] == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.usefixtures("programs_built_once")
 def test_a_longer_budget_may_be_allowed(datasets, finished, tmp_path):
     _, unbroken, _ = finished
     shutil.copytree(unbroken, tmp_path / "run")
@@ -426,6 +434,7 @@ def test_a_change_that_cannot_be_used_leaves_the_record_as_it_was(
     assert train.train_and_evaluate(config, workdir)["step"] == small_run.STEPS
 
 
+@pytest.mark.usefixtures("programs_built_once")
 def test_a_finished_run_goes_back_where_it_is_told_to(finished, tmp_path, capsys):
     config, unbroken, summary = finished
     workdir = shutil.copytree(unbroken, tmp_path / "run")
@@ -456,6 +465,7 @@ def test_seeds_differ_in_initial_values_and_in_data_order(datasets, finished, tm
     assert ours[1]["train/loss"] != theirs[1]["train/loss"]
 
 
+@pytest.mark.usefixtures("programs_built_once")
 def test_a_killed_final_pass_is_made_up_for_alone(datasets, finished, tmp_path, monkeypatch):
     config, unbroken, expected = finished
     original, calls = evaluation.Evaluator.__call__, []

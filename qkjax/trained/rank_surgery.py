@@ -8,7 +8,6 @@ the measure. Nothing is trained.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping
