@@ -142,10 +142,12 @@ def write_downstream(
     items: int = 1_000,
     sample: bool = False,
     random_seed: int = 0,
+    spread: float = 0.004,
 ) -> None:
     """downstream/ of the runs that are there: by arm the share of items answered right.
 
-    An item is as hard for every run; `right` is the mean of both tasks' accuracies. The byte-exact
+    An item is as hard for every run; `right` is the mean of both tasks' accuracies, from which
+    runs stray with the standard deviation `spread`. The byte-exact
     subset is the first half of the items.
     """
     random = np.random.default_rng(random_seed)
@@ -153,7 +155,8 @@ def write_downstream(
     for arm, share in right.items():
         for seed in seeds:
             noise = 0.5 * random.standard_normal((2, items))
-            skill = np.quantile(hard + noise[0], share)
+            own = share + spread * random.standard_normal()
+            skill = np.quantile(hard + noise[0], own)
             lines = []
             for index in range(items):
                 hella, word = hard[index] + noise[:, index] < skill

@@ -198,7 +198,7 @@ def decided(clause: Clause, found: statistics.Contrast, limit: float) -> Clause:
         paired=paired,
         p=float(judged.p),
         seeds_needed=needed,
-        notes=("the seeds disagree in sign",) if disagree else (),
+        notes=(*clause.notes, *(["the seeds disagree in sign"] if disagree else [])),
     )
 
 
