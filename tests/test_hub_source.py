@@ -88,7 +88,16 @@ def test_a_wrong_part_of_the_name_is_said(dataset, rest, problem):
 def test_a_truncated_file_is_said(dataset):
     path = dataset / "main" / "train-00001-of-00002.parquet"
     path.write_bytes(path.read_bytes()[:2000])
-    assert re.search(r"stopped after row \d+ .*bring it again", _refusal(f"hf:{dataset}:main"))
+    assert re.search(r"stopped after row \d+ .*download them again", _refusal(f"hf:{dataset}:main"))
+
+
+def test_jsonl_of_different_columns_is_sent_to_the_reader_of_lines(tmp_path):
+    for name, other in (("a", '"n": 1'), ("b", '"m": {"k": 2}')):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}", {other}}}\n')
+    message = _refusal(f"hf:{tmp_path}")
+    assert "column names don't match" in message and "damaged" not in message
+    source = message.split("--source='")[1].split("'")[0]
+    assert [d.text for d in sources.open_source(source).documents()] == ["a", "b"]
 
 
 def _no_network(*arguments, **options):

@@ -388,7 +388,7 @@ def _broken(kind, folder, corpus):
             return f"jsonl:{path}", f"{path}:201: not valid JSON"
         case "jsonl.gz":
             path.write_bytes(b"".join(lines))
-            return f"jsonl:{path}", f"{path}: truncated or damaged after line 0"
+            return f"jsonl:{path}", f"{path}: cannot be unpacked as .gz after line 0"
         case "parquet":
             pa.parquet.write_table(table, path)
             path.write_bytes(path.read_bytes()[:-100])

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import pathlib
 import subprocess
 import sys
@@ -132,10 +133,65 @@ def test_a_damaged_archive_is_named_with_the_last_good_line(tmp_path, suffix):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     message = _refusal(f"jsonl:{path}")
-    number = int(message.split("damaged after line ")[1].split()[0])
+    number = int(message.split(": truncated after line ")[1].split()[0])
     assert message.startswith(f"{path}: ") and 0 < number < 2000
     path.write_bytes(b"no archive at all")
-    assert "damaged after line 0" in _refusal(f"jsonl:{path}")
+    assert f"{path}: cannot be unpacked as {suffix} after line 0" in _refusal(f"jsonl:{path}")
+
+
+@pytest.mark.parametrize("suffix", [".GZ", ".lzma", ".zstd", ".XZ", ".Zst"])
+def test_suffixes_of_archives_by_their_other_names(tmp_path, suffix):
+    data = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
+    pack = {
+        ".gz": gzip.compress,
+        ".xz": lzma.compress,
+        ".lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    }
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(pack.get(suffix.lower(), zstandard.ZstdCompressor().compress)(data))
+    assert _texts(f"jsonl:{path}") == TEXTS
+
+
+def test_zstd_that_reaches_far_back_is_read(tmp_path):
+    """As `zstd --long=31` makes it; the library refuses more than 128 MB unless it is told."""
+    path = tmp_path / "a.jsonl.zst"
+    parameters = zstandard.ZstdCompressionParameters(window_log=31)
+    with path.open("wb") as file:
+        packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        file.write(packer.compress(b'{"text": "far"}\n') + packer.flush())
+    assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << 31
+    assert _texts(f"jsonl:{path}") == ["far"]
+
+
+@pytest.mark.parametrize("name", ["a[1]", "b:c", "d*e", "f?", "g: [2] {h}"])
+def test_a_name_that_looks_like_a_pattern_is_itself_first(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    path = _write_lines(folder / f"{name}.jsonl", [b'{"text": "x", "body": "y"}'])
+    assert _texts(f"jsonl:{path}") == ["x"]
+    assert _texts(f"jsonl:{path}:body") == ["y"]
+    assert _texts(f"jsonl:{folder}/*.jsonl") == ["x"]
+    assert _texts(f"jsonl:{tmp_path}/**/*.jsonl:body") == ["y"]
+    (folder / f"{name}.txt").write_text("z")
+    assert _texts(f"text:{folder / name}.txt") == ["z"]
+
+
+def test_a_file_of_several_names_is_read_once(tmp_path):
+    first = tmp_path / "v1"
+    first.mkdir()
+    _write_lines(first / "a.jsonl", [b'{"text": "x"}'])
+    (tmp_path / "latest").symlink_to(first)
+    os.link(first / "a.jsonl", first / "b.jsonl")
+    assert _texts(f"jsonl:{tmp_path}/**/*.jsonl") == ["x"]
+
+
+def test_a_file_whose_name_is_no_utf8_is_refused_before_it_is_read(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"text": "x"}\n')
+    message = _refusal(f"jsonl:{tmp_path}/*.jsonl")
+    assert message.startswith(f"{tmp_path}/caf\\xe9.jsonl: the name is not valid UTF-8")
+    message.encode()
 
 
 def _write_parquet(path, **columns):
@@ -150,6 +206,23 @@ def test_parquet_rows_in_order_with_null_as_empty(tmp_path):
     assert documents[3].position == f"{path} row 4"
     body = _write_parquet(tmp_path / "b.parquet", body=pa.array(["x"]).dictionary_encode())
     assert _texts(f"parquet:{body}:body") == ["x"]
+    views = _write_parquet(tmp_path / "c.parquet", text=pa.array(["x", None], pa.string_view()))
+    assert _texts(f"parquet:{views}") == ["x", ""]
+    nulls = _write_parquet(tmp_path / "d.parquet", text=pa.nulls(3))
+    assert _texts(f"parquet:{nulls}") == ["", "", ""]
+
+
+def test_a_parquet_column_is_the_one_of_that_very_name(tmp_path):
+    path = tmp_path / "a.parquet"
+    struct = pa.array([{"b": "child"}])
+    table = pa.Table.from_arrays([struct, pa.array(["column"])], names=["a", "a.b"])
+    pa.parquet.write_table(table, path)
+    assert _texts(f"parquet:{path}:a.b") == ["column"]
+    assert "column 'a' holds struct<b: string>, expected text" in _refusal(f"parquet:{path}:a")
+    twice = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    pa.parquet.write_table(twice, path)
+    message = _refusal(f"parquet:{path}")
+    assert message.startswith(f"{path}: 2 columns are called 'text', expected one.")
 
 
 def test_parquet_column_is_checked(tmp_path):
@@ -207,7 +280,7 @@ def test_a_text_file_that_is_no_utf8_is_named(tmp_path, content, problem):
         ("jsonl:", "unknown source"),
         ("docstrings:numpy", "docstrings takes no argument"),
         ("text:{tmp}/nothing*", "no file matches"),
-        ("jsonl:{tmp}/a.jsonl.bz2", "a.jsonl.bz2: .bz2 is not read, only plain, .gz, .xz and"),
+        ("jsonl:{tmp}/a.jsonl.bz2", "a.jsonl.bz2: .bz2 is not read, only plain, .gz, .xz,"),
     ],
 )
 def test_an_unknown_source_is_refused(tmp_path, spec, problem):

@@ -106,7 +106,14 @@ class HubDataset(documents.Source):
             return errors.StorageError(
                 f"{text}. When the network is back, the same command goes on where it stopped."
             )
-        return errors.UsageError(f"{text}. The file is truncated or damaged: bring it again.")
+        packed = self.files[0].name.partition(".")[2]
+        if packed.startswith("json"):  # each line of `jsonl:` stands for itself
+            pattern = self.files[0].parent / f"*.{packed}"
+            return errors.UsageError(
+                f"{text}. Where columns of its files differ, read them with "
+                f"--source='jsonl:{pattern}:{self._column}'; otherwise check them."
+            )
+        return errors.UsageError(f"{text}. Check its files, or download them again.")
 
 
 def fetch_tokenizer(spec: str, name: str) -> tuple[bytes, str]:
@@ -167,6 +174,8 @@ def _download_tokenizer(spec: str, name: str) -> pathlib.Path:
 
 def _parts(name: str, rest: str) -> tuple[str, str, str, str]:
     """Dataset, configuration, split and column; ':' separates where no '/' follows."""
+    if pathlib.Path(rest).is_dir():
+        return rest, "", "train", "text"
     pieces = rest.split(":")
     last = max((i for i, piece in enumerate(pieces) if "/" in piece), default=0)
     dataset = ":".join(pieces[: last + 1])

@@ -11,12 +11,14 @@ import hashlib
 import itertools
 import json
 import lzma
+import os
 import pathlib
 import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
 from qkjax import errors
+from qkjax import files as files_lib
 from qkjax.data import docstrings, hub, tfds_text
 from qkjax.data.documents import Document, FileSource, Source
 
@@ -28,12 +30,17 @@ KINDS = (
     "text:GLOB",
     "tfds:NAME[:SPLIT][:FEATURE]",
 )
+_PACKED = (".gz", ".xz", ".lzma", ".zst", ".zstd")
 _REFUSED_SUFFIXES = {".bz2", ".zip", ".7z", ".tar", ".lz4"}
 _PARQUET_BATCH_ROWS = 256
 _COUNT_LINES = 64
 _ZSTD_BYTES = 1 << 16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BAD_LINE_REMEDY = "Mend it, or skip bad lines with --max_bad_lines=N"
+
+
+class _ZstdProblem(Exception):
+    """What the library, which is imported where it is needed, cannot unpack."""
 
 
 def open_source(spec: str, *, max_bad_lines: int = 0) -> Source:
@@ -60,7 +67,7 @@ def open_source(spec: str, *, max_bad_lines: int = 0) -> Source:
         raise errors.UsageError(f"--source={spec}: unknown source. Known are: {', '.join(KINDS)}.")
     if kind == "text":
         return _Text(spec, _files(spec, rest))
-    pattern, column = _split_column(rest)
+    pattern, column = (rest, "text") if pathlib.Path(rest).is_file() else _split_column(rest)
     files = _files(spec, pattern)
     if kind == "parquet":
         return _Parquet(spec, files, column)
@@ -75,19 +82,46 @@ def _split_column(rest: str) -> tuple[str, str]:
 
 
 def _files(spec: str, pattern: str) -> list[pathlib.Path]:
-    # Sorted as strings: the order of documents must not depend on the file system.
-    found = [pathlib.Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    files = [path for path in found if path.is_file()]
+    # Sorted as strings: the order of documents must not depend on the file system. A file that is
+    # reached by several names (links) is read once, by the first of them.
+    found = [pathlib.Path(name) for name in sorted(_matches(pattern))]
+    by_inode: dict[tuple[int, int], pathlib.Path] = {}
+    for path in found:
+        if path.is_file():
+            status = path.stat()
+            by_inode.setdefault((status.st_dev, status.st_ino), path)
+    files = list(by_inode.values())
     if not files:
         raise errors.UsageError(
             f"--source={spec}: no file matches {pattern!r}. Check the path; quote globs."
         )
     for path in files:
-        if path.suffix in _REFUSED_SUFFIXES:
+        if path.suffix.lower() in _REFUSED_SUFFIXES:
             raise errors.UsageError(
-                f"{path}: {path.suffix} is not read, only plain, .gz, .xz and .zst. Unpack it."
+                f"{path}: {path.suffix} is not read, only plain, {', '.join(_PACKED)}. Unpack it."
+            )
+        if not str(path).isascii() and _shown(path) != str(path):
+            raise errors.UsageError(
+                f"{_shown(path)}: the name is not valid UTF-8, and dataset.json has to hold it. "
+                "Rename the file."
             )
     return files
+
+
+def _matches(pattern: str) -> list[str]:
+    """Files that `pattern` matches; what exists under that very name is no pattern."""
+    path = pathlib.Path(pattern)
+    if path.exists():
+        return [pattern]
+    parts = path.parts
+    literal = max(k for k in range(len(parts)) if pathlib.Path(*parts[:k]).is_dir())
+    folder = glob.escape(str(pathlib.Path(*parts[:literal]))) if literal else ""
+    return glob.glob(os.path.join(folder, *parts[literal:]), recursive=True)
+
+
+def _shown(path: pathlib.Path) -> str:
+    """The path as text that any terminal and file can hold."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 class _Docstrings(Source):
@@ -135,10 +169,17 @@ class _LineSource(FileSource):
                     if number % _COUNT_LINES == 0:
                         self._count(path, raw.tell())
                     yield line
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        except EOFError as error:
             raise errors.UsageError(
-                f"{path}: truncated or damaged after line {number} ({error}). Bring the file again."
+                f"{path}: truncated after line {number} ({error}). Download it again."
             ) from None
+        except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, _ZstdProblem) as error:
+            raise errors.UsageError(
+                f"{path}: cannot be unpacked as {path.suffix} after line {number} ({error}). "
+                "Check how it was packed, or download it again."
+            ) from None
+        except OSError as error:
+            raise files_lib.storage_error(path, error) from error
 
 
 class _Text(_LineSource):
@@ -254,7 +295,8 @@ class _Parquet(FileSource):
             )
             for batch in batches if first < len(ends) else ():
                 self._count(path, path.stat().st_size * self._row // max(ends[-1], 1))
-                for value in batch.column(0):
+                # pyarrow takes "a.b" for the child b of a struct a as well.
+                for value in batch.column(self._column):
                     self._row += 1
                     if self._row > start:
                         yield Document(value.as_py() or "", f"{path} row {self._row}")
@@ -270,7 +312,7 @@ class _Parquet(FileSource):
             reason = " ".join(str(error).split())
             raise errors.UsageError(
                 f"{path}: no readable parquet, stopped after row {self._row} ({reason}). "
-                "The file is truncated or damaged: bring it again."
+                "Check that it is parquet, or download it again."
             ) from None
 
     def _check_column(self, path: pathlib.Path, schema: Any) -> None:
@@ -281,10 +323,17 @@ class _Parquet(FileSource):
                 f"{path}: no column {self._column!r}, found {', '.join(schema.names)}. "
                 f"Name it: parquet:{path}:COLUMN."
             )
+        count = schema.names.count(self._column)
+        if count > 1:
+            raise errors.UsageError(
+                f"{path}: {count} columns are called {self._column!r}, expected one. "
+                "Rename the others."
+            )
         kind = schema.field(self._column).type
         types = pa.types
         value = kind.value_type if types.is_dictionary(kind) else kind
-        if not (types.is_string(value) or types.is_large_string(value)):
+        is_text = types.is_string(value) or types.is_large_string(value)
+        if not (is_text or types.is_string_view(value) or types.is_null(value)):
             raise errors.UsageError(
                 f"{path}: column {self._column!r} holds {kind}, expected text. Name another column."
             )
@@ -293,11 +342,12 @@ class _Parquet(FileSource):
 @contextlib.contextmanager
 def _unpacked(path: pathlib.Path, raw: IO[bytes]) -> Iterator[Any]:
     """`raw` decompressed as the suffix of `path` says."""
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         yield gzip.open(raw, "rb")
-    elif path.suffix == ".xz":
+    elif suffix in (".xz", ".lzma"):
         yield lzma.open(raw, "rb")
-    elif path.suffix == ".zst":
+    elif suffix in (".zst", ".zstd"):
         yield _zstd_lines(path, raw)
     else:
         yield raw
@@ -316,7 +366,9 @@ def _zstd_lines(path: pathlib.Path, raw: IO[bytes]) -> Iterator[bytes]:
     try:
         while block := raw.read(_ZSTD_BYTES):
             while block:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                if frame is None:  # as far back as `zstd --long=31` may reach
+                    unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+                    frame = unpacker.decompressobj()
                 begun = True
                 *lines, rest = (rest + frame.decompress(block)).split(b"\n")
                 for line in lines:
@@ -324,7 +376,7 @@ def _zstd_lines(path: pathlib.Path, raw: IO[bytes]) -> Iterator[bytes]:
                 block = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
-        raise EOFError(error) from None
+        raise _ZstdProblem(error) from None
     if frame is not None or not begun:
         raise EOFError("the last frame is not complete")
     if rest:

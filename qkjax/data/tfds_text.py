@@ -120,6 +120,8 @@ def _builder(name: str, dataset: str) -> Any:
 
 
 def _parts(name: str, rest: str) -> tuple[str, str, str]:
+    if pathlib.Path(rest).is_dir():
+        return rest, "train", "text"
     pieces = _SEPARATOR.split(rest)
     last = max((i for i, piece in enumerate(pieces) if "/" in piece), default=0)
     if len(pieces) > last + 1 and _VERSION.fullmatch(pieces[last + 1]):
