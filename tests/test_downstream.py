@@ -526,6 +526,39 @@ def test_rows_of_another_shape_are_refused(place, tmp_path, row, text):
     refused(place, tmp_path, f"hellaswag_val.reconstructed.jsonl: {text}", **options)
 
 
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("the last word", True),
+        ("lines\n of one\ttext", True),
+        ("a word and ", False),
+        (" a word", False),
+        ("a word\n", False),
+        ("one\nword", False),
+    ],
+)
+def test_the_last_word_that_is_checked_is_the_one_that_is_scored(tmp_path, text, fits):
+    (tmp_path / "lambada").mkdir()
+    write_rows(tmp_path / "lambada" / "lambada_test.jsonl", [{"text": text}])
+    lambada = benchmarks.BENCHMARKS["lambada"]
+    if fits:
+        assert benchmarks.read(lambada, tmp_path).rows == {"test": [{"text": text}]}
+        assert text.split(" ")[-1].strip()  # the target in lm-eval's words
+        return
+    with pytest.raises(errors.UsageError, match=r"lambada_test\.jsonl: line 1: text is .* around"):
+        benchmarks.read(lambada, tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["", " \n", "[header]", " [title] ", "[a] [b]"])
+def test_an_ending_without_words_to_score_is_refused(tmp_path, ending):
+    folder = tmp_path / "hellaswag"
+    folder.mkdir()
+    write_rows(folder / "hellaswag_val.jsonl", [ROW, {**ROW, "endings": ["c", "c", ending, "c"]}])
+    write_rows(folder / "hellaswag_train.jsonl", [ROW] * 10)
+    with pytest.raises(errors.UsageError, match=r"val\.jsonl: line 2: endings: .* has no words"):
+        benchmarks.read(benchmarks.BENCHMARKS["hellaswag"], tmp_path)
+
+
 def test_files_that_do_not_fit_are_refused(place, tmp_path):
     tasks = shutil.copytree(place / "tasks", tmp_path / "tasks")
     folder = tasks / "hellaswag"

@@ -10,6 +10,7 @@ import fnmatch
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from qkjax import errors, files
 
 _FEWSHOT_SEED = 1234  # lm-eval's default
 _ORIGIN_FILE, _EXACT_FIELD = "hellaswag_val.origin.json", "exact_vs_lm_eval"
+_BRACKETS = re.compile(r"\[.*?\]")
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -43,6 +45,10 @@ def _hellaswag_row(row: Mapping[str, Any]) -> dict[str, Any]:
     endings, label = row.get("endings"), row.get("label")
     if not (isinstance(endings, list) and [type(ending) for ending in endings] == [str] * 4):
         raise ValueError(f"endings is {_short(endings)}, expected a list of 4 texts")
+    for ending in endings:
+        # As lm-eval edits them: what is in brackets goes, but for a title inside a text.
+        if not _BRACKETS.sub("", ending.strip().replace(" [title]", ". ")).strip():
+            raise ValueError(f"endings: {_short(ending)} has no words to score")
     if str(label) not in ("0", "1", "2", "3"):
         raise ValueError(f"label is {_short(label)}, expected 0 to 3")
     return {**texts, "endings": endings, "label": str(label)}
@@ -50,8 +56,12 @@ def _hellaswag_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _lambada_row(row: Mapping[str, Any]) -> dict[str, Any]:
     texts = _texts(row, "text")
-    if " " not in texts["text"].strip():
-        raise ValueError(f"text is {_short(row['text'])}, expected several words")
+    text = texts["text"]
+    # The last word, which is scored, is what follows the last space.
+    if text != text.strip() or " " not in text:
+        raise ValueError(
+            f"text is {_short(text)}, expected several words without white space around them"
+        )
     return texts
 
 
