@@ -10,6 +10,7 @@ import os
 import pathlib
 import random
 import signal
+import stat
 import string
 import subprocess
 import sys
@@ -284,6 +285,37 @@ def test_the_batch_size_does_not_show(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(reading, "_CHUNK_CHARACTERS", 1)
     _prepare(tmp_path / "b" / "data", corpus)
     assert _files(tmp_path / "a" / "data") == _files(tmp_path / "b" / "data")
+
+
+def test_a_huge_document_and_one_with_nul_are_text_like_any_other(tmp_path):
+    huge = " ".join(f"Word {i} of one endless document." for i in range(16_000))
+    assert len(huge) > 2 * reading._CHUNK_CHARACTERS and not _pool(huge)
+    texts = [huge, "a \x00 NUL between words, which JSON may hold", *_documents(300, 15)]
+    out = tmp_path / "out"
+    made = _prepare(out, _write_jsonl(tmp_path / "a.jsonl", texts), sequence_length=1024)
+    assert made.dropped["lost_by_tokenizer"] == 0
+    with np.load(out / "documents-train.npz") as table:
+        assert table["length"][0] > 100_000 and len(table["length"]) > 250
+    check.check(out, progress=_quiet)
+
+
+def test_a_file_system_without_locks_is_one_line_and_without_directory_sync_no_matter(
+    tmp_path, corpus, monkeypatch
+):
+    def refuse(code):
+        def call(descriptor, *arguments):
+            if code == errno.ENOLCK or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(code, os.strerror(code))
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
+        with pytest.raises(errors.StorageError, match=rf"^{tmp_path}/out/.* has no locks .*local"):
+            _prepare(tmp_path / "out", corpus)
+    monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
+    _prepare(tmp_path / "out", corpus)
+    check.check(tmp_path / "out", progress=_quiet)
 
 
 def test_empty_documents_and_bad_lines_are_counted(tmp_path):

@@ -227,7 +227,7 @@ def test_one_space_at_the_beginning_is_no_difference(trained):
     "run", ["".join("abcdefghij"[i * i % 10] for i in range(10)), " ", "-=", "é"]
 )
 def test_training_on_one_endless_word_is_bounded(trained, run):
-    """Uncut, a million letters in a row take ten minutes."""
+    """Uncut, its time grows with the square of the letters in a row."""
     text = _texts()[0] + run * (1_000_000 // len(run))
     pieces = list(tokenizer_lib._in_bounded_runs([text]))
     assert "".join(pieces) == text and len(pieces) > 1_000

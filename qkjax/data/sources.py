@@ -128,7 +128,8 @@ class _Docstrings(Source):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._versions = docstrings.versions()
-        self._documents: list[Document] | None = None
+        self._documents: list[Document] = []
+        self._sha256 = ""
 
     def documents(self, start: int = 0) -> Iterator[Document]:
         found = self._all()
@@ -140,10 +141,8 @@ class _Docstrings(Source):
         return {"versions": self._versions}
 
     def content(self, files_read: int) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for document in self._all():
-            digest.update(f"{len(document.text)}\n{document.text}".encode())
-        return {"sha256": digest.hexdigest()}
+        self._all()
+        return {"sha256": self._sha256}
 
     def changed(self, content: dict[str, Any], *, rehash: bool = False) -> list[str]:
         if "sha256" not in content or content["sha256"] == self.content(0)["sha256"]:
@@ -151,8 +150,12 @@ class _Docstrings(Source):
         return [self.name]
 
     def _all(self) -> list[Document]:
-        if self._documents is None:  # 14 MB, and several seconds of parsing
+        if not self._documents:  # 14 MB, and several seconds of parsing
             self._documents = [Document(text, name) for name, text in docstrings.documents()]
+            digest = hashlib.sha256()
+            for document in self._documents:
+                digest.update(f"{len(document.text)}\n{document.text}".encode())
+            self._sha256 = digest.hexdigest()
         return self._documents
 
 
