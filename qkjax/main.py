@@ -1,6 +1,6 @@
 """Trains one arm: python -m qkjax.main --config=configs/muon_noqk.py:tiny --workdir=runs/first
 
-The same command again goes on where the run stopped. --config runs the code of the config file.
+The same command again resumes the run. --config runs the code of the config file.
 """
 
 import json
@@ -19,7 +19,7 @@ _WORKDIR = flags.DEFINE_string(
 _RESTORE_STEP = flags.DEFINE_integer(
     "restore_step",
     None,
-    "Go on from this checkpoint; later ones are set aside.",
+    "Resume from this checkpoint; later ones are set aside.",
     lower_bound=0,
     flag_values=FLAGS,
 )

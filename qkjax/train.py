@@ -165,7 +165,7 @@ class _Run:
         """Everything from the restored or fresh state to the summary.
 
         Args:
-            changes: of the config, which go on record once the checkpoint has taken them.
+            changes: of the config, recorded once the checkpoint has taken them.
         """
         self.checkpoints = checkpoint.Checkpoints(
             self.directory.checkpoints, keep_all=self.config.checkpoint.keep_all

@@ -77,7 +77,7 @@ MISTAKES = {
     ),
     "a config that raises": (
         ("--config={tmp}/raises.py",),
-        "{tmp}/raises.py:2: ZeroDivisionError: division by zero. Mend the config file.",
+        "{tmp}/raises.py:2: ZeroDivisionError: division by zero. Fix the config file.",
     ),
     "stray positional": (
         (CONFIG, "--workdir=x", "config.model.qk_norm=none"),
@@ -203,7 +203,7 @@ def test_the_console_command_lists_its_verbs(call):
 
 @pytest.mark.parametrize("verb", [verb for verb in commands.VERBS if verb != "train"])
 def test_a_tool_is_its_verb(verb, call):
-    """tools/*.py run this checkout, whatever is installed, and know the same flags."""
+    """tools/*.py run this checkout, not what is installed, and know the same flags."""
     texts = {path: path.read_text() for path in (ROOT / "tools").glob("*.py")}
     [tool] = [path for path, text in texts.items() if f'commands.run("{verb}")' in text]
     shown = call("--help", start=(tool,), cwd="/", PYTHONPATH="")
@@ -219,7 +219,7 @@ def test_a_config_that_comes_with_qkjax_is_taken_by_name_and_said(call, tmp_path
         place = ROOT / "configs" / "muon_noqk.py"
         assert done.stderr == f"config: {place}, as there is no file {name} here\n"
     own = (ROOT / "configs" / "adamw_qk.py").read_text()
-    (tmp_path / "muon_noqk").write_text(own)  # one's own file, by whatever name
+    (tmp_path / "muon_noqk").write_text(own)  # one's own file, by any name
     done = call("--config", "muon_noqk:tiny", "--print_config", cwd=tmp_path)
     assert json.loads(done.stdout)["arm"] == "adamw_qk" and done.stderr == ""
 

@@ -62,7 +62,7 @@ class Machine:
         self.exit_codes: dict[str, int] = {}
         self.words = "something broke"  # of what fails
         self.losses: dict[float, float] = {}  # by learning rate
-        self.asleep = 0  # so many looks until a process has ended
+        self.asleep = 0  # looks until a process has ended
         self.alive, self.most_alive = 0, 0
         self.when_started: Callable[[str], None] = lambda name: None
 
@@ -257,7 +257,7 @@ def test_a_failed_run_stops_no_other_and_is_named(world):
     assert found["sweep/muon_qk/lr_0.012"] == "failed"
     assert found["runs/muon_qk/seed_1"] == "open"
     machine.exit_codes, machine.started = {}, []
-    run.execute(study, workdir)  # the same command, when the cause is mended
+    run.execute(study, workdir)  # the same command, when the cause is fixed
     assert machine.started == [
         "sweep/muon_qk/lr_0.012",
         "runs/muon_qk/seed_1",
@@ -303,7 +303,7 @@ def test_a_finished_run_of_another_config_is_refused_not_skipped(world):
     assert machine.started == []
     assert str(path) in str(refused.value)
     assert "optimizer.clip_norm is 0.25, planned 1.0" in str(refused.value)
-    run.execute(study, workdir, only=["adamw_noqk"])  # the others may go on
+    run.execute(study, workdir, only=["adamw_noqk"])  # the others may run
 
 
 def test_a_run_whose_rate_is_no_longer_the_chosen_one_is_refused(world):
@@ -420,7 +420,7 @@ def test_another_dataset_is_refused(world, monkeypatch):
     manifest = types.SimpleNamespace(name="other", fingerprint="a" * 64)
     other = types.SimpleNamespace(directory=pathlib.Path("there"), manifest=manifest)
     monkeypatch.setattr(dataset_lib, "open_dataset", lambda config: other)
-    with pytest.raises(errors.UsageError, match=r"begun on the dataset made-up, .* is aaaa"):
+    with pytest.raises(errors.UsageError, match=r"started on the dataset made-up, .* is aaaa"):
         run.execute(study, workdir)
 
 

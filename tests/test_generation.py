@@ -176,7 +176,7 @@ def test_text_comes_in_whole_characters_and_without_end_of_text(place):
 
 
 def test_a_continuation_keeps_the_space_that_its_prompt_ends_before():
-    """Tokenizers of SentencePiece's kind strip the first space of whatever they decode."""
+    """Tokenizers of SentencePiece's kind strip the first space of what they decode."""
     words = {"<unk>": 0, "</s>": 1, "\u2581One": 2, "\u2581two": 3, "s": 4}
 
     class Stripping:

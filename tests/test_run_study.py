@@ -132,7 +132,7 @@ def test_kill_9_of_the_process_group_and_signals_end_in_the_same_study(dataset, 
             assert process.returncode == -signum
             continue
         assert process.returncode == 128 + signum, stderr
-        assert "steps are left. Run the same command again to go on." in stderr
+        assert "steps are left. Run the same command again to resume." in stderr
         assert call("pgrep", "-g", str(process.pid)).stdout == ""  # no run is left behind
     done = call(*command(dataset, workdir))
     assert done.returncode == 0, done.stderr
@@ -148,7 +148,7 @@ def test_kill_9_of_the_process_group_and_signals_end_in_the_same_study(dataset, 
 def test_a_finished_study_starts_no_process_and_a_second_executor_is_refused(dataset, unbroken):
     before = {path: path.stat().st_mtime_ns for path in unbroken.glob("*/*/*/*.json")}
     done = call(*command(dataset, unbroken))
-    assert done.returncode == 0 and "begins" not in done.stdout
+    assert done.returncode == 0 and "starts" not in done.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before
     status = call(*command(dataset, unbroken, "--status"))
     assert status.returncode == 0

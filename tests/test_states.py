@@ -93,7 +93,7 @@ def shown(directory, monkeypatch):
         console = functools.partial(Console, file=file, force_terminal=terminal, width=120)
         monkeypatch.setattr(table, "Console", console)
         with table.View(directory) as view:
-            view.event("runs/muon_qk/seed_1  begins")
+            view.event("runs/muon_qk/seed_1  starts")
             for now in moments:
                 view.update({step: directory}, found, now)
         return file.getvalue()
@@ -111,7 +111,7 @@ def test_a_terminal_has_a_table_that_is_drawn_again(shown):
 
 def test_a_file_has_a_plain_line_a_minute(shown):
     lines = shown([0.0, 59.5, 60.0, 61.0, 120.0, 179.5], terminal=False).splitlines()
-    assert len(lines) == 3 and lines[0].endswith("begins")
+    assert len(lines) == 3 and lines[0].endswith("starts")
     line = "runs/muon_qk/seed_1  step 5/20  loss 4.500  val/loss 4.750  tokens/s 64  left 0:00:30"
     assert lines[1].endswith(line) and lines[2].endswith(line)
     assert "\x1b" not in "".join(lines)

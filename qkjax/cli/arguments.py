@@ -1,4 +1,4 @@
-"""The door of every command: what an argument may hold, whatever flag it belongs to."""
+"""The door of every command: what an argument of any flag may hold."""
 
 import os
 import re

@@ -120,7 +120,7 @@ def exit_code(work: Callable[[], int | None], debug: Callable[[], bool] = lambda
     """
     try:
         return work() or 0
-    except BrokenPipeError:  # whoever read this has left, as `| head` does
+    except BrokenPipeError:  # the reader has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return _BROKEN_PIPE
     except (flags.Error, errors.QkjaxError, OSError, KeyboardInterrupt) as error:

@@ -66,7 +66,7 @@ def load(path: pathlib.Path, words: str) -> ml_collections.ConfigDict:
         return module.get_config(words)
     except errors.QkjaxError:
         raise
-    except Exception as error:  # whatever a config file may raise
+    except Exception as error:  # a config file may raise anything
         raise _explain(error, [f"--config={path}"]) from error
 
 
@@ -95,7 +95,7 @@ def parse(values: flags.FlagValues, argv: list[str]) -> list[str]:
         return values([_integral(argument) for argument in argv])
     except (flags.Error, errors.QkjaxError):
         raise
-    except Exception as error:  # whatever a config file may raise
+    except Exception as error:  # a config file may raise anything
         raise _explain(error, argv) from error
 
 
@@ -142,7 +142,7 @@ def _explain(error: Exception, argv: list[str]) -> errors.UsageError:
     """The mistake behind an exception that loading or overriding the config raised."""
     if isinstance(error, SyntaxError):
         return errors.UsageError(
-            f"{error.filename}:{error.lineno}: {error.msg}. Mend the config file's syntax."
+            f"{error.filename}:{error.lineno}: {error.msg}. Fix the config file's syntax."
         )
     if isinstance(error, AttributeError) and "get_config" in str(error):
         return errors.UsageError(
@@ -155,7 +155,7 @@ def _explain(error: Exception, argv: list[str]) -> errors.UsageError:
             return unknown
     where = traceback.extract_tb(error.__traceback__)[-1]
     return errors.UsageError(
-        f"{where.filename}:{where.lineno}: {type(error).__name__}: {error}. Mend the config file."
+        f"{where.filename}:{where.lineno}: {type(error).__name__}: {error}. Fix the config file."
     )
 
 

@@ -46,7 +46,7 @@ def prepare_process() -> None:
 def keep_freed_memory() -> None:
     """Lets freed memory stay with the process, on CPUs with glibc; for commands, not for imports.
 
-    XLA's CPU client takes a step's temporaries anew at every step, and glibc gives large blocks
+    XLA's CPU client allocates a step's temporaries at every step, and glibc gives large blocks
     back: the kernel then maps and clears 120 to 360 MB again, 10 to 17% of a step's CPU time.
     """
     if sys.platform != "linux" or not _is_cpu_only():

@@ -21,7 +21,7 @@ class StopRequest:
     """While entered, the first SIGTERM or SIGINT only sets `signum`; a second SIGINT exits.
 
     Python handles signals in the main thread alone: in another one nothing is handled here, and
-    whoever started the thread decides what a signal does.
+    the code that started the thread decides what a signal does.
     """
 
     def __init__(self) -> None:

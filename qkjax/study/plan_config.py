@@ -140,7 +140,7 @@ def _mistakes_of_sweep(study: StudyConfig) -> Iterator[str]:
     if not factors or list(factors) != sorted(factors) or min(factors) <= 0:
         yield f"sweep.factors is {factors}, it must be ascending numbers above 0"
     if study.sweep.extend and len(factors) < 2:
-        yield "sweep.extend needs two or more sweep.factors, whose ratio it goes on with"
+        yield "sweep.extend needs two or more sweep.factors, whose ratio it continues"
     if study.sweep.seed in study.seeds:
         yield (
             f"sweep.seed {study.sweep.seed} is also one of seeds, it must be another: rates tuned "

@@ -1,6 +1,6 @@
 """Executes a plan: every step a process of its own, side by side where asked, resumable anywhere.
 
-Whatever is finished is skipped, whatever is half done goes on. A run that fails or diverges stops
+What is finished is skipped, what is half done resumes. A run that fails or diverges stops
 no other; what waits for it stays open.
 """
 
@@ -68,7 +68,7 @@ def execute(
     Raises:
         UsageError: another plan, dataset or config in the directory, or another process.
         Incomplete: steps failed, or wait for such; names them.
-        Stopped: SIGTERM or SIGINT; every run has saved what it needs to go on.
+        Stopped: SIGTERM or SIGINT; every run has saved what it needs to resume.
     """
     steps = plan.select(only)
     directory = run_directory.make_workdir(workdir)
@@ -105,7 +105,7 @@ def _settle_dataset(plan: Plan, directory: pathlib.Path) -> None:
     theirs = study_files.read_object(path) or {}
     if theirs["fingerprint"] != ours["fingerprint"]:
         raise errors.UsageError(
-            f"{path}: this study was begun on the dataset {theirs['name']}, fingerprint "
+            f"{path}: this study started on the dataset {theirs['name']}, fingerprint "
             f"{theirs['fingerprint'][:12]}, but {dataset.directory} is {ours['fingerprint'][:12]}. "
             "Name the first one with --config.data_dir=DIR, or use another --workdir."
         )
@@ -120,7 +120,7 @@ class _Child:
     directory: pathlib.Path  # of its result
     place: int
     log_start: int  # bytes of the log that are of earlier attempts
-    begun: float
+    started: float
 
 
 class _Executor:
@@ -189,7 +189,7 @@ class _Executor:
         self.view.update(running, self.states, time.monotonic())
 
     def _ready(self) -> Iterator[Step]:
-        """Steps that may begin, in the order of the plan; the report when all others are over."""
+        """Steps that may start, in the order of the plan; the report when all others are over."""
         for step in self._left():
             if step.kind != REPORT and not self._lacks(step):
                 yield step
@@ -248,10 +248,10 @@ class _Executor:
                 stderr=subprocess.STDOUT,
                 preexec_fn=_die_with_parent,
             )
-        begins = "resumes" if self._is(step, states.UNFINISHED, RUNNING) else "begins"
+        how = "resumes" if self._is(step, states.UNFINISHED, RUNNING) else "starts"
         self.states[step] = State(RUNNING)
         self.children.append(_Child(step, process, directory, place, start, time.monotonic()))
-        self.view.event(f"{step.name}  {begins}")
+        self.view.event(f"{step.name}  {how}")
 
     def _arguments(self, step: Step, result: pathlib.Path) -> list[str]:
         """The verb of the step's command, and what follows it."""
@@ -292,7 +292,7 @@ class _Executor:
 
     def _end(self, child: _Child) -> None:
         step, code = child.step, child.process.returncode
-        seconds = time.monotonic() - child.begun
+        seconds = time.monotonic() - child.started
         found = self.files.state(step)
         expected = 0 if found.status != DIVERGED else _DIVERGED_EXIT
         if code == expected and found.status in (*SETTLED, REFUSED):
@@ -335,7 +335,7 @@ class _Executor:
         raise signals.Stopped(
             self.stop.signum,
             f"{self.files.workdir}: stopped, {left} of {len(self.steps)} steps are left. "
-            "Run the same command again to go on.",
+            "Run the same command again to resume.",
         )
 
     def conclude(self) -> None:
@@ -363,7 +363,7 @@ class _Executor:
             f"{workdir}: {len(missing)} of {len(self.steps)} steps are missing. "
             + (f"Failed: {'; '.join(reasons)}. " if reasons else "")
             + (f"Waiting (for): {'; '.join(waiting)}. " if waiting else "")
-            + f"What they printed is in {workdir / 'logs'}. Mend the cause and run the same "
+            + f"What they printed is in {workdir / 'logs'}. Fix the cause and run the same "
             "command again.",
             errors.StorageError.exit_code
             if self.exit_codes == {errors.StorageError.exit_code}

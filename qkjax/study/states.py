@@ -200,7 +200,7 @@ def _check_config(
     """Refuses a run directory that another plan has made.
 
     Raises:
-        UsageError: lists the fields that differ. "auto" of the plan is whatever the run took.
+        UsageError: lists the fields that differ. "auto" of the plan is what the run took.
     """
     ours, theirs = plan_arms.identity(planned), plan_arms.identity(found)
     differences = [

@@ -98,7 +98,7 @@ class View:
             self._live.stop()
 
     def event(self, text: str) -> None:
-        """One line that stays: a step has begun or ended."""
+        """One line that stays: a step has started or ended."""
         self._console.print(f"{datetime.datetime.now():%H:%M:%S}  {text}", soft_wrap=True)
 
     def update(
