@@ -79,6 +79,27 @@ MISTAKES = {
         ("--config={tmp}/raises.py",),
         "{tmp}/raises.py:2: ZeroDivisionError: division by zero. Fix the config file.",
     ),
+    "a config that leaves": (
+        ("--config={tmp}/leaves.py:tiny",),
+        "{tmp}/leaves.py:3: SystemExit: 3. Fix the config file.",
+    ),
+    "a config without words": (
+        ("--config={tmp}/raises.py:tiny",),
+        "{tmp}/raises.py: TypeError: get_config() takes 0 positional arguments but 1 was given.",
+    ),
+    "a config that returns nothing": (
+        ("--config={tmp}/nothing.py",),
+        "{tmp}/nothing.py: get_config returned NoneType, expected a ConfigDict. Return",
+    ),
+    "a config with a NUL": (
+        ("--config={tmp}/nul.py",),
+        "{tmp}/nul.py: SyntaxError: source code string cannot contain null bytes.",
+    ),
+    "a tuple cut short": (
+        (CONFIG, "--config.eval.at_tokens=(1,"),
+        "flag --config.eval.at_tokens=(1,: ",
+    ),
+    "a section for a field": ((CONFIG, "--config.model=3"), "--config.model: no such field."),
     "stray positional": (
         (CONFIG, "--workdir=x", "config.model.qk_norm=none"),
         "config.model.qk_norm=none: a stray argument, which nothing reads. Write options as",
@@ -122,6 +143,9 @@ def test_mistake_is_one_line_and_exit_code_2(mistake, call, tmp_path):
     (tmp_path / "broken.py").write_text("import qkjax\ndef get_config(:\n")
     (tmp_path / "empty.py").write_text("learning_rate = 0.1\n")
     (tmp_path / "raises.py").write_text("def get_config():\n    return 1 / 0\n")
+    (tmp_path / "leaves.py").write_text("import sys\ndef get_config(words):\n    sys.exit(3)\n")
+    (tmp_path / "nothing.py").write_text("def get_config():\n    pass\n")
+    (tmp_path / "nul.py").write_text("def get_config():\n    \0\n")
     arguments, expected = MISTAKES[mistake]
     done = call(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
     assert done.returncode == 2, done.stderr

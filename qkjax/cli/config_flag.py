@@ -1,5 +1,6 @@
 """`--config=FILE.py[:words]` and its `--config.FIELD=VALUE` overrides, with errors for people."""
 
+import importlib.machinery
 import importlib.util
 import itertools
 import math
@@ -55,19 +56,31 @@ def load(path: pathlib.Path, words: str) -> ml_collections.ConfigDict:
     """What get_config(words) of a config file returns; runs the code of the file.
 
     Raises:
-        UsageError: the file is missing, broken, or has no get_config.
+        UsageError: the file is missing, broken, or gives no config.
     """
     path = find(str(path))
     try:
-        spec = importlib.util.spec_from_file_location(f"configs_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
+        loader = importlib.machinery.SourceFileLoader(f"configs_{path.stem}", str(path))
+        spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
+        assert spec is not None
         module: Any = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.get_config(words)
+        loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise errors.UsageError(
+                f"{path}: no function get_config. A config file defines get_config(words), which "
+                "returns qkjax.config.base(...)."
+            )
+        values = module.get_config(*filter(None, [words]))
     except errors.QkjaxError:
         raise
-    except Exception as error:  # a config file may raise anything
-        raise _explain(error, [f"--config={path}"]) from error
+    except (Exception, SystemExit) as error:  # of code that is not ours
+        raise _explain(error, path) from error
+    if not isinstance(values, ml_collections.ConfigDict):
+        raise errors.UsageError(
+            f"{path}: get_config returned {type(values).__name__}, expected a ConfigDict. Return "
+            "qkjax.config.base(...)."
+        )
+    return values
 
 
 def parse(values: flags.FlagValues, argv: list[str]) -> list[str]:
@@ -87,16 +100,18 @@ def parse(values: flags.FlagValues, argv: list[str]) -> list[str]:
                 f"--config.{override[1]}: an override would only relabel the run. Write the word "
                 "after the config's colon: --config=configs/muon_noqk.py:tiny,original."
             )
-    path = _config_path(argv)
-    if path and find(path) != pathlib.Path(path):
-        print(f"config: {find(path)}, as there is no file {path} here", file=sys.stderr)
-        argv = _replaced(argv, path, str(find(path)))
+    path, _, words = _given(argv).partition(":")
+    if path:
+        _check_overrides(argv, _fields(load(pathlib.Path(path), words)))
+        if find(path) != pathlib.Path(path):
+            print(f"config: {find(path)}, as there is no file {path} here", file=sys.stderr)
+            argv = _replaced(argv, path, str(find(path)))
     try:
         return values([_integral(argument) for argument in argv])
-    except (flags.Error, errors.QkjaxError):
-        raise
-    except Exception as error:  # a config file may raise anything
-        raise _explain(error, argv) from error
+    except (SyntaxError, TypeError, ValueError) as error:  # flags.Error is none of them
+        raise errors.UsageError(
+            f"--config: {errors.one_line(error)}. Fix the value of an override."
+        ) from error
 
 
 def _no_file(path: str) -> errors.UsageError:
@@ -111,10 +126,6 @@ def _integral(argument: str) -> str:
     match = _EXPONENT.fullmatch(argument)
     value = float(match[2]) if match else math.nan
     return f"{match[1]}{int(value)}" if match and value.is_integer() else argument
-
-
-def _config_path(argv: list[str]) -> str:
-    return _given(argv).partition(":")[0]
 
 
 def _given(argv: list[str]) -> str:
@@ -138,30 +149,18 @@ def _replaced(argv: list[str], path: str, found: str) -> list[str]:
     return result
 
 
-def _explain(error: Exception, argv: list[str]) -> errors.UsageError:
-    """The mistake behind an exception that loading or overriding the config raised."""
-    if isinstance(error, SyntaxError):
-        return errors.UsageError(
-            f"{error.filename}:{error.lineno}: {error.msg}. Fix the config file's syntax."
-        )
-    if isinstance(error, AttributeError) and "get_config" in str(error):
-        return errors.UsageError(
-            f"{_config_path(argv)}: no function get_config. A config file defines "
-            "get_config(words), which returns qkjax.config.base(...)."
-        )
-    if isinstance(error, AttributeError | KeyError):
-        unknown = _first_unknown_field(argv)
-        if unknown is not None:
-            return unknown
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return errors.UsageError(
-        f"{where.filename}:{where.lineno}: {type(error).__name__}: {error}. Fix the config file."
-    )
+def _explain(error: BaseException, path: pathlib.Path) -> errors.UsageError:
+    """The place in a config file behind an exception that its code raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.lineno:
+        lines = [error.lineno]
+    where = f"{path}:{lines[-1]}" if lines else str(path)
+    return errors.UsageError(f"{where}: {errors.one_line(error)}. Fix the config file.")
 
 
-def _first_unknown_field(argv: list[str]) -> errors.UsageError | None:
-    path, _, words = _given(argv).partition(":")
-    known = _fields(load(pathlib.Path(path), words)) if path else []
+def _check_overrides(argv: list[str], known: list[str]) -> None:
+    """Refuses the first override of a field that the config does not have."""
     for argument in argv:
         override = _OVERRIDE.match(argument)
         if override and override[1] not in known:
@@ -169,10 +168,9 @@ def _first_unknown_field(argv: list[str]) -> errors.UsageError | None:
             siblings = [name for name in known if not section or name.startswith(section + ".")]
             hint = presets.suggest(leaf, tuple(name.rpartition(".")[2] for name in siblings))
             listed = ", ".join(siblings or known)
-            return errors.UsageError(
+            raise errors.UsageError(
                 f"--config.{override[1]}: no such field.{hint} Known: {listed}."
             )
-    return None
 
 
 def _fields(values: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
