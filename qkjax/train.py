@@ -171,7 +171,7 @@ class _Run:
             self.directory.checkpoints, keep_all=self.config.checkpoint.keep_all
         )
         with contextlib.closing(self.checkpoints):
-            restored = self._restore(restore_step)
+            restored = self._restore(restore_step, changes)
             table = self._record_start(changes)
             state = self._start() if restored is None else self._resume(restored)
             with contextlib.closing(self.writer):
@@ -203,7 +203,9 @@ class _Run:
         self.directory.write_parameters(table)
         return table
 
-    def _restore(self, restore_step: int | None) -> checkpoint.Restored | None:
+    def _restore(
+        self, restore_step: int | None, changes: list[dict[str, Any]]
+    ) -> checkpoint.Restored | None:
         """The checkpoint to resume from, verified; None where there is none. Changes nothing."""
         steps = self.checkpoints.steps()
         if restore_step is not None and restore_step not in steps:
@@ -215,9 +217,12 @@ class _Run:
             return None
         step = steps[-1] if restore_step is None else restore_step
         shapes = train_step.state_shapes(self.config, self.transformation)
-        restored = self.checkpoints.restore(step, shapes.params, shapes.opt_state)
-        pipeline.check_fingerprint(restored.meta["data_order"], self.data_order)
-        return restored
+        meta = self.checkpoints.meta(step)
+        self.directory.check_checkpoint(
+            meta, self.config, self.dataset.manifest.fingerprint, changes
+        )
+        pipeline.check_fingerprint(meta["data_order"], self.data_order)
+        return self.checkpoints.restore(step, shapes.params, shapes.opt_state)
 
     def _start(self) -> train_step.TrainState:
         self.writer = writers.create_run_writer(self.directory.path, resume_step=-1)

@@ -84,8 +84,14 @@ def make(
     fingerprint = manifest_lib.load(dataset).fingerprint
     files.write_json(directory / "config.json", run_config.to_dict())
     files.write_json(directory / "environment.json", {"dataset_fingerprint": fingerprint})
+    facts = {
+        "config": run_config.to_dict(),
+        "dataset_fingerprint": fingerprint,
+        "data_order": {},
+        "wall_seconds": 1.0,
+    }
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
-    params_sha256 = checkpoints.save(STEP, params, {"count": np.zeros(1, np.float32)}, {})
+    params_sha256 = checkpoints.save(STEP, params, {"count": np.zeros(1, np.float32)}, facts)
     checkpoints.wait()
     checkpoints.close()
     if losses:

@@ -109,7 +109,7 @@ def test_round_trip_keeps_every_bit_and_type(arm, tmp_path):
     assert (meta["wall_seconds"], meta["nested"], meta["step"]) == (1.5, {"a": [1]}, 3)
     assert meta["params_sha256"] == sha256 == checkpoint.digests(params)[1]
     assert meta["opt_state_sha256"] == checkpoint.digests(opt_state)[1]
-    assert meta["format_version"] == 1
+    assert meta["format_version"] == 2
     checkpoints.close()
 
 
@@ -365,10 +365,66 @@ def test_another_dtype_is_refused_and_never_cast(saved):
 def test_newer_format_is_refused(copied):
     path = copied / "7" / "meta" / "metadata"
     record = json.loads(path.read_text())
-    assert record["format_version"] == 1
-    path.write_text(json.dumps({**record, "format_version": 2}))
-    with pytest.raises(errors.UsageError, match=r"newer qkjax \(checkpoint format 2, .* up to 1"):
+    assert record["format_version"] == 2
+    path.write_text(json.dumps({**record, "format_version": 3}))
+    with pytest.raises(errors.UsageError, match=r"newer qkjax \(checkpoint format 3, .* up to 2"):
         restore(copied, 7)
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": 6}, {"params_sha256": "0" * 64}, {"note": "another"}, {"meta_sha256": ""}]
+)
+def test_a_record_that_was_edited_is_refused(change, copied):
+    path = copied / "7" / "meta" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(errors.UsageError, match="/7: damaged checkpoint, meta does not match"):
+        restore(copied, 7)
+
+
+def test_format_1_is_read_with_one_warning_and_its_digests_still_hold(copied, caplog):
+    path = copied / "7" / "meta" / "metadata"
+    record = {**json.loads(path.read_text()), "format_version": 1}
+    del record["meta_sha256"]
+    path.write_text(json.dumps(record))
+    restore(copied, 7)
+    assert "of checkpoint format 1" in caplog.text
+    for change, message in (
+        ({"step": 6}, "meta is of step 6"),
+        ({"params_sha256": "0" * 64}, "params does not match params_sha256 of meta"),
+    ):
+        path.write_text(json.dumps({**record, **change}))
+        with pytest.raises(errors.UsageError, match=f"/7: damaged checkpoint, {message}"):
+            restore(copied, 7)
+
+
+@pytest.mark.parametrize("item", ["params", "opt_state"])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_values_that_are_not_finite_are_refused(item, bad, tmp_path):
+    trees = state(7)._asdict()
+    leaves, structure = jax.tree.flatten(trees[item])
+    place = max(range(len(leaves)), key=lambda i: leaves[i].size)
+    leaves[place] = np.array(leaves[place])
+    leaves[place].flat[3] = bad
+    trees[item] = jax.tree.unflatten(structure, leaves)
+    writer = checkpoint.Checkpoints(tmp_path)
+    writer.save(7, trees["params"], trees["opt_state"], {})
+    writer.wait()
+    writer.close()
+    with pytest.raises(errors.UsageError, match=f"/7: damaged checkpoint, {item}/.* not finite"):
+        restore(tmp_path, 7)
+
+
+def test_what_a_kill_leaves_of_a_deletion_is_deleted(tmp_path, caplog):
+    writer = checkpoint.Checkpoints(tmp_path, keep_all=True)
+    for step in (0, 3, 5, 7):
+        writer.save(step, state(step).params, state(step).opt_state, {})
+    writer.wait()
+    writer.close()
+    shutil.rmtree(tmp_path / "3" / "params")
+    writer = checkpoint.Checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "5", "7"]
+    assert "interrupted deletion" in caplog.text
+    writer.close()
 
 
 def test_step_that_is_there_is_not_written_again(copied):

@@ -22,6 +22,7 @@ from qkjax.config import Config
 from qkjax.data import pipeline
 from qkjax.runs import checkpoint, signals, writers
 from qkjax.runs import directory as run_directory
+from qkjax.trained import trained_run
 
 ARMS = {
     "adamw_qk": ("adamw", "learned", "tiny"),
@@ -503,6 +504,48 @@ def test_divergence_is_recorded_and_stays(datasets, tmp_path, capsys):
     assert kept[0] == summary["params_sha256"]
     with pytest.raises(errors.NonFiniteError, match=f"diverged at step {bad}"):
         train.train_and_evaluate(config, tmp_path / "run")
+
+
+@pytest.mark.usefixtures("programs_built_once")
+def test_a_checkpoint_of_another_run_is_refused_by_every_reader(datasets, finished, tmp_path):
+    """Copied over, or behind a config.json that was lost or edited."""
+    config, workdir, _ = finished
+    faster = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.1)
+    )
+    train.train_and_evaluate(faster, tmp_path / "faster")
+
+    def copy(name: str) -> pathlib.Path:
+        shutil.copytree(workdir, tmp_path / name, ignore=shutil.ignore_patterns("summary.json"))
+        return tmp_path / name
+
+    swapped = copy("swapped")
+    shutil.rmtree(swapped / "checkpoints")
+    shutil.copytree(tmp_path / "faster" / "checkpoints", swapped / "checkpoints")
+    message = r"of another run[\s\S]*optimizer\.learning_rate\s+0\.1\s+0\.012"
+    with pytest.raises(errors.UsageError, match=message):
+        train.train_and_evaluate(config, swapped)
+    with pytest.raises(errors.UsageError, match=message):
+        trained_run.open_run(swapped, finished=False)
+
+    lost = copy("lost")
+    (lost / "config.json").unlink()
+    with pytest.raises(errors.UsageError, match=r"optimizer\.learning_rate\s+0\.012\s+0\.1"):
+        train.train_and_evaluate(faster, lost)
+
+    edited = copy("edited")
+    for field, value in (("rope_base", 9e3), ("norm_eps", 1e-5)):
+        values = json.loads((workdir / "config.json").read_text())
+        values["model"][field] = value
+        (edited / "config.json").write_text(json.dumps(values))
+        with pytest.raises(errors.UsageError, match=rf"of another run[\s\S]*model\.{field}"):
+            trained_run.open_run(edited, finished=False)
+
+    summary = json.loads((workdir / "summary.json").read_text())
+    (copy("other") / "summary.json").write_text(json.dumps({**summary, "params_sha256": "0" * 64}))
+    with pytest.raises(errors.UsageError, match=r"summary\.json: params_sha256 is 000000000000"):
+        trained_run.open_run(tmp_path / "other")
+    assert trained_run.open_run(workdir).params_sha256 == summary["params_sha256"]
 
 
 def test_a_changed_config_or_dataset_is_refused(datasets, tmp_path):

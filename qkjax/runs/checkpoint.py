@@ -1,7 +1,8 @@
 """Checkpoints: Orbax items params / opt_state / meta, and a digest of every leaf.
 
 Orbax stores arrays without checksums: a flipped byte restores silently. So `meta` holds dtype,
-shape and sha256 of every leaf, and nothing is restored that does not match them.
+shape and sha256 of every leaf, and a sha256 of itself; nothing is restored that does not match them
+or that is not finite.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from qkjax import errors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 has meta_sha256
 _ITEMS = ("params", "opt_state", "meta")
 
 
@@ -110,9 +112,18 @@ class Checkpoints:
         return names
 
     def _set_incomplete_aside(self) -> None:
-        """Orbax would count an empty step directory as the latest checkpoint."""
+        """Orbax would count an empty step directory as the latest checkpoint.
+
+        One behind two sound ones is what a kill has left of a deletion, and is deleted.
+        """
+        sound = self.steps()
         for path in self._step_directories():
-            if not _is_complete(path):
+            if _is_complete(path):
+                continue
+            if 0 < int(path.name) < min(sound[-2:], default=0) and len(sound) > 1:
+                logging.warning("%s: the rest of an interrupted deletion is deleted", path)
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 aside = _set_aside(path, "incomplete")
                 logging.warning("%s: an incomplete checkpoint, moved to %s", path, aside.name)
 
@@ -154,6 +165,7 @@ class Checkpoints:
             "params": params_leaves,
             "opt_state": opt_state_leaves,
         }
+        record["meta_sha256"] = _own_digest(record)
         with self._storage_errors():
             saved = self._manager.save(
                 step,
@@ -194,11 +206,23 @@ class Checkpoints:
             raise self._unusable(step, "meta cannot be read", error) from error
         if not _is_record(record):
             raise self._unusable(step, "meta is not the record that was written", None)
-        if record["format_version"] > FORMAT_VERSION:
+        version = record["format_version"]
+        if version > FORMAT_VERSION:
             raise errors.UsageError(
                 f"{self._directory / str(step)}: written by a newer qkjax (checkpoint format "
-                f"{record['format_version']}, this one reads up to {FORMAT_VERSION}). Update qkjax."
+                f"{version}, this one reads up to {FORMAT_VERSION}). Update qkjax."
             )
+        if version >= 2 and record.get("meta_sha256") != _own_digest(record):
+            raise self._unusable(step, "meta does not match its own sha256", None)
+        if version == 1:
+            logging.log_first_n(
+                logging.WARNING,
+                "%s: of checkpoint format 1: its arrays have digests, its settings have none",
+                1,
+                self._directory,
+            )
+        if record["step"] != step:
+            raise self._unusable(step, f"meta is of step {record['step']}", None)
         return record
 
     def restore_params(self, step: int, shapes: Any) -> Any:
@@ -231,9 +255,15 @@ class Checkpoints:
             tree = self._manager.restore(step, args=arguments)[item]
         except Exception as error:
             raise self._unusable(step, f"{item} cannot be read", error) from error
-        for name, record in digests(tree)[0].items():
+        leaves, total = digests(tree)
+        for name, record in leaves.items():
             if record != meta[item][name]:
                 raise self._unusable(step, f"{item}/{name} does not match its sha256", None)
+        if total != meta[f"{item}_sha256"]:
+            raise self._unusable(step, f"{item} does not match {item}_sha256 of meta", None)
+        for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+            if not np.isfinite(leaf).all():
+                raise self._unusable(step, f"{item}/{name} has values that are not finite", None)
         return tree
 
     def _check_expected(self, step: int, item: str, shapes: Any, meta: dict[str, Any]) -> None:
@@ -283,11 +313,25 @@ def _is_record(meta: Any) -> bool:
     """Whether all that restoring reads is there; the digests then prove what they are about."""
     try:
         leaves = [*meta["params"].values(), *meta["opt_state"].values()]
-        return meta["format_version"] >= 1 and all(
-            {"dtype", "shape", "sha256"} <= x.keys() for x in leaves
+        fields = {
+            "format_version": int,
+            "step": int,
+            "params_sha256": str,
+            "opt_state_sha256": str,
+        }
+        return (
+            all(type(meta[name]) is kind for name, kind in fields.items())
+            and meta["format_version"] >= 1
+            and all({"dtype", "shape", "sha256"} <= x.keys() for x in leaves)
         )
     except (AttributeError, KeyError, TypeError):
         return False
+
+
+def _own_digest(record: Mapping[str, Any]) -> str:
+    """sha256 of a meta record as JSON, its own digest left out."""
+    rest = {name: value for name, value in record.items() if name != "meta_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _is_complete(path: pathlib.Path) -> bool:

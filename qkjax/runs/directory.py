@@ -43,6 +43,7 @@ _ABSENT = "(absent)"
 FINAL: Literal["final"] = "final"
 Evaluation = int | Literal["final"]  # updates done before it, or the pass after the last one
 
+_OTHER_STEP = "Restore the checkpoint from a copy, or give an earlier step."
 RESTORE = "Restore it from a copy, or use another --workdir."
 _ARRAYS = re.compile(r"step_(\d{8,})\.npz")
 _NONE = type(None)
@@ -300,6 +301,54 @@ class RunDirectory:
             },
         )
 
+    def check_checkpoint(
+        self,
+        meta: Mapping[str, Any],
+        config: config_lib.Config,
+        dataset_fingerprint: str,
+        changes: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Refuses a checkpoint that is not of this run.
+
+        Args:
+            meta: the checkpoint's record, as `qkjax.runs.checkpoint` verified it.
+            config: of the run; what was allowed to change since the checkpoint may differ.
+            changes: of `config_changes`, not on record yet.
+        Raises:
+            UsageError: the checkpoint has another config, dataset or digest than the directory's
+                files; names the fields.
+            StorageError: the disk failed.
+        """
+        place = self.checkpoints / str(meta["step"])
+        facts: dict[str, files.Types] = {
+            "config": dict,
+            "data_order": dict,
+            "dataset_fingerprint": str,
+            "wall_seconds": float,
+        }
+        files.need(place, "meta", meta, facts, _OTHER_STEP)
+        if meta["wall_seconds"] < 0:
+            raise files.damaged(place, f"wall_seconds is {meta['wall_seconds']}", _OTHER_STEP)
+        recorded = (self.read_environment() or {}).get("allowed_config_changes", [])
+        allowed = {change.get("field") for change in (*recorded, *changes)}
+        found = {**flatten(_config_values(place, meta)), "dataset": meta["dataset_fingerprint"]}
+        ours = {**flatten(files.plain(config.to_dict())), "dataset": dataset_fingerprint}
+        differences = [c for c in _differences(found, ours) if c["field"] not in allowed]
+        if differences:
+            raise errors.UsageError(
+                f"{place}: the checkpoint of another run than {self.config}:\n"
+                f"{_table(differences, ('field', 'checkpoint', 'here'))}\n"
+                "Restore the run's own config.json and checkpoints from a copy."
+            )
+        summary = self.read_summary()
+        if summary is not None and summary["step"] == meta["step"]:
+            if summary["params_sha256"] != meta["params_sha256"]:
+                raise errors.UsageError(
+                    f"{self.summary}: params_sha256 is {summary['params_sha256'][:12]}, but the "
+                    f"checkpoint of step {meta['step']} has {meta['params_sha256'][:12]}. "
+                    "Restore both from one copy of the run."
+                )
+
     def write_parameters(self, table: str) -> None:
         """Writes parameters.txt: which optimiser updates which parameter, for people.
 
@@ -491,10 +540,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[st
 
 
 def _refusal(path: pathlib.Path, refused: list[dict[str, Any]], allowed: Sequence[str]) -> str:
-    rows = [("field", "old", "new")]
-    rows += [(c["field"], _cell(c["old"]), _cell(c["new"])) for c in refused]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    table = "\n".join(f"  {f:<{widths[0]}}  {old:<{widths[1]}}  {new}" for f, old, new in rows)
+    table = _table(refused, ("field", "old", "new"))
     fixed = [change["field"] for change in refused if change["field"] in FIXED_FIELDS]
     names = ",".join([*allowed, *(change["field"] for change in refused)])
     rest = (
@@ -506,6 +552,22 @@ def _refusal(path: pathlib.Path, refused: list[dict[str, Any]], allowed: Sequenc
         f"{path}: this run started with other settings:\n{table}\n"
         f"Use the old ones, or another --workdir{rest}"
     )
+
+
+def _table(changes: Sequence[Mapping[str, Any]], head: tuple[str, str, str]) -> str:
+    rows = [head, *((c["field"], _cell(c["old"]), _cell(c["new"])) for c in changes)]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"  {f:<{widths[0]}}  {old:<{widths[1]}}  {new}" for f, old, new in rows)
+
+
+def _config_values(place: pathlib.Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a checkpoint's meta, as this version would have written it."""
+    try:
+        return files.plain(config_lib.from_dict(meta["config"]).to_dict())
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise files.damaged(
+            place, f"the config in meta has other fields than a config: {error}", _OTHER_STEP
+        ) from error
 
 
 def _cell(value: Any) -> str:

@@ -5,9 +5,6 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
-import numpy as np
-
 from qkjax import errors, model
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
@@ -89,9 +86,17 @@ def open_run(
             f"{fingerprint[:12]}, expected {trained_on[:12]}. "
             f"Give the directory of the run's own dataset as {data_flag}=DIR."
         )
-    step, params, digest = _restore(directory.checkpoints, config, step)
+    params, meta = _restore(directory, config, trained_on, step)
     return TrainedRun(
-        workdir, config, step, params, digest, dataset, tokenizer, environment, summary
+        workdir=workdir,
+        config=config,
+        step=meta["step"],
+        params=params,
+        params_sha256=meta["params_sha256"],
+        dataset=dataset,
+        tokenizer=tokenizer,
+        environment=environment,
+        summary=summary,
     )
 
 
@@ -111,26 +116,21 @@ def _open_dataset(
 
 
 def _restore(
-    directory: pathlib.Path, config: Config, step: int | None
-) -> tuple[int, model.Params, str]:
-    with contextlib.closing(checkpoint.Checkpoints(directory, read_only=True)) as checkpoints:
+    directory: RunDirectory, config: Config, trained_on: str, step: int | None
+) -> tuple[model.Params, dict[str, Any]]:
+    """Verified parameters and meta of a step; None: of the latest."""
+    where = directory.checkpoints
+    with contextlib.closing(checkpoint.Checkpoints(where, read_only=True)) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
-            raise errors.UsageError(f"{directory}: no checkpoint there. Let the run save one.")
+            raise errors.UsageError(f"{where}: no checkpoint there. Let the run save one.")
         step = steps[-1] if step is None else step
         if step not in steps:
             raise errors.UsageError(
-                f"--step: {directory} has no checkpoint of step {step}. Give one of {steps}."
+                f"--step: {where} has no checkpoint of step {step}. Give one of {steps}."
             )
+        meta = checkpoints.meta(step)
+        directory.check_checkpoint(meta, config, trained_on)
         # Shapes come from tracing the model, and cuDNN's attention is traced on its GPUs only.
         shapes = model.parameter_shapes(dataclasses.replace(config.model, attention="xla"))
-        params = checkpoints.restore_params(step, shapes)
-        digest = checkpoints.meta(step)["params_sha256"]
-    names = checkpoint.leaf_names(params)
-    for name, leaf in zip(names, jax.tree.leaves(params), strict=True):
-        if not np.isfinite(leaf).all():
-            raise errors.UsageError(
-                f"{directory / str(step)}: params/{name} has values that are not finite. "
-                f"Give an earlier --step; the run has {steps}."
-            )
-    return step, params, digest
+        return checkpoints.restore_params(step, shapes), meta
