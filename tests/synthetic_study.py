@@ -318,6 +318,7 @@ def write_run(
     if diverged_after is not None:  # the row of the step that was not finite
         tokens = (end + 1) * train.tokens_per_step
         rows.append({"step": end + 1, "tokens": tokens, "train/loss": None})
+        summary["train/loss"] = None
     elif run_config.eval.final_tokens >= 0:
         measured = _metrics({metric: course(last) for metric, course in at.items()}, run_config)
         for name, value in measured.items():
@@ -430,7 +431,8 @@ def _write_spectra(
         return (value * layers * np.linspace(0.95, 1.05, heads)).astype(np.float32)
 
     def spectra(heads: int, ratio: float) -> np.ndarray:
-        ratios = np.clip(of(heads, ratio).astype(np.float64), 1.0, shape.head_dim)
+        room = min(1.0, (shape.head_dim / ratio - 1) / 0.26, (1 - 1 / ratio) / 0.24)
+        ratios = ratio + room * (of(heads, ratio).astype(np.float64) - ratio)
         return _spectra(ratios, shape.head_dim).astype(np.float32)
 
     arrays: dict[str, np.ndarray] = {}

@@ -11,6 +11,7 @@ import synthetic_study
 from synthetic_study import LOSS, PR
 
 from qkjax import errors, files
+from qkjax.runs.directory import FINAL, RunDirectory
 from qkjax.verdicts import results
 
 SEEDS = (42, 43)
@@ -76,7 +77,11 @@ def test_the_final_pass_is_what_is_reported(tmp_path: pathlib.Path):
     arms = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
     fields = {"train__tokens": 1_000_000}
     synthetic_study.write(tmp_path, arms, seeds=(42,), scale="pilot", fields=fields)
-    edit(run_of(tmp_path) / "summary.json", **{"val_final/loss": 1.25, "pr_final/key": None})
+    run_directory = RunDirectory(run_of(tmp_path))
+    found = run_directory.read_validation(FINAL)
+    arrays = {"loss_sum": found.counts * 1.25, "count": found.counts}
+    files.write_arrays(run_directory.validation(FINAL), arrays)
+    edit(run_directory.summary, **{"val_final/loss": 1.25, "pr_final/key": None})
     run = results.load_study(tmp_path).runs["muon_noqk", 42]
     assert run.has_final_pass and run.value(LOSS) == 1.25
     assert math.isnan(run.value("pr/key"))  # measured, and not finite
@@ -176,6 +181,33 @@ def test_a_damaged_run_is_refused(study: pathlib.Path, damage: Callable, words: 
     assert message.rstrip().endswith(".")
 
 
+@pytest.mark.parametrize(
+    ("metric", "file"), [(LOSS, "validation"), (PR, "spectra")], ids=["loss", "pr"]
+)
+def test_numbers_that_the_arrays_do_not_hold_are_refused(
+    study: pathlib.Path, metric: str, file: str
+):
+    """Edited in summary.json, in metrics.jsonl, or in both alike."""
+    arms = synthetic_study.arms(32, muon_noqk={PR: 25.0, LOSS: 3.0})
+    study = synthetic_study.write(study.parent / "s", arms, seeds=SEEDS, scale="tiny", spectra=True)
+    directory = RunDirectory(run_of(study))
+    summary, lines = directory.summary.read_text(), directory.metrics.read_text()
+    true = directory.read_metrics()[-1][metric]
+    edit(directory.summary, **{metric: true + 0.01})
+    message = refusal(study)
+    assert f"summary.json: {metric} is {true + 0.01}" in message and str(true) in message
+    changed = lines.rstrip("\n").split("\n")
+    changed[-1] = json.dumps({**json.loads(changed[-1]), metric: true + 0.01})
+    directory.metrics.write_text("\n".join(changed) + "\n")
+    message = refusal(study)
+    assert f"metrics.jsonl, step {STEPS}: {metric} is {true + 0.01}, but" in message
+    assert f"{file}/step_{STEPS:08d}.npz gives" in message
+    directory.summary.write_text(summary)
+    assert f"summary.json: {metric} is {true}, but" in refusal(study)
+    directory.metrics.write_text(lines)
+    results.load_study(study)
+
+
 def test_what_is_not_a_study(tmp_path: pathlib.Path):
     assert "study.json: no such file, expected a study" in refusal(tmp_path)
     files.write_json(tmp_path / "study.json", {"scale": "tiny"})
@@ -209,7 +241,8 @@ def test_other_budgets_are_refused(study: pathlib.Path, fields: dict, words: str
 
 def test_other_validation_sequences_are_refused(study: pathlib.Path):
     path = run_of(study) / "validation" / f"step_{STEPS:08d}.npz"
-    np.savez(path, loss_sum=np.ones(3, np.float32), count=np.ones(3, np.float32))
+    loss = RunDirectory(run_of(study)).read_metrics()[-1][LOSS]
+    np.savez(path, loss_sum=np.full(3, 256 * loss, np.float32), count=np.full(3, 256, np.float32))
     assert "validation sequences 3, but" in refusal(study)
 
 

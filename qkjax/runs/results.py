@@ -3,16 +3,20 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qkjax import config as config_lib
 from qkjax import errors
-from qkjax.runs.directory import FINAL, RunDirectory, final_name
+from qkjax.measures import ranks
+from qkjax.runs.directory import FINAL, Evaluation, RunDirectory, final_name
 
 LOSS, PR = "val/loss", "pr/key/post_rope/raw"
+_PR_ARRAY = "key_post_rope_raw"
+# Relative: rounding of float32 sums; of singular values as float32, and as packed float16.
+_LOSS_TOLERANCE, _PR_TOLERANCE, _PACKED_TOLERANCE = 2e-6, 2e-5, 2e-3
 _ELSEWHERE = "Restore it from a copy, or run this run again elsewhere."
 
 
@@ -127,6 +131,7 @@ def load_run(workdir: str | pathlib.Path) -> RunResult | str:
         )
     environment = directory.need_environment()
     has_final = final_name(LOSS) in summary and directory.validation(FINAL).exists()
+    _check_numbers(directory, summary, rows, probes)
     losses = directory.read_validation(FINAL if has_final else probes[-1].step)
     return RunResult(
         arm=config.arm,
@@ -139,6 +144,78 @@ def load_run(workdir: str | pathlib.Path) -> RunResult | str:
         rows=tuple(rows),
         probes=probes,
         sequence_losses=losses.per_token,
+    )
+
+
+def _check_numbers(
+    directory: RunDirectory,
+    summary: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    probes: Sequence[Probe],
+) -> None:
+    """Recomputes what the report believes: loss and PR of every evaluation from its arrays.
+
+    Raises:
+        UsageError: a number of summary.json or metrics.jsonl is not that of the arrays, or the two
+            files disagree; names the file, both values and where the true one stands.
+        StorageError: the disk failed.
+    """
+    latest: dict[str, Any] = {}
+    for row in rows:
+        latest.update(row)
+    for name, value in summary.items():
+        if "/" in name and name in latest and value != latest[name]:
+            raise _contradiction(directory.summary, name, value, directory.metrics, latest[name])
+    for probe in probes:
+        place = f"{directory.metrics}, step {probe.step}"
+        _check_evaluation(directory, probe.step, place, probe.metrics)
+    of_final = {
+        name: summary[final_name(name)] for name in (LOSS, PR) if final_name(name) in summary
+    }
+    if of_final:
+        _check_evaluation(directory, FINAL, str(directory.summary), of_final, final_name)
+
+
+def _check_evaluation(
+    directory: RunDirectory,
+    evaluation: Evaluation,
+    place: str,
+    metrics: Mapping[str, float | None],
+    name_of: Callable[[str], str] = str,
+) -> None:
+    if LOSS in metrics and directory.validation(evaluation).exists():
+        losses = directory.read_validation(evaluation)
+        true = float(losses.loss_sum.sum() / losses.counts.sum())
+        if not _alike(metrics[LOSS], true, _LOSS_TOLERANCE):
+            raise _contradiction(
+                place, name_of(LOSS), metrics[LOSS], directory.validation(evaluation), true
+            )
+    if PR in metrics and directory.spectra(evaluation).exists():
+        sigma = directory.read_spectra(evaluation).get(_PR_ARRAY)
+        if sigma is not None:
+            # Packed archives hold float16, where that costs at most 2^-10 of a value.
+            tolerance = _PACKED_TOLERANCE if sigma.dtype == np.float16 else _PR_TOLERANCE
+            with np.errstate(invalid="ignore"):
+                true = float(ranks.participation_ratio(sigma.astype(np.float64)).mean())
+            if not _alike(metrics[PR], true, tolerance):
+                raise _contradiction(
+                    place, name_of(PR), metrics[PR], directory.spectra(evaluation), true
+                )
+
+
+def _alike(written: float | None, true: float, tolerance: float) -> bool:
+    """Equal but for rounding; a number that is not finite is written as null."""
+    if written is None:
+        return not math.isfinite(true)
+    return abs(written - true) <= tolerance * abs(true)
+
+
+def _contradiction(
+    place: object, name: str, written: object, other: object, true: object
+) -> errors.UsageError:
+    return errors.UsageError(
+        f"{place}: {name} is {written}, but {other} gives {true}. "
+        "Restore both from one copy of the run."
     )
 
 
