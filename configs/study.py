@@ -4,30 +4,35 @@
     python tools/run_study.py --config=configs/study.py --config.data_dir=data/study --workdir=DIR
     python tools/run_study.py --config=configs/study.py:pilot,original --dry_run
 
-Words after the colon: a scale (tiny, pilot, full), a recipe (fixed, original), and `quick`: one
-seed, half the tokens, no sweep, no controls. Fields: `qkjax.study.plan_config.StudyConfig`.
+Words after the colon: a scale (tiny, small, pilot, full), a recipe (fixed, original), and `quick`:
+one seed, half the tokens, no sweep, no controls. Fields: `qkjax.study.plan_config.StudyConfig`.
 """
 
 import ml_collections
 
+from qkjax import presets
 from qkjax.study import plan_config
 
 M = 1_000_000
-RUN_TOKENS = {"tiny": 200_000, "pilot": 25 * M, "full": 300 * M}
-SWEEP_TOKENS = {"tiny": 100_000, "pilot": 5 * M, "full": 20 * M}
-CONTROLS = {  # none at tiny
-    "fixed": (
-        "adamw_qk_frozen",
-        "adamw_qk_decayed",
-        "muon_qk_frozen",
-        "muon_qk_decayed",
-        "muon_noqk_merged",
-    ),
-    "original": ("adamw_qk_frozen", "adamw_qk_undecayed", "muon_qk_frozen", "muon_qk_undecayed"),
-}
-# In recipe original the arms themselves decay their gammas, at pilot and 4,096 tokens a step just
-# as strongly as `decayed`: then they are the decayed arms, and no second ones are trained.
-OPTIONAL_CONTROLS = {"fixed": (), "original": ("adamw_qk_decayed", "muon_qk_decayed")}
+SWEEP_TOKENS = {"tiny": 100_000, "small": 256_000, "pilot": 5 * M, "full": 20 * M}
+FACTORS = {"tiny": (1.0, 2.0)}  # of the base rate; elsewhere five, a factor 2 apart
+ARMS = ("adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk")
+# At pilot and 4,096 tokens a step the arms of recipe original decay their gammas just as `decayed`
+# does: then they are the decayed arms, and no second ones are trained.
+DECAYED = ("adamw_qk_decayed", "muon_qk_decayed")
+
+
+def controls(scale: str, recipe: str) -> tuple[str, ...]:
+    """The controls beside the four arms, but for `DECAYED`; none at tiny."""
+    if scale == "tiny":
+        return ()
+    words = ["frozen"]
+    # At pilot, recipe fixed has 381 steps: the exposure of these controls takes a rate of gamma at
+    # which its noise is larger than any effect (docs/science.md).
+    if (scale, recipe) != ("pilot", "fixed"):
+        words += ["undecayed", "to_one"]
+    of_gamma = [f"{arm}_{word}" for arm in ("adamw_qk", "muon_qk") for word in words]
+    return (*of_gamma, *(["muon_noqk_merged"] if recipe == "fixed" else []))
 
 
 def get_config(words: str = "") -> ml_collections.ConfigDict:
@@ -35,18 +40,19 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     scale, recipe, quick = plan_config.parse_words(words)
     config = ml_collections.ConfigDict()
     config.scale, config.recipe, config.quick = scale, recipe, quick
-    config.arms = ("adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk")
-    has_controls = scale != "tiny" and not quick
-    config.controls = CONTROLS[recipe] if has_controls else ()
-    config.optional_controls = OPTIONAL_CONTROLS[recipe] if has_controls else ()
+    config.arms = ARMS
+    config.controls = () if quick else controls(scale, recipe)
+    config.optional_controls = DECAYED if "adamw_qk_to_one" in config.controls else ()
     config.seeds = (42,) if quick else (42, 137)
-    config.tokens = RUN_TOKENS[scale] // 2 if quick else RUN_TOKENS[scale]
+    tokens = 200_000 if scale == "tiny" else presets.TOKENS[scale, recipe][0]
+    config.tokens = tokens // 2 if quick else tokens
     config.sweep = ml_collections.ConfigDict()
     # Recipe original runs at its own rates. 0 tokens: no sweep.
     config.sweep.tokens = 0 if quick or recipe == "original" else SWEEP_TOKENS[scale]
     config.sweep.seed = 7  # never a seed of the study
-    config.sweep.factors = (1.0, 2.0) if scale == "tiny" else (0.25, 0.5, 1.0, 2.0, 4.0)
-    config.sweep.extend = scale != "tiny"  # by one rate, where the best is at an edge
+    config.sweep.factors = FACTORS.get(scale, (0.25, 0.5, 1.0, 2.0, 4.0))
+    # By one rate, where the best is at an edge.
+    config.sweep.extend = scale not in ("tiny", "small")
     config.surgery = ml_collections.ConfigDict()
     config.surgery.tokens = 0 if quick else 65_536  # of each rank; 0: no rank surgery
     config.surgery.ranks = ()  # 1, 2, 4 and every eighth of head_dim

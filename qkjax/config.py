@@ -1,92 +1,343 @@
-"""Every option of a run, with its type and default, and the one place that checks them.
+"""Every option of a run, written once: its type, its default, what it may be, since when.
 
-A config file calls `base()`, which returns an `ml_collections.ConfigDict`; command-line overrides
-change that; `resolve()` checks all of it in one pass and returns frozen dataclasses. Nothing else
-reads a ConfigDict. Budgets are in tokens and become whole steps here.
+A section is a frozen dataclass whose fields are options. `base()` makes the
+`ml_collections.ConfigDict` of an arm from them, command-line overrides change that, and
+`resolve()` checks all of it against them in one pass and returns a `Config`. Nothing else reads a
+ConfigDict. Budgets are in tokens and become whole steps here.
 """
 
 import dataclasses
+import heapq
 import math
+import re
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import ml_collections
 
 from qkjax import errors, presets
 
+# Raised with every change after which the same config no longer gives the same bits.
+NUMERICS_VERSION = 1
+# More steps than these are kept as the rule that makes them, not one by one.
+_MOST_LISTED = 10_000
+
+# --------------------------------------------------------------------------------------------
+# What a field says of itself.
+
+
+class Bound(typing.NamedTuple):
+    """What a value of the right type must fulfil."""
+
+    wanted: str  # for people: "above 0"
+    holds: Callable[[Any], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """A bound: one of these names."""
+
+    names: Collection[str]
+
+    @property
+    def wanted(self) -> str:
+        """For people."""
+        return "one of " + ", ".join(self.names)
+
+    def holds(self, value: Any) -> bool:
+        """Whether it is one of them."""
+        return value in self.names
+
+
+ABOVE_0 = Bound("above 0", lambda value: value > 0)
+FROM_0 = Bound("0 or more", lambda value: value >= 0)
+BELOW_1 = Bound("from 0 to below 1", lambda value: 0 <= value < 1)
+
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    tuple[int, ...]: "a tuple of integers",
+    float | None: "a number or nothing",
+}
+
+
+class Option(typing.NamedTuple):
+    """What is set by the presets, a config file or an override."""
+
+    kind: Any  # one of _KINDS
+    default: Callable[[presets.Choice], Any]
+    bound: Bound | OneOf | None
+
+    def mistake(self, value: Any) -> str:
+        """What the value must be instead; "" if it is right."""
+        if not _is_kind(value, self.kind):
+            return _KINDS[self.kind] + (f", {self.bound.wanted}" if self.bound else "")
+        if value is None or self.bound is None or self.bound.holds(value):
+            return ""
+        return self.bound.wanted
+
+
+class Stored(typing.NamedTuple):
+    """What config.json holds of a run."""
+
+    kind: Any
+    free: bool  # cannot change a result: a resumed run may have another
+    fixed: bool  # no checkpoint goes on with another: its batches or its arrays would be others
+    since: str  # the date from which config.json has it; "" from the beginning
+    absent: Any  # what runs from before that date were made with
+
+
+def _is_kind(value: Any, kind: Any) -> bool:
+    if kind == float | None:
+        return value is None or _is_kind(value, float)
+    if kind is float:
+        return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and type(value) is not bool
+    if kind == tuple[int, ...]:
+        return isinstance(value, tuple | list) and all(_is_kind(item, int) for item in value)
+    return isinstance(value, kind)
+
+
+def option(
+    default: Any,
+    bound: Bound | OneOf | None = None,
+    *,
+    kind: Any = None,
+    free: bool = False,
+    fixed: bool = False,
+    since: str = "",
+    absent: Any = None,
+) -> Any:
+    """A field that can be set.
+
+    Args:
+        default: a value, or a function that makes it of what the words choose.
+        kind: None takes the field's annotation.
+        free, fixed, since, absent: as in `Stored`.
+    """
+    make = default if callable(default) else lambda chosen: default
+    return dataclasses.field(
+        metadata={
+            "option": Option(kind, make, bound),
+            "stored": Stored(kind, free, fixed, since, absent),
+        }
+    )
+
+
+def derived(*, fixed: bool = False, since: str = "", absent: Any = None, **inputs: Any) -> Any:
+    """A field that `resolve` makes.
+
+    Args:
+        fixed, since, absent: as in `Stored`.
+        inputs: the options that it is made of, by name, where no resolved config keeps them.
+    """
+    return dataclasses.field(
+        metadata={
+            "made_of": {name: field.metadata["option"] for name, field in inputs.items()},
+            "stored": Stored(None, False, fixed, since, absent),
+        }
+    )
+
+
+def _shape(name: str) -> Callable[[presets.Choice], Any]:
+    return lambda chosen: presets.SHAPES[chosen.scale][name]
+
+
+def _budget(name: str) -> Callable[[presets.Choice], Any]:
+    return lambda chosen: presets.BUDGETS[chosen.scale][name]
+
+
+def _rule(name: str) -> Callable[[presets.Choice], Any]:
+    return lambda chosen: chosen.rules[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatedSteps:
+    """Whole steps nearest below multiples of `every_tokens` and below `at_tokens`; 0 and the last.
+
+    It serves as the ascending tuple of these steps, and holds none of them.
+    """
+
+    num_steps: int
+    tokens_per_step: int
+    at_tokens: tuple[int, ...]
+    every_tokens: int  # 0 = at_tokens alone
+
+    def __contains__(self, step: object) -> bool:
+        return isinstance(step, int) and (step in self._others() or self._is_repeated(step))
+
+    def __iter__(self) -> Iterator[int]:
+        last = -1
+        for step in heapq.merge(sorted(self._others()), self._repeated()):
+            if step != last:
+                yield step
+            last = step
+
+    def __len__(self) -> int:
+        others = sum(not self._is_repeated(step) for step in self._others())
+        if not self.every_tokens:
+            return others
+        if self.every_tokens <= self.tokens_per_step:
+            return others + self.num_steps - 1
+        return others + (self.num_steps * self.tokens_per_step - 1) // self.every_tokens
+
+    def _others(self) -> set[int]:
+        at = {max(1, tokens // self.tokens_per_step) for tokens in self.at_tokens}
+        return {0, self.num_steps} | {step for step in at if step < self.num_steps}
+
+    def _repeated(self) -> Iterator[int]:
+        if 0 < self.every_tokens <= self.tokens_per_step:  # every step holds a multiple
+            yield from range(1, self.num_steps)
+        elif self.every_tokens:
+            end = self.num_steps * self.tokens_per_step
+            for tokens in range(self.every_tokens, end, self.every_tokens):
+                yield tokens // self.tokens_per_step
+
+    def _is_repeated(self, step: int) -> bool:
+        if not self.every_tokens or not 1 <= step < self.num_steps:
+            return False
+        end = (step + 1) * self.tokens_per_step
+        last_multiple = (end - 1) // self.every_tokens * self.every_tokens
+        return last_multiple >= max(self.every_tokens, step * self.tokens_per_step)
+
+
+# --------------------------------------------------------------------------------------------
+# The sections.
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from."""
 
-    dir: str  # dataset directory; "" = the embedded corpus (tiny only)
-    end_of_text: bool  # the recipe's documents end with an end-of-text token
-    max_epochs: int  # more passes over the training split than this are refused
+    # Dataset directory; "" = the embedded corpus (tiny and small only).
+    dir: str = option("", free=True)
+    # The recipe's documents end with an end-of-text token.
+    end_of_text: bool = option(_rule("end_of_text"))
+    # More passes over the training split than this are refused.
+    max_epochs: int = option(4, ABOVE_0)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The decoder (docs/science.md section 2)."""
 
-    qk_norm: str  # "none" | "learned" | "frozen" (gamma stays 1)
-    mlp: str  # "swiglu" | "relu2"
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_ff: int
-    vocab_size: int
-    sequence_length: int
-    norm_eps: float
-    rope_base: float
-    dtype: str  # "auto" | "float32" | "bfloat16": compute; parameters are always float32
-    unroll: int  # layers per iteration of the layer loop
-    attention: str  # "auto" (by platform) | "cudnn" | "blocked" | "xla"
+    num_layers: int = option(_shape("num_layers"), ABOVE_0, fixed=True)
+    d_model: int = option(_shape("d_model"), ABOVE_0, fixed=True)
+    num_heads: int = option(_shape("num_heads"), ABOVE_0, fixed=True)
+    num_kv_heads: int = option(_shape("num_kv_heads"), ABOVE_0, fixed=True)
+    head_dim: int = option(_shape("head_dim"), ABOVE_0, fixed=True)
+    vocab_size: int = option(_shape("vocab_size"), ABOVE_0, fixed=True)
+    sequence_length: int = option(_shape("sequence_length"), ABOVE_0, fixed=True)
+    # Gamma of "frozen" stays 1.
+    qk_norm: str = option(
+        lambda chosen: "frozen" if "frozen" in chosen.controls else chosen.qk_norm,
+        OneOf(("none", "learned", "frozen")),
+    )
+    mlp: str = option(
+        lambda chosen: presets.MLP[chosen.scale, chosen.recipe][0],
+        OneOf(("swiglu", "relu2")),
+        fixed=True,
+    )
+    d_ff: int = option(
+        lambda chosen: presets.MLP[chosen.scale, chosen.recipe][1], ABOVE_0, fixed=True
+    )
+    norm_eps: float = option(_rule("norm_eps"), ABOVE_0)
+    rope_base: float = option(10_000.0, ABOVE_0)
+    # Of the computation; parameters are always float32. "auto" is settled by the platform.
+    dtype: str = option("auto", OneOf(("auto", "float32", "bfloat16")))
+    # Layers per iteration of the layer loop.
+    unroll: int = option(1, ABOVE_0)
+    attention: str = option("auto", OneOf(("auto", "cudnn", "blocked", "xla")))
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Rates and decays by group of parameters; betas and eps of AdamW."""
+    """Rates and decays by group of parameters; betas and eps of AdamW; clips."""
 
-    name: str  # "adamw" | "muon"
-    learning_rate: float  # peak, of the matrices inside the blocks (all parameters with AdamW)
-    adam_learning_rate: float | None  # peak, of the auxiliary AdamW in Muon arms
-    weight_decay: float  # matrices inside the blocks
-    auxiliary_weight_decay: float  # embedding and every gamma but gamma_q, gamma_k
-    gamma_weight_decay: float  # gamma_q, gamma_k; resolve() derives it from tau where tau > 0
-    gamma_decay_tau: float  # sum over steps of lr x decay of gamma_q, gamma_k; 0 = unused
-    clip_norm: float  # global gradient norm; 0 = no clipping
-    beta1: float
-    beta2: float
-    eps: float
-    warmup_fraction: float  # of all steps, linear from 0
-    decay_fraction: float  # of all steps, linear to 0 at the end
+    name: str = option(lambda chosen: chosen.optimizer, OneOf(presets.OPTIMIZERS), fixed=True)
+    # Peak, of the matrices inside the blocks (of all parameters with AdamW).
+    learning_rate: float = option(lambda chosen: chosen.rate, ABOVE_0)
+    # Peak, of the auxiliary AdamW that updates the embedding and the gammas of a Muon arm.
+    adam_learning_rate: float | None = option(lambda chosen: chosen.auxiliary_rate, ABOVE_0)
+    # Of matrices inside the blocks.
+    weight_decay: float = option(lambda chosen: chosen.decay, FROM_0)
+    # Of the embedding and of every gamma but gamma_q and gamma_k.
+    auxiliary_weight_decay: float = option(_rule("auxiliary_decay"), FROM_0)
+    # Of gamma_q and gamma_k, towards gamma_decay_target.
+    gamma_weight_decay: float = option(lambda chosen: chosen.gamma_force, FROM_0)
+    # Sum over steps of rate x decay of gamma_q and gamma_k, from which resolve() derives their
+    # rate; 0 = unused.
+    gamma_decay_tau: float = option(lambda chosen: chosen.gamma_tau, FROM_0)
+    gamma_decay_target: float = option(
+        lambda chosen: 1.0 if "to_one" in chosen.controls else 0.0,
+        Bound("0 or 1", lambda value: value in (0, 1)),
+        since="2026-11-28",
+        absent=0.0,
+    )
+    # Peak, of gamma_q and gamma_k; 0 = that of the AdamW that updates them.
+    gamma_learning_rate: float = option(0.0, FROM_0, since="2026-11-28", absent=0.0)
+    # Global gradient norm; 0 = no clipping.
+    clip_norm: float = option(_rule("clip_norm"), FROM_0)
+    # Largest logit of a head that QK-Clip leaves alone; 0 = no QK-Clip.
+    qk_clip: float = option(
+        lambda chosen: presets.CLIP_LOGIT[chosen.scale] if "clip" in chosen.controls else 0.0,
+        FROM_0,
+        since="2026-11-28",
+        absent=0.0,
+    )
+    # The first sequences of a step's batch, in which QK-Clip looks for the largest logits.
+    qk_clip_sequences: int = option(4, ABOVE_0, since="2026-11-28", absent=4)
+    beta1: float = option(0.9, BELOW_1)
+    beta2: float = option(_rule("beta2"), BELOW_1)
+    eps: float = option(1e-8, ABOVE_0)
+    # Of all steps, linear from 0.
+    warmup_fraction: float = option(_rule("warmup_fraction"), BELOW_1)
+    # Of all steps, linear to 0 at the end.
+    decay_fraction: float = option(_rule("decay_fraction"), BELOW_1)
 
     @property
     def auxiliary_learning_rate(self) -> float:
-        """Peak rate of the AdamW that updates the embedding and every gamma."""
+        """Peak rate of the AdamW that updates the embedding and every other gamma."""
         return self.learning_rate if self.adam_learning_rate is None else self.adam_learning_rate
+
+    @property
+    def rate_of_gamma(self) -> float:
+        """Peak rate of gamma_q and gamma_k."""
+        return self.gamma_learning_rate or self.auxiliary_learning_rate
 
 
 @dataclasses.dataclass(frozen=True)
 class MuonConfig:
-    """Muon's own options; unused in AdamW arms."""
+    """Muon's own options; unused in other arms."""
 
-    momentum: float
-    nesterov: bool
-    coefficients: str  # "polar_express" | "quintic"
-    granularity: str  # "separate" | "merged" | "per_head"
-    scale: str  # "spectral" | "rms"
-    dtype: str  # "auto" | "float32" | "bfloat16": arithmetic of the Newton-Schulz steps
+    momentum: float = option(0.95, BELOW_1)
+    nesterov: bool = option(True)
+    coefficients: str = option("polar_express", OneOf(("polar_express", "quintic")))
+    # Which matrices it makes of the attention kernels: each its own, one of all four, one a head
+    # of query, key and value, or one of every group_heads neighbouring heads of these.
+    granularity: str = option(
+        lambda chosen: chosen.granularity, OneOf(("separate", "merged", "per_head", "groups_of"))
+    )
+    group_heads: int = option(1, ABOVE_0, since="2026-11-28", absent=1)
+    scale: str = option("spectral", OneOf(("spectral", "rms", "mup")))
+    # Arithmetic of the Newton-Schulz steps.
+    dtype: str = option(_rule("newton_schulz_dtype"), OneOf(("auto", "float32", "bfloat16")))
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, constant, linear decay: the factor that every peak rate is multiplied by."""
+    """Linear warm-up, constant, linear decay: the factor that every peak rate is multiplied by.
 
-    num_steps: int
-    warmup_steps: int
-    decay_steps: int
+    Warm-up and decay share no step in which both are below 1 (`resolve` sees to it).
+    """
+
+    num_steps: int = derived()
+    warmup_steps: int = derived()
+    decay_steps: int = derived()
 
     def factor(self, step: int) -> float:
         """Factor of update `step`, counted from 0; in (0, 1], for the first never 0."""
@@ -96,61 +347,95 @@ class Schedule:
 
     def total(self) -> float:
         """Sum of the factors over all updates: learning rate x this = summed learning rate."""
-        return math.fsum(self.factor(step) for step in range(self.num_steps))
+        lost = (max(0, self.warmup_steps - 1) + max(0, self.decay_steps - 1)) / 2
+        return self.num_steps - lost
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The budget of the run and how a step is cut."""
 
-    tokens: int  # as asked; num_steps * tokens_per_step are trained
-    tokens_per_step: int
-    num_steps: int
-    sequences_per_step: int
-    microbatch_sequences: int  # most sequences a device takes in one pass; 0 = its whole share
-    loss_chunk_tokens: int  # positions whose logits exist at one time
+    # As asked; num_steps * tokens_per_step are trained.
+    tokens: int = option(lambda chosen: presets.TOKENS[chosen.scale, chosen.recipe][0], ABOVE_0)
+    tokens_per_step: int = option(
+        lambda chosen: presets.TOKENS[chosen.scale, chosen.recipe][1], ABOVE_0, fixed=True
+    )
+    num_steps: int = derived()
+    sequences_per_step: int = derived(fixed=True)
+    # Most sequences that a device takes in one pass; 0 = its whole share.
+    microbatch_sequences: int = option(8, FROM_0)
+    # Positions whose logits exist at one time.
+    loss_chunk_tokens: int = option(2_048, ABOVE_0)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """When and on what the frozen validation split is measured."""
 
-    steps: tuple[int, ...]  # after so many updates; always 0 and the last
-    tokens: int  # the first N of the split at every evaluation; 0 = all
-    final_tokens: int  # of one more pass after the last step; 0 = all, -1 = no such pass
-    batch_sequences: int  # sequences a device takes at one time
+    # After this many updates; always 0 and the last.
+    steps: Collection[int] = derived(
+        at_tokens=option(
+            _budget("at_tokens"),
+            Bound("token counts above 0", lambda value: all(t > 0 for t in value)),
+            kind=tuple[int, ...],
+        ),
+        every_tokens=option(_budget("every_tokens"), FROM_0, kind=int),
+    )
+    # The first N of the split at every evaluation; 0 = all.
+    tokens: int = option(_budget("eval_tokens"), FROM_0)
+    # Of one more pass after the last step.
+    final_tokens: int = option(
+        _budget("final_tokens"), Bound("-1 (no pass), 0 (all) or more", lambda value: value >= -1)
+    )
+    # Sequences that a device takes at one time.
+    batch_sequences: int = option(8, ABOVE_0)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written, and which are kept."""
 
-    steps: tuple[int, ...]  # after so many updates; always 0 and the last
-    keep_all: bool  # instead of step 0 and the latest two
+    # After this many updates; always 0 and the last.
+    steps: Collection[int] = derived(
+        every_tokens=option(_budget("checkpoint_tokens"), ABOVE_0, kind=int)
+    )
+    # Instead of step 0 and the latest two.
+    keep_all: bool = option(False, free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
     """Which updates are traced for TensorBoard and Perfetto."""
 
-    steps: tuple[int, ...]  # () or (first, last)
+    steps: tuple[int, ...] = option(
+        (),
+        Bound(
+            "() or (first, last), counted from 1",
+            lambda value: not value or (len(value) == 2 and 1 <= value[0] <= value[1]),
+        ),
+        free=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     """What the terminal shows."""
 
-    every_seconds: float  # between progress lines
+    # Between progress lines.
+    every_seconds: float = option(10.0, FROM_0, free=True)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """One run, checked and complete."""
 
-    arm: str
-    scale: str
-    recipe: str
-    seed: int
+    arm: str = derived()
+    scale: str = option(lambda chosen: chosen.scale, OneOf(presets.SCALES))
+    recipe: str = option(lambda chosen: chosen.recipe, OneOf(presets.RECIPES))
+    seed: int = option(
+        42, Bound("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32), fixed=True
+    )
+    numerics_version: int = derived(since="2026-11-28", absent=1)
     data: DataConfig
     model: ModelConfig
     optimizer: OptimizerConfig
@@ -176,25 +461,197 @@ class Config:
         """Plain dicts, lists, numbers and strings, as config.json holds them."""
         return dataclasses.asdict(self)
 
+    def fingerprinted(self) -> dict[str, Any]:
+        """What a study's fingerprints hash, by dotted name: everything that can change a result.
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `Config.to_dict`, for config.json of a run directory."""
-    values = presets.with_present_recipe(values)
-    sections = {}
-    for field in dataclasses.fields(Config):
-        value = values[field.name]
-        if dataclasses.is_dataclass(field.type):
-            value = field.type(**{k: _tuple(v) for k, v in value.items()})  # type: ignore[operator]
-        sections[field.name] = value
-    return Config(**sections)
+        The form is that of the first version: a field that has the value of the runs from before
+        it existed is left out, and a recipe has its first name.
+        """
+        values = _flat(self.to_dict())
+        kept = {
+            name: values[name]
+            for name, field in FIELDS.items()
+            if not field.free and not (field.since and values[name] == field.absent)
+        }
+        return {**kept, "recipe": presets.former_recipe(self.recipe)}
 
 
-def _tuple(value: Any) -> Any:
+@dataclasses.dataclass(frozen=True)
+class GammaExposure:
+    """How a run treats gamma_q and gamma_k, and what its decay can do to them."""
+
+    learning_rate: float  # peak
+    weight_decay: float  # the force W
+    target: float  # that the decay pulls to
+    summed_rate: float  # over the run
+    tau: float  # summed rate x decay: where no gradient holds gamma, the distance shrinks by e^-tau
+    largest: float  # 1/W: Adam's normalised update holds gamma no further from its target
+    largest_logit: float  # sqrt(head_dim)/W^2: of two gammas of that size
+    noise: float  # sqrt(rate / 2W): the standard deviation that updates of random sign give gamma
+
+
+def gamma_exposure(config: Config) -> GammaExposure | None:
+    """Of a run with learned gammas; None for others. Without decay its limits are infinite."""
+    if config.model.qk_norm != "learned":
+        return None
+    optimizer = config.optimizer
+    rate, force = optimizer.rate_of_gamma, optimizer.gamma_weight_decay
+    summed = rate * config.schedule.total()
+    return GammaExposure(
+        learning_rate=rate,
+        weight_decay=force,
+        target=optimizer.gamma_decay_target,
+        summed_rate=summed,
+        tau=summed * force,
+        largest=1 / force if force else math.inf,
+        largest_logit=math.sqrt(config.model.head_dim) / force**2 if force else math.inf,
+        noise=math.sqrt(rate / (2 * force)) if force else math.inf,
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# The fields of all sections, by dotted name.
+
+
+def _fields(section: type, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Name, type and metadata of every field of a section and of the sections inside it."""
+    kinds = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        kind = kinds[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from _fields(typing.cast(type, kind), f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", kind, field.metadata
+
+
+def _options() -> Iterator[tuple[str, Option]]:
+    for name, kind, metadata in _fields(Config):
+        if "option" in metadata:
+            yield name, metadata["option"]._replace(kind=kind)
+        section = name.rpartition(".")[0]
+        for inner, made_of in metadata.get("made_of", {}).items():
+            yield f"{section}.{inner}", made_of
+
+
+# Everything that can be set, and everything that config.json holds.
+OPTIONS: dict[str, Option] = dict(_options())
+FIELDS: dict[str, Stored] = {
+    name: metadata["stored"]._replace(kind=kind) for name, kind, metadata in _fields(Config)
+}
+# A resumed run may have others of these, and never others of those.
+FREE_FIELDS = tuple(name for name, field in FIELDS.items() if field.free)
+FIXED_FIELDS = tuple(name for name, field in FIELDS.items() if field.fixed)
+_SECTIONS = frozenset(name.partition(".")[0] for name in OPTIONS if "." in name)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name; what stands in the place of a section, or is none, stays whole."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and not prefix and name in (*_SECTIONS, "schedule"):
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _build(section: type, flat: Mapping[str, Any], prefix: str = "") -> Any:
+    """A section of the values by dotted name, which are all there and right."""
+    kinds = typing.get_type_hints(section)
+    values = {}
+    for field in dataclasses.fields(section):
+        name, kind = f"{prefix}{field.name}", kinds[field.name]
+        if dataclasses.is_dataclass(kind):
+            values[field.name] = _build(typing.cast(type, kind), flat, f"{name}.")
+        else:
+            values[field.name] = _as_kind(flat[name], kind)
+    return section(**values)
+
+
+def _as_kind(value: Any, kind: Any) -> Any:
+    if value is not None and kind in (float, float | None):
+        return float(value)
     return tuple(value) if isinstance(value, list) else value
 
 
+# --------------------------------------------------------------------------------------------
+# Stored configs.
+
+
+def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config as the present version writes it; nothing is checked.
+
+    Fields that it is too old to have get the value that such runs were made with, its recipe and
+    its arm get their present names.
+    """
+    values = presets.with_present_recipe(values)
+    for name, field in FIELDS.items():
+        *section, leaf = name.split(".")
+        inside = values.get(section[0]) if section else values
+        if field.since and isinstance(inside, dict) and leaf not in inside:
+            filled = {**inside, leaf: field.absent}
+            values = {**values, section[0]: filled} if section else filled
+    return _with_present_arm(values)
+
+
+def _with_present_arm(values: dict[str, Any]) -> dict[str, Any]:
+    """Names the control `decayed` of before `_decayed_1`: its decay was stronger, not its rate."""
+    arm, optimizer = values.get("arm"), values.get("optimizer")
+    if not isinstance(arm, str) or not isinstance(optimizer, Mapping):
+        return values
+    if optimizer.get("gamma_decay_tau") and not optimizer.get("gamma_learning_rate"):
+        values = {**values, "arm": re.sub(r"_decayed(?!_1)", "_decayed_1", arm)}
+    return values
+
+
+def from_dict(values: Mapping[str, Any], where: str = "config") -> Config:
+    """The inverse of `Config.to_dict`, for config.json of a run directory.
+
+    Args:
+        where: the file, for the message.
+    Raises:
+        UsageError: lists every field that is missing, unknown or wrong.
+    """
+    flat = _flat(upgraded(values))
+    found = []
+    for name, field in FIELDS.items():
+        if name not in flat:
+            found.append(f"{name} is missing")
+        elif wanted := _mistake_of_stored(name, flat[name], field.kind):
+            found.append(f"{name} is {flat[name]!r}, it must be {wanted}")
+    found += [f"{name}: no such field" for name in flat if name not in FIELDS]
+    if found:
+        raise errors.UsageError(
+            f"{where}: {'; '.join(found)}. Restore the file from a copy, or use the version of "
+            "qkjax that wrote it."
+        )
+    for name in ("eval.steps", "checkpoint.steps"):
+        if isinstance(flat[name], Mapping):
+            rule = flat[name]
+            flat[name] = RepeatedSteps(**{**rule, "at_tokens": tuple(rule["at_tokens"])})
+    return typing.cast(Config, _build(Config, flat))
+
+
+def _mistake_of_stored(name: str, value: Any, kind: Any) -> str:
+    if name in OPTIONS:
+        return OPTIONS[name].mistake(value)
+    if kind in _KINDS:
+        return "" if _is_kind(value, kind) else _KINDS[kind]
+    if isinstance(value, Mapping):
+        rule = typing.get_type_hints(RepeatedSteps)
+        if rule.keys() == value.keys() and all(_is_kind(value[n], rule[n]) for n in rule):
+            return ""
+    elif _is_kind(value, tuple[int, ...]) and list(value) == sorted(set(value)):
+        return ""
+    return "ascending steps"
+
+
+# --------------------------------------------------------------------------------------------
+# From an arm's words to a checked config.
+
+
 def base(optimizer: str, qk_norm: str, words: str = "") -> ml_collections.ConfigDict:
-    """The config of one arm: optimizer "adamw" or "muon", qk_norm "none" or "learned".
+    """The config of one arm: optimizer of `presets.OPTIMIZERS`, qk_norm "none" or "learned".
 
     Args:
         words: what stands after the config's colon, separated by commas in any order: at most one
@@ -202,335 +659,218 @@ def base(optimizer: str, qk_norm: str, words: str = "") -> ml_collections.Config
     Raises:
         UsageError: an unknown word, two words that exclude each other, or one without effect.
     """
-    scale, recipe, controls = presets.parse_words(words, optimizer, qk_norm)
-    shape, budget, rules = (
-        presets.SHAPES[scale],
-        presets.BUDGETS[scale],
-        presets.RECIPE_RULES[recipe],
-    )
-    mlp, d_ff = presets.MLP[scale, recipe]
-    adamw_rate, muon_rate, auxiliary_rate = presets.RATES[scale, recipe]
-    is_muon = optimizer == "muon"
-    if "frozen" in controls:
-        qk_norm = "frozen"
-    decays_gamma = qk_norm == "learned" and not controls & {"decayed", "undecayed"}
-
+    chosen = presets.parse_words(words, optimizer, qk_norm)
     config = ml_collections.ConfigDict()
-    config.scale = scale
-    config.recipe = recipe
-    config.seed = 42
-    config.data = ml_collections.ConfigDict(
-        {"dir": "", "end_of_text": rules["end_of_text"], "max_epochs": 4}
-    )
-    config.model = ml_collections.ConfigDict(
-        {
-            **shape,
-            "qk_norm": qk_norm,
-            "mlp": mlp,
-            "d_ff": d_ff,
-            "norm_eps": rules["norm_eps"],
-            "rope_base": 10_000.0,
-            "dtype": "auto",
-            "unroll": 1,
-            "attention": "auto",
-        }
-    )
-    config.optimizer = ml_collections.ConfigDict(
-        {
-            "name": optimizer,
-            "learning_rate": muon_rate if is_muon else adamw_rate,
-            "adam_learning_rate": (
-                auxiliary_rate if is_muon else ml_collections.config_dict.placeholder(float)
-            ),
-            "weight_decay": rules["muon_decay"] if is_muon else rules["adamw_decay"],
-            "auxiliary_weight_decay": rules["auxiliary_decay"],
-            "gamma_weight_decay": rules["gamma_decay"] if decays_gamma else 0.0,
-            "gamma_decay_tau": presets.PILOT_TAU if "decayed" in controls else 0.0,
-            "clip_norm": rules["clip_norm"],
-            "beta1": 0.9,
-            "beta2": rules["beta2"],
-            "eps": 1e-8,
-            "warmup_fraction": rules["warmup_fraction"],
-            "decay_fraction": rules["decay_fraction"],
-        }
-    )
-    config.muon = ml_collections.ConfigDict(
-        {
-            "momentum": 0.95,
-            "nesterov": True,
-            "coefficients": "polar_express",
-            "granularity": "merged" if "merged" in controls else rules["granularity"],
-            "scale": "spectral",
-            "dtype": rules["newton_schulz_dtype"],
-        }
-    )
-    config.train = ml_collections.ConfigDict(
-        {
-            "tokens": budget["tokens"],
-            "tokens_per_step": presets.TOKENS_PER_STEP[scale, recipe],
-            "microbatch_sequences": 8,
-            "loss_chunk_tokens": 2_048,
-        }
-    )
-    config.eval = ml_collections.ConfigDict(
-        {
-            "at_tokens": budget["at_tokens"],
-            "every_tokens": budget["every_tokens"],
-            "tokens": budget["eval_tokens"],
-            "final_tokens": budget["final_tokens"],
-            "batch_sequences": 8,
-        }
-    )
-    config.checkpoint = ml_collections.ConfigDict(
-        {"every_tokens": budget["checkpoint_tokens"], "keep_all": False}
-    )
-    config.profile = ml_collections.ConfigDict({"steps": ()})
-    config.log = ml_collections.ConfigDict({"every_seconds": 10.0})
+    for name, given in OPTIONS.items():
+        section, _, leaf = name.rpartition(".")
+        if section and section not in config:
+            config[section] = ml_collections.ConfigDict()
+        value = given.default(chosen)
+        if value is None:
+            value = ml_collections.config_dict.placeholder(float)
+        (config[section] if section else config)[leaf] = value
     return config
 
 
-# --------------------------------------------------------------------------------------------
-# Checks: every field in one pass, every mistake in one message.
-
-
 def resolve(config: ml_collections.ConfigDict) -> Config:
-    """Checks every field and derives steps, decay and the arm's name.
+    """Checks every field and derives steps, the rate of gamma and the arm's name.
 
     Raises:
         UsageError: lists every field that is wrong, with its value and what it may be.
     """
-    found = _mistakes(config)
+    values = _flat(config.to_dict())
+    # Fields that do not fit together divide by fields, which have to be right for that.
+    found = _mistakes(values) or _contradictions(values)
     if found:
         raise errors.UsageError("config: " + "; ".join(found))
-    train, tokens_per_step = config.train, config.train.tokens_per_step
-    num_steps = max(1, train.tokens // tokens_per_step)
-    optimizer = OptimizerConfig(**config.optimizer.to_dict())
+    tokens_per_step = values["train.tokens_per_step"]
+    num_steps = max(1, values["train.tokens"] // tokens_per_step)
     schedule = Schedule(
         num_steps=num_steps,
-        warmup_steps=math.ceil(optimizer.warmup_fraction * num_steps),
-        decay_steps=math.ceil(optimizer.decay_fraction * num_steps),
+        warmup_steps=math.ceil(values["optimizer.warmup_fraction"] * num_steps),
+        decay_steps=math.ceil(values["optimizer.decay_fraction"] * num_steps),
     )
-    return Config(
-        arm=_arm_name(config),
-        scale=config.scale,
-        recipe=config.recipe,
-        seed=config.seed,
-        data=DataConfig(**config.data.to_dict()),
-        model=ModelConfig(**config.model.to_dict()),
-        optimizer=_with_gamma_decay(optimizer, schedule),
-        muon=MuonConfig(**config.muon.to_dict()),
-        schedule=schedule,
-        train=TrainConfig(
-            tokens=train.tokens,
-            tokens_per_step=tokens_per_step,
-            num_steps=num_steps,
-            sequences_per_step=tokens_per_step // config.model.sequence_length,
-            microbatch_sequences=train.microbatch_sequences,
-            loss_chunk_tokens=train.loss_chunk_tokens,
+    values |= {
+        "optimizer.gamma_learning_rate": _rate_of_gamma(values, schedule),
+        "arm": _arm_name(values),
+        "numerics_version": NUMERICS_VERSION,
+        **{f"schedule.{name}": value for name, value in dataclasses.asdict(schedule).items()},
+        "train.num_steps": num_steps,
+        "train.sequences_per_step": tokens_per_step // values["model.sequence_length"],
+        "eval.steps": _steps(
+            num_steps, tokens_per_step, values["eval.at_tokens"], values["eval.every_tokens"]
         ),
-        eval=EvalConfig(
-            steps=_steps(
-                num_steps, tokens_per_step, tuple(config.eval.at_tokens), config.eval.every_tokens
-            ),
-            tokens=config.eval.tokens,
-            final_tokens=config.eval.final_tokens,
-            batch_sequences=config.eval.batch_sequences,
+        "checkpoint.steps": _steps(
+            num_steps, tokens_per_step, (), values["checkpoint.every_tokens"]
         ),
-        checkpoint=CheckpointConfig(
-            steps=_steps(num_steps, tokens_per_step, (), config.checkpoint.every_tokens),
-            keep_all=config.checkpoint.keep_all,
-        ),
-        profile=ProfileConfig(steps=tuple(config.profile.steps)),
-        log=LogConfig(**config.log.to_dict()),
-    )
+    }
+    resolved: Config = _build(Config, values)
+    exposure = gamma_exposure(resolved)
+    if exposure is not None and exposure.learning_rate * exposure.weight_decay >= 1:
+        step = exposure.learning_rate * exposure.weight_decay
+        raise errors.UsageError(
+            f"config: optimizer.gamma_weight_decay: learning rate x decay is {step:.3g} at its "
+            "peak, and from 1 on a step would carry gamma past the target of its decay (decay "
+            f"{exposure.weight_decay:.4g}, rate {exposure.learning_rate:.4g}, {num_steps} steps). "
+            "Train longer, or lower optimizer.gamma_decay_tau."
+        )
+    return resolved
 
 
 def _steps(
-    num_steps: int, tokens_per_step: int, at: tuple[int, ...], every: int
-) -> tuple[int, ...]:
-    """Whole steps nearest below each token count, with 0 and the last, ascending."""
-    repeated = range(every, num_steps * tokens_per_step + 1, every) if every else ()
-    wanted = {max(1, tokens // tokens_per_step) for tokens in (*at, *repeated)}
-    return tuple(sorted({0, num_steps} | {step for step in wanted if step < num_steps}))
+    num_steps: int, tokens_per_step: int, at: Collection[int], every: int
+) -> Collection[int]:
+    rule = RepeatedSteps(num_steps, tokens_per_step, tuple(at), every)
+    return tuple(rule) if len(rule) <= _MOST_LISTED else rule
 
 
-def _with_gamma_decay(optimizer: OptimizerConfig, schedule: Schedule) -> OptimizerConfig:
-    rate = optimizer.auxiliary_learning_rate
-    if optimizer.gamma_decay_tau:
-        decay = optimizer.gamma_decay_tau / (rate * schedule.total())
-        optimizer = dataclasses.replace(optimizer, gamma_weight_decay=decay)
-    if rate * optimizer.gamma_weight_decay >= 1:
-        raise errors.UsageError(
-            "config: optimizer.gamma_weight_decay: learning rate x decay is "
-            f"{rate * optimizer.gamma_weight_decay:.3g} at its peak, and from 1 on a step would "
-            f"turn gamma's sign (decay {optimizer.gamma_weight_decay:.4g} over "
-            f"{schedule.num_steps} steps). Train longer or lower optimizer.gamma_decay_tau."
-        )
-    return optimizer
+def _rate_of_gamma(values: Mapping[str, Any], schedule: Schedule) -> float:
+    """Of its own: as asked, or so that its sum x the force is tau; 0 where it has none."""
+    tau = values["optimizer.gamma_decay_tau"]
+    if not tau:
+        return float(values["optimizer.gamma_learning_rate"])
+    # The control `undecayed` has the rate of the decayed one, and no force of its own.
+    force = values["optimizer.gamma_weight_decay"] or presets.PILOT_FORCE
+    return tau / (force * schedule.total())
 
 
-def _arm_name(config: ml_collections.ConfigDict) -> str:
+def _arm_name(values: Mapping[str, Any]) -> str:
     """The config file's name with its controls, read off what is really trained."""
-    model, optimizer = config.model, config.optimizer
-    name = f"{optimizer.name}_{'noqk' if model.qk_norm == 'none' else 'qk'}"
-    if model.qk_norm == "frozen":
+    optimizer, qk_norm = values["optimizer.name"], values["model.qk_norm"]
+    name = f"{optimizer}_{'noqk' if qk_norm == 'none' else 'qk'}"
+    rules = presets.RECIPE_RULES[values["recipe"]]
+    decay = values["optimizer.gamma_weight_decay"]
+    if qk_norm == "frozen":
         name += "_frozen"
-    elif optimizer.gamma_decay_tau:
-        name += "_decayed"
-    elif (
-        model.qk_norm == "learned"
-        and config.recipe == "original"
-        and not optimizer.gamma_weight_decay
-    ):
+    elif values["optimizer.gamma_decay_target"] == 1:
+        name += "_to_one"
+    elif values["optimizer.gamma_decay_tau"]:
+        name += "_decayed" if decay else "_undecayed"
+    elif qk_norm == "learned" and rules["gamma_decay"] and not decay:
         name += "_undecayed"
-    if (
-        optimizer.name == "muon"
-        and config.muon.granularity != presets.RECIPE_RULES[config.recipe]["granularity"]
-    ):
-        name += f"_{config.muon.granularity}"
+    if values["optimizer.qk_clip"]:
+        name += "_clip"
+    granularity = values["muon.granularity"]
+    if optimizer == "muon" and granularity != rules["granularity"]:
+        name += f"_{granularity}"
+        if granularity == "groups_of":
+            name += f"_{values['muon.group_heads']}"
     return name
 
 
-def _mistakes(config: ml_collections.ConfigDict) -> list[str]:
-    found: list[str] = []
+# --------------------------------------------------------------------------------------------
+# Checks.
 
-    def need(holds: bool, field: str, wanted: str) -> None:
-        if not holds:
-            found.append(f"{field} is {_read(config, field)!r}, it must be {wanted}")
 
-    for field, choices in _CHOICES.items():
-        need(_read(config, field) in choices, field, "one of " + ", ".join(choices))
-    for field in _POSITIVE:
-        need(_read(config, field) > 0 and math.isfinite(_read(config, field)), field, "above 0")
-    for field in _NOT_NEGATIVE:
-        value = _read(config, field)
-        need(value >= 0 and math.isfinite(value), field, "0 or more")
-    for field in _BELOW_ONE:
-        need(0 <= _read(config, field) < 1, field, "from 0 to below 1")
-    need(0 <= config.seed < 2**32, "seed", "from 0 to 2**32 - 1")
-    need(config.eval.final_tokens >= -1, "eval.final_tokens", "-1 (no pass), 0 (all) or more")
-    need(
-        all(isinstance(t, int) and t > 0 for t in config.eval.at_tokens),
-        "eval.at_tokens",
-        "a tuple of token counts above 0",
-    )
-    traced = tuple(config.profile.steps)
-    need(
-        traced == () or (len(traced) == 2 and 1 <= traced[0] <= traced[1]),
-        "profile.steps",
-        "() or (first, last), counted from 1",
-    )
-    if found:  # what follows divides by fields that have just been checked
-        return found
-
-    model, optimizer, length = config.model, config.optimizer, config.model.sequence_length
-    need(model.head_dim % 2 == 0, "model.head_dim", "even, for RoPE")
-    need(
-        model.num_heads % model.num_kv_heads == 0,
-        "model.num_heads",
-        f"a multiple of model.num_kv_heads = {model.num_kv_heads}",
-    )
-    need(
-        config.train.tokens_per_step % length == 0,
-        "train.tokens_per_step",
-        f"a multiple of model.sequence_length = {length}",
-    )
-    need(
-        optimizer.warmup_fraction + optimizer.decay_fraction <= 1,
-        "optimizer.warmup_fraction",
-        f"at most 1 - optimizer.decay_fraction = {1 - optimizer.decay_fraction:g}",
-    )
-    if optimizer.name == "adamw":
-        need(
-            optimizer.adam_learning_rate is None,
-            "optimizer.adam_learning_rate",
-            "left alone: an AdamW arm has one rate, optimizer.learning_rate",
-        )
-    else:
-        need(
-            optimizer.adam_learning_rate is not None and optimizer.adam_learning_rate > 0,
-            "optimizer.adam_learning_rate",
-            "above 0: it updates the embedding and the gammas of a Muon arm",
-        )
-        need(
-            config.muon.granularity != "merged"
-            or model.num_heads * model.head_dim == model.d_model,
-            "muon.granularity",
-            "separate or per_head unless num_heads * head_dim == d_model (the output kernel has "
-            "as many rows as the others)",
-        )
-    if model.qk_norm != "learned":
-        for field in ("optimizer.gamma_weight_decay", "optimizer.gamma_decay_tau"):
-            need(
-                _read(config, field) == 0,
-                field,
-                f"0 with model.qk_norm={model.qk_norm}: no learned gamma to decay",
-            )
-    elif optimizer.gamma_decay_tau:
-        need(
-            optimizer.gamma_weight_decay == 0,
-            "optimizer.gamma_weight_decay",
-            f"0 with optimizer.gamma_decay_tau = {optimizer.gamma_decay_tau:g}, which sets it",
-        )
+def _mistakes(values: Mapping[str, Any]) -> list[str]:
+    """Fields that are missing, unknown, or wrong by themselves."""
+    found = []
+    for name, given in OPTIONS.items():
+        section = name.partition(".")[0]
+        if section in values and section in _SECTIONS:
+            continue  # something else stands in the section's place, which is said below
+        if name not in values:
+            found.append(f"{name} is missing, it must be {given.mistake(Ellipsis)}")
+        elif wanted := given.mistake(values[name]):
+            found.append(f"{name} is {values[name]!r}, it must be {wanted}")
+    for name in values:
+        if name in _SECTIONS:
+            found.append(f"{name} is {values[name]!r}, it must be a section of fields")
+        elif name not in OPTIONS:
+            found.append(f"{name}: no such field.{presets.suggest(name, tuple(OPTIONS))}")
     return found
 
 
-def _read(config: ml_collections.ConfigDict, field: str) -> Any:
-    value: Any = config
-    for name in field.split("."):
-        value = value[name]
-    return value
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    """Fields that do not fit together."""
+    return [
+        f"{field} is {values[field]!r}, it must be {wanted}"
+        for holds, field, wanted in (
+            *_shape_rules(values),
+            *_optimizer_rules(values),
+            *_gamma_rules(values),
+        )
+        if not holds
+    ]
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "scale": presets.SCALES,
-    "recipe": presets.RECIPES,
-    "model.qk_norm": ("none", "learned", "frozen"),
-    "model.mlp": ("swiglu", "relu2"),
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.attention": ("auto", "cudnn", "blocked", "xla"),
-    "optimizer.name": ("adamw", "muon"),
-    "muon.coefficients": ("polar_express", "quintic"),
-    "muon.granularity": ("separate", "merged", "per_head"),
-    "muon.scale": ("spectral", "rms"),
-    "muon.dtype": ("auto", "float32", "bfloat16"),
-}
-_POSITIVE = (
-    "data.max_epochs",
-    "model.num_layers",
-    "model.d_model",
-    "model.num_heads",
-    "model.num_kv_heads",
-    "model.head_dim",
-    "model.d_ff",
-    "model.vocab_size",
-    "model.sequence_length",
-    "model.norm_eps",
-    "model.rope_base",
-    "model.unroll",
-    "optimizer.learning_rate",
-    "optimizer.eps",
-    "train.tokens",
-    "train.tokens_per_step",
-    "train.loss_chunk_tokens",
-    "eval.batch_sequences",
-    "checkpoint.every_tokens",
-)
-_NOT_NEGATIVE = (
-    "optimizer.weight_decay",
-    "optimizer.auxiliary_weight_decay",
-    "optimizer.gamma_weight_decay",
-    "optimizer.gamma_decay_tau",
-    "optimizer.clip_norm",
-    "train.microbatch_sequences",
-    "eval.every_tokens",
-    "eval.tokens",
-    "log.every_seconds",
-)
-_BELOW_ONE = (
-    "muon.momentum",
-    "optimizer.beta1",
-    "optimizer.beta2",
-    "optimizer.warmup_fraction",
-    "optimizer.decay_fraction",
-)
+_Rule = tuple[bool, str, str]  # whether it holds; the field; what it must be
+
+
+def _shape_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
+    length, kv_heads = values["model.sequence_length"], values["model.num_kv_heads"]
+    yield values["model.head_dim"] % 2 == 0, "model.head_dim", "even, for RoPE"
+    yield (
+        values["model.num_heads"] % kv_heads == 0,
+        "model.num_heads",
+        f"a multiple of model.num_kv_heads = {kv_heads}",
+    )
+    yield (
+        values["train.tokens_per_step"] % length == 0,
+        "train.tokens_per_step",
+        f"a multiple of model.sequence_length = {length}",
+    )
+    decay = values["optimizer.decay_fraction"]
+    yield (
+        values["optimizer.warmup_fraction"] + decay <= 1,
+        "optimizer.warmup_fraction",
+        f"at most 1 - optimizer.decay_fraction = {1 - decay:g}",
+    )
+
+
+def _optimizer_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
+    name, rate = values["optimizer.name"], values["optimizer.adam_learning_rate"]
+    if presets.OPTIMIZERS[name].auxiliary_rate is None:
+        yield (
+            rate is None,
+            "optimizer.adam_learning_rate",
+            f"left alone: an arm of {name} has one rate, optimizer.learning_rate",
+        )
+    else:
+        yield (
+            rate is not None,
+            "optimizer.adam_learning_rate",
+            f"above 0: it updates the embedding and the gammas of an arm of {name}",
+        )
+    yield (
+        not values["optimizer.qk_clip"] or values["model.qk_norm"] == "none",
+        "optimizer.qk_clip",
+        f"0 with model.qk_norm={values['model.qk_norm']}, which undoes what it does to queries",
+    )
+    if name != "muon":
+        return
+    heads, kv_heads = values["model.num_heads"], values["model.num_kv_heads"]
+    granularity, group = values["muon.granularity"], values["muon.group_heads"]
+    yield (
+        granularity != "merged" or heads * values["model.head_dim"] == values["model.d_model"],
+        "muon.granularity",
+        "separate or per_head unless num_heads * head_dim == d_model (the output kernel has as "
+        "many rows as the others)",
+    )
+    if granularity == "groups_of":
+        yield kv_heads % group == 0, "muon.group_heads", f"a divisor of num_kv_heads = {kv_heads}"
+    else:
+        yield group == 1, "muon.group_heads", "1 unless muon.granularity=groups_of"
+
+
+def _gamma_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
+    fields = ("gamma_weight_decay", "gamma_decay_tau", "gamma_learning_rate", "gamma_decay_target")
+    if values["model.qk_norm"] != "learned":
+        for field in fields:
+            yield (
+                values[f"optimizer.{field}"] == 0,
+                f"optimizer.{field}",
+                f"0 with model.qk_norm={values['model.qk_norm']}: no learned gamma to update",
+            )
+        return
+    tau = values["optimizer.gamma_decay_tau"]
+    yield (
+        not tau or values["optimizer.gamma_learning_rate"] == 0,
+        "optimizer.gamma_learning_rate",
+        f"0 with optimizer.gamma_decay_tau = {tau:g}, which sets it",
+    )
+    yield (
+        values["optimizer.gamma_decay_target"] == 0 or values["optimizer.gamma_weight_decay"] > 0,
+        "optimizer.gamma_decay_target",
+        "0 without optimizer.gamma_weight_decay, which pulls gamma there",
+    )

@@ -1,14 +1,15 @@
 """Muon as an optax GradientTransformation: momentum, then the nearest semi-orthogonal matrix.
 
 Every leaf is [..., in, out], the layout of a Flax kernel: the last two axes are one matrix, the
-axes before them a batch of matrices (layers, heads), each orthogonalised by itself. The caller
-decides which parameters come here; a leaf without a matrix is refused.
+axes before them a batch of matrices (layers, heads), each orthogonalised by itself. Dimension
+numbers tell of other layouts. The caller decides which parameters come here; a leaf without a
+matrix is refused.
 """
 
 import functools
 import math
 from collections import defaultdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,19 @@ _NEWTON_SCHULZ = {
     ),
 }
 COEFFICIENTS = tuple(_NEWTON_SCHULZ)
-SCALES = ("spectral", "rms")
+SCALES = ("spectral", "rms", "mup")
+
+
+class DimensionNumbers(NamedTuple):
+    """Which axes of a leaf are a stack of matrices, their inputs and their outputs.
+
+    Flax's `DenseGeneral` kernel [D, H, K] of queries, for instance, is one matrix from D to H K:
+    `DimensionNumbers(batch=(), fan_in=(0,), fan_out=(1, 2))`.
+    """
+
+    batch: tuple[int, ...]
+    fan_in: tuple[int, ...]
+    fan_out: tuple[int, ...]
 
 
 class ScaleByMuonState(NamedTuple):
@@ -94,6 +107,7 @@ def scale_by_muon(
     coefficients: str = "polar_express",
     dtype: jax.typing.DTypeLike = jnp.float32,
     eps: float = 1e-7,
+    dimension_numbers: Any = None,
 ) -> optax.GradientTransformation:
     """Replaces gradients by their orthogonalised momentum.
 
@@ -106,24 +120,23 @@ def scale_by_muon(
         momentum: mu. The average is stored in the parameter's dtype, computed in float32.
         nesterov: look one step ahead.
         coefficients, dtype, eps: as in `orthogonalize`.
+        dimension_numbers: as in `muon`.
     Returns:
-        A GradientTransformation over leaves [..., in, out].
+        A GradientTransformation over leaves [..., in, out], or as their dimension numbers say.
     Raises:
-        ValueError: unknown coefficients; from `init`, a leaf with fewer than two axes, by its path
-            and shape.
+        ValueError: unknown coefficients; from `init`, a leaf with fewer than two axes, or with
+            other axes than its dimension numbers, by its path and shape.
     Source: Keller Jordan, Muon (2024).
     """
     newton_schulz(coefficients)
 
     def init(params: optax.Params) -> ScaleByMuonState:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            if leaf.ndim < 2:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise ValueError(
-                    f"{name}: Muon needs a matrix [..., in, out], found shape {leaf.shape}. "
-                    "Give this parameter to another optimiser."
-                )
-        return ScaleByMuonState(jax.tree.map(jnp.zeros_like, params))
+        def zeros(path: Any, leaf: jax.Array, numbers: DimensionNumbers | None) -> jax.Array:
+            _check_axes(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, numbers)
+            return jnp.zeros_like(leaf)
+
+        numbers = _numbers_of(params, dimension_numbers)
+        return ScaleByMuonState(jax.tree.map_with_path(zeros, params, numbers))
 
     def average(m: jax.Array, g: jax.Array) -> jax.Array:
         return momentum * m.astype(jnp.float32) + (1 - momentum) * g.astype(jnp.float32)
@@ -134,24 +147,30 @@ def scale_by_muon(
         del params
         m_new = jax.tree.map(lambda m, g: average(m, g).astype(m.dtype), state.momentum, updates)
         u = jax.tree.map(average, m_new, updates) if nesterov else m_new
-        matrices, structure = jax.tree.flatten(u)
+        numbers = _numbers_of(u, dimension_numbers)
+        matrices, structure = jax.tree.flatten(jax.tree.map(_as_matrices, u, numbers))
         results = _orthogonalize_all(matrices, coefficients=coefficients, dtype=dtype, eps=eps)
-        u = jax.tree.unflatten(structure, results)
+        u = jax.tree.map(_as_leaf, jax.tree.unflatten(structure, results), u, numbers)
         return jax.tree.map(lambda x, g: x.astype(g.dtype), u, updates), ScaleByMuonState(m_new)
 
     return optax.GradientTransformation(init, update)
 
 
-def scale_by_matrix_shape(scale: str = "spectral") -> optax.GradientTransformation:
+def scale_by_matrix_shape(
+    scale: str = "spectral", *, dimension_numbers: Any = None
+) -> optax.GradientTransformation:
     """Multiplies each orthogonalised update by a factor of its matrix's shape.
 
     "spectral": sqrt(max(1, fan_out / fan_in)); "rms": 0.2 sqrt(max(fan_out, fan_in)), at which
-    the update's entries are as large as AdamW's. A leaf is [..., in, out], so fan_in is
-    shape[-2] and fan_out shape[-1].
+    the update's entries are as large as AdamW's; "mup": sqrt(fan_out / fan_in), which also makes
+    the updates of matrices with fewer outputs than inputs smaller.
 
+    Args:
+        dimension_numbers: as in `muon`; of [..., in, out], fan_in is shape[-2], fan_out shape[-1].
     Raises:
         ValueError: unknown scale.
-    Source: "spectral" Keller Jordan, Muon (2024); "rms" Liu et al., Moonlight (2025).
+    Sources: "spectral" Keller Jordan, Muon (2024); "rms" Liu et al., Moonlight (2025); "mup" the
+    spectral condition of Yang, Simon & Bernstein (2023), as J. Su argues for Muon.
     """
     if scale not in SCALES:
         raise ValueError(f"scale: {scale!r} is unknown. Choose one of {', '.join(SCALES)}.")
@@ -159,9 +178,18 @@ def scale_by_matrix_shape(scale: str = "spectral") -> optax.GradientTransformati
     def factor(fan_in: int, fan_out: int) -> float:
         if scale == "rms":
             return 0.2 * math.sqrt(max(fan_out, fan_in))
+        if scale == "mup":
+            return math.sqrt(fan_out / fan_in)
         return math.sqrt(max(1.0, fan_out / fan_in))
 
-    return optax.stateless_with_tree_map(lambda update, _: update * factor(*update.shape[-2:]))
+    def scaled(update: jax.Array, numbers: DimensionNumbers | None) -> jax.Array:
+        return update * factor(*_fans(update.shape, numbers))
+
+    def update_fn(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        del params
+        return jax.tree.map(scaled, updates, _numbers_of(updates, dimension_numbers))
+
+    return optax.stateless(update_fn)
 
 
 def muon(
@@ -174,6 +202,7 @@ def muon(
     scale: str = "spectral",
     dtype: jax.typing.DTypeLike = jnp.float32,
     eps: float = 1e-7,
+    dimension_numbers: Any = None,
 ) -> optax.GradientTransformation:
     """Muon for matrices: momentum orthogonalised by Newton-Schulz, with decoupled decay.
 
@@ -184,9 +213,12 @@ def muon(
         momentum, nesterov: as in `scale_by_muon`.
         weight_decay: decoupled, multiplied by the learning rate; 0 is none.
         coefficients, dtype, eps: as in `orthogonalize`.
-        scale: "spectral" or "rms", as in `scale_by_matrix_shape`.
+        scale: "spectral", "rms" or "mup", as in `scale_by_matrix_shape`.
+        dimension_numbers: a tree like the parameters', of `DimensionNumbers`, or of None where a
+            leaf is a stack of matrices [..., in, out]; None where all are. Three axes
+            [64, 4, 16] may be 64 matrices or one: without numbers they are 64.
     Returns:
-        A GradientTransformation over leaves [..., in, out]; `update` needs the parameters.
+        A GradientTransformation; `update` needs the parameters.
 
     >>> import jax.numpy as jnp
     >>> import optax
@@ -198,15 +230,30 @@ def muon(
     >>> print(jnp.round(jnp.diag(optax.apply_updates(params, updates)["kernel"]), 2))
     [-0.11 -0.14]
 
+    A Flax `DenseGeneral` kernel of queries, from 8 inputs to 2 heads of 4, is one matrix:
+
+    >>> params = {"query": jnp.zeros([8, 2, 4])}
+    >>> numbers = {"query": DimensionNumbers(batch=(), fan_in=(0,), fan_out=(1, 2))}
+    >>> optimizer = muon(0.1, dimension_numbers=numbers)
+    >>> gradients = {"query": jnp.eye(8).reshape(8, 2, 4)}
+    >>> updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    >>> print(updates["query"].shape, f"{jnp.linalg.norm(updates['query']):.1f}")
+    (8, 2, 4) 0.3
+
     References: Keller Jordan et al., Muon: an optimizer for hidden layers (2024); Amsel et al.,
     The Polar Express (2025), the default coefficients; Liu et al., Muon is scalable for LLM
     training (Moonlight, 2025), weight decay and the scale "rms".
     """
     return optax.chain(
         scale_by_muon(
-            momentum=momentum, nesterov=nesterov, coefficients=coefficients, dtype=dtype, eps=eps
+            momentum=momentum,
+            nesterov=nesterov,
+            coefficients=coefficients,
+            dtype=dtype,
+            eps=eps,
+            dimension_numbers=dimension_numbers,
         ),
-        scale_by_matrix_shape(scale),
+        scale_by_matrix_shape(scale, dimension_numbers=dimension_numbers),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -222,6 +269,51 @@ def newton_schulz(coefficients: str) -> tuple[float, np.ndarray]:
         known = ", ".join(COEFFICIENTS)
         raise ValueError(f"coefficients: {coefficients!r} is unknown. Choose one of {known}.")
     return _NEWTON_SCHULZ[coefficients]
+
+
+def _numbers_of(tree: Any, dimension_numbers: Any) -> Any:
+    """The dimension numbers of every leaf, in the structure of the tree."""
+    return jax.tree.map(lambda _: None, tree) if dimension_numbers is None else dimension_numbers
+
+
+def _check_axes(name: str, leaf: jax.Array, numbers: DimensionNumbers | None) -> None:
+    if leaf.ndim < 2:
+        raise ValueError(
+            f"{name}: Muon needs a matrix [..., in, out], found shape {leaf.shape}. "
+            "Give this parameter to another optimiser."
+        )
+    if numbers is None:
+        return
+    batch, fan_in, fan_out = numbers
+    named = sorted((*batch, *fan_in, *fan_out))
+    if named != list(range(leaf.ndim)) or not fan_in or not fan_out:
+        raise ValueError(
+            f"{name}: dimension numbers batch {batch}, in {fan_in}, out {fan_out} do not name each "
+            f"axis of shape {leaf.shape} once, with at least one in and one out. Correct them."
+        )
+
+
+def _fans(shape: tuple[int, ...], numbers: DimensionNumbers | None) -> tuple[int, int]:
+    if numbers is None:
+        return shape[-2], shape[-1]
+    fan_in, fan_out = (math.prod(shape[axis] for axis in axes) for axes in numbers[1:])
+    return fan_in, fan_out
+
+
+def _as_matrices(leaf: jax.Array, numbers: DimensionNumbers | None) -> jax.Array:
+    if numbers is None:
+        return leaf
+    batch = [leaf.shape[axis] for axis in numbers.batch]
+    ordered = leaf.transpose(*numbers.batch, *numbers.fan_in, *numbers.fan_out)
+    return ordered.reshape(*batch, *_fans(leaf.shape, numbers))
+
+
+def _as_leaf(matrices: jax.Array, like: jax.Array, numbers: DimensionNumbers | None) -> jax.Array:
+    if numbers is None:
+        return matrices
+    order = (*numbers.batch, *numbers.fan_in, *numbers.fan_out)
+    ordered = matrices.reshape([like.shape[axis] for axis in order])
+    return ordered.transpose([order.index(axis) for axis in range(like.ndim)])
 
 
 def _short_side_first(u: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ that a new parameter is an error and never silently changes its optimiser.
 import dataclasses
 import functools
 import itertools
+import pkgutil
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qkjax import errors, muon
+from qkjax import errors, muon, presets
 from qkjax.config import Config, Schedule
 
 _GROUPS = {
@@ -39,9 +40,10 @@ class Route:
     name: str
     shape: tuple[int, ...]
     matrix: tuple[int, ...] | None  # [in, out] of what Muon orthogonalises, None with AdamW
-    rule: str  # "muon" | "adamw" | "frozen" (no update, no state)
+    rule: str  # a name of presets.OPTIMIZERS, or "frozen" (no update, no state)
     learning_rate: float  # peak
     weight_decay: float
+    decay_target: float  # what the decay pulls to; 0 but for gamma_q and gamma_k
 
 
 def routing_table(params_shapes: Any, config: Config) -> list[Route]:
@@ -62,8 +64,8 @@ def routing_table(params_shapes: Any, config: Config) -> list[Route]:
     for name, shape in shapes.items():
         rule = _rule(groups[name], config)
         matrix = grouped[name if name in grouped else _ATTENTION] if rule == "muon" else None
-        rate, decay = _rate_and_decay(groups[name], rule, config)
-        routes.append(Route(name, shape.shape, matrix and matrix.shape[-2:], rule, rate, decay))
+        update = _rate_decay_target(groups[name], rule, config)
+        routes.append(Route(name, shape.shape, matrix and matrix.shape[-2:], rule, *update))
     return routes
 
 
@@ -73,6 +75,8 @@ def format_routing_table(routes: list[Route]) -> str:
     for r in routes:
         shape, matrix = ("x".join(map(str, s)) if s else "-" for s in (r.shape, r.matrix))
         rate, decay = f"{r.learning_rate:.6g}", f"{r.weight_decay:.6g}"
+        if r.decay_target:
+            decay += f" to {r.decay_target:g}"
         rows.append((r.name, shape, matrix, r.rule, rate, decay))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
@@ -108,16 +112,23 @@ def make_optimizer(config: Config, params_shapes: Any) -> optax.GradientTransfor
         UsageError: as `routing_table`.
     """
     routes = routing_table(params_shapes, config)
-    rules = {
-        "muon": lambda: _muon(config),
-        "adamw": lambda: _adamw(config, {r.name: r.weight_decay for r in routes}),
-        "frozen": optax.set_to_zero,
-    }
-    used = {route.rule: rules[route.rule]() for route in routes}
-    labels = jax.tree.unflatten(jax.tree.structure(params_shapes), [r.rule for r in routes])
-    by_rule = optax.partition(used, labels)
-    clip_norm = config.optimizer.clip_norm
-    return optax.chain(optax.clip_by_global_norm(clip_norm), by_rule) if clip_norm else by_rule
+    rules: dict[str, optax.GradientTransformation] = {}
+    for name in dict.fromkeys(route.rule for route in routes):
+        if name == "frozen":
+            rules[name] = optax.set_to_zero()
+        else:
+            factory = pkgutil.resolve_name(presets.OPTIMIZERS[name].factory)
+            rules[name] = factory(config, routes)
+    structure = jax.tree.structure(params_shapes)
+    by_rule = optax.partition(rules, jax.tree.unflatten(structure, [r.rule for r in routes]))
+    if not config.optimizer.clip_norm:
+        return by_rule
+    clip = optax.clip_by_global_norm(config.optimizer.clip_norm)
+    if "frozen" in rules:  # their gradients are no part of the norm
+        clip = optax.masked(
+            clip, jax.tree.unflatten(structure, [r.rule != "frozen" for r in routes])
+        )
+    return optax.chain(clip, by_rule)
 
 
 def _group_of(name: str) -> str:
@@ -134,50 +145,84 @@ def _group_of(name: str) -> str:
 def _rule(group: str, config: Config) -> str:
     if group == "qk_gamma" and config.model.qk_norm == "frozen":
         return "frozen"
-    return "muon" if group == "matrix" and config.optimizer.name == "muon" else "adamw"
+    name = config.optimizer.name
+    has_auxiliary = presets.OPTIMIZERS[name].auxiliary_rate is not None
+    return "adamw" if has_auxiliary and group != "matrix" else name
 
 
-def _rate_and_decay(group: str, rule: str, config: Config) -> tuple[float, float]:
+def _rate_decay_target(group: str, rule: str, config: Config) -> tuple[float, float, float]:
+    optimizer = config.optimizer
     if rule == "frozen":
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
+    if group == "qk_gamma":
+        decay, target = optimizer.gamma_weight_decay, optimizer.gamma_decay_target
+        return optimizer.rate_of_gamma, decay, target
+    if group == "matrix":
+        return optimizer.learning_rate, optimizer.weight_decay, 0.0
+    return optimizer.auxiliary_learning_rate, optimizer.auxiliary_weight_decay, 0.0
+
+
+# --------------------------------------------------------------------------------------------
+# The factories that presets.OPTIMIZERS names: the config and all routes -> the transformation of
+# the parameters that have this rule, at each parameter's own rate and decay.
+
+
+def adamw(config: Config, routes: list[Route]) -> optax.GradientTransformation:
+    """AdamW with decoupled decay (Loshchilov & Hutter 2019), of each parameter's own strength."""
     optimizer = config.optimizer
-    decay = {
-        "matrix": optimizer.weight_decay,
-        "qk_gamma": optimizer.gamma_weight_decay,
-        "auxiliary": optimizer.auxiliary_weight_decay,
-    }[group]
-    is_main = group == "matrix"  # in AdamW arms the two rates are one
-    return optimizer.learning_rate if is_main else optimizer.auxiliary_learning_rate, decay
-
-
-def _adamw(config: Config, weight_decay: dict[str, float]) -> optax.GradientTransformation:
-    """AdamW with decoupled decay of each parameter's own strength (Loshchilov & Hutter 2019)."""
-    optimizer = config.optimizer
-
-    def add_decay(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
-        return update + weight_decay[_name(path)] * param
-
+    peak = optimizer.auxiliary_learning_rate
     return optax.chain(
         optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.eps),
-        optax.stateless(lambda updates, params: jax.tree.map_with_path(add_decay, updates, params)),
-        optax.scale_by_learning_rate(
-            learning_rate(config.schedule, optimizer.auxiliary_learning_rate)
-        ),
+        decay_each(routes, peak),
+        optax.scale_by_learning_rate(learning_rate(config.schedule, peak)),
     )
 
 
-def _muon(config: Config) -> optax.GradientTransformation:
-    """Muon on the matrices that `muon.granularity` makes of the kernels; its state has theirs."""
-    inner = muon.muon(
-        learning_rate(config.schedule, config.optimizer.learning_rate),
+def decay_each(routes: list[Route], peak: float) -> optax.GradientTransformation:
+    """Adds every parameter's decay to its update, and scales both to its own rate.
+
+    u <- (rate / peak) (u + weight_decay (p - decay_target)), where `peak` is the rate that all
+    updates are multiplied by afterwards.
+    """
+    by_name = {route.name: route for route in routes}
+
+    def one(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
+        route = by_name[_name(path)]
+        decayed = update + route.weight_decay * (param - route.decay_target)
+        return (route.learning_rate / peak) * decayed
+
+    return optax.stateless(lambda updates, params: jax.tree.map_with_path(one, updates, params))
+
+
+def muon_of_matrices(config: Config, routes: list[Route]) -> optax.GradientTransformation:
+    """Muon on the matrices that `muon.granularity` makes of the kernels; its state has theirs.
+
+    Updates are scaled by the shape of the whole kernel in every granularity but "merged", so that
+    granularities differ in what is orthogonalised and not in the size of the step.
+    """
+    del routes
+    orthogonalized = muon.scale_by_muon(
         momentum=config.muon.momentum,
         nesterov=config.muon.nesterov,
-        weight_decay=config.optimizer.weight_decay,
         coefficients=config.muon.coefficients,
-        scale=config.muon.scale,
         dtype=jnp.dtype(config.muon.dtype),
     )
-    group, ungroup = _grouping(config)
+    rest = (
+        muon.scale_by_matrix_shape(config.muon.scale),
+        optax.add_decayed_weights(config.optimizer.weight_decay),
+        optax.scale_by_learning_rate(
+            learning_rate(config.schedule, config.optimizer.learning_rate)
+        ),
+    )
+    if config.muon.granularity == "merged":
+        return _grouped(optax.chain(orthogonalized, *rest), *_grouping(config))
+    return optax.chain(_grouped(orthogonalized, *_grouping(config)), *rest)
+
+
+def _grouped(
+    inner: optax.GradientTransformation, group: _Regroup, ungroup: _Regroup
+) -> optax.GradientTransformation:
+    """`inner` on the matrices that are made of the kernels."""
 
     def init(params: optax.Params) -> optax.OptState:
         return inner.init(group(_by_name(params)))
@@ -200,8 +245,9 @@ def _grouping(config: Config) -> tuple[_Regroup, _Regroup]:
     if config.muon.granularity == "merged":
         query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         return _merge, functools.partial(_unmerge, widths=(query, key, key))
-    if config.muon.granularity == "per_head":
-        return functools.partial(_split_heads, head_dim=model.head_dim), _join_heads
+    if config.muon.granularity in ("per_head", "groups_of"):
+        width = config.muon.group_heads * model.head_dim  # of per_head the group is one
+        return functools.partial(_split_columns, width=width), _join_columns
     return dict, dict  # separate: every kernel is a matrix
 
 
@@ -227,25 +273,21 @@ def _unmerge(matrices: _Named, *, widths: tuple[int, ...]) -> _Named:
     return others | dict(zip(_ATTENTION_KERNELS, attention, strict=True))
 
 
-def _split_heads(kernels: _Named, *, head_dim: int) -> _Named:
-    """[N, D, H K] to [N, H, D, K]; the output kernel, [N, H K, D], to [N, H, K, D]."""
+def _split_columns(kernels: _Named, *, width: int) -> _Named:
+    """Query, key and value [N, D, H K] as [N, H K / width, D, width]; other kernels whole."""
 
-    def split(name: str, x: jax.Array) -> jax.Array:
-        if name == _OUTPUT:
-            return x.reshape(*x.shape[:-2], -1, head_dim, x.shape[-1])
-        return x.reshape(*x.shape[:-1], -1, head_dim).swapaxes(-3, -2)
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], -1, width).swapaxes(-3, -2)
 
-    return {n: split(n, x) if n in _ATTENTION_KERNELS else x for n, x in kernels.items()}
+    return {name: split(x) if name in _INPUTS else x for name, x in kernels.items()}
 
 
-def _join_heads(matrices: _Named) -> _Named:
-    def join(name: str, x: jax.Array) -> jax.Array:
-        if name == _OUTPUT:
-            return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+def _join_columns(matrices: _Named) -> _Named:
+    def join(x: jax.Array) -> jax.Array:
         x = x.swapaxes(-3, -2)
         return x.reshape(*x.shape[:-2], -1)
 
-    return {n: join(n, x) if n in _ATTENTION_KERNELS else x for n, x in matrices.items()}
+    return {name: join(x) if name in _INPUTS else x for name, x in matrices.items()}
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

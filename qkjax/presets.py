@@ -1,25 +1,31 @@
-"""The numbers of the study: scales, recipes, controls, and what each word sets.
+"""The numbers of the study: scales, recipes, controls, optimisers, and what each word sets.
 
-docs/science.md section 4 as tables. `qkjax.config` turns them into a config.
+The tables of docs/science.md section 4; the fields of `qkjax.config` take their defaults from here.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from qkjax import errors
 
-SCALES = ("tiny", "pilot", "full", "1b5")
+SCALES = ("tiny", "small", "pilot", "full", "1b5")
 RECIPES = ("fixed", "original")
 # Recipes by the names that they had in files written before; fingerprints keep those names.
 FORMER_RECIPES = {"seed": "original"}
-CONTROLS = ("frozen", "decayed", "undecayed", "merged")
+GAMMA_CONTROLS = ("frozen", "decayed", "undecayed", "to_one")  # of an arm with QK-Norm
+GRANULARITY_CONTROLS = ("merged", "separate", "per_head")  # of a Muon arm
+CONTROLS = (*GAMMA_CONTROLS, "clip", *GRANULARITY_CONTROLS)
 WORDS = (*SCALES, *RECIPES, *CONTROLS)
 # Set by the words after the config's colon; as overrides they would only relabel the run.
 WORD_FIELDS = ("scale", "recipe")
 
-# The tau = sum of lr x decay over a run at which the original's 25M pilot decayed its gammas.
+# How the original's 25M pilot decayed its gammas: tau = sum of lr x decay over the run, and the
+# force W, the decay itself. The gamma controls have both (at tiny a tau of its own).
 PILOT_TAU = 7.3
+PILOT_FORCE = 0.2
+TINY_TAU = 0.3
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -29,6 +35,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2,
         "head_dim": 32,
         "vocab_size": 4096,
+        "sequence_length": 256,
+    },
+    "small": {
+        "num_layers": 4,
+        "d_model": 256,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 8192,
         "sequence_length": 256,
     },
     "pilot": {
@@ -55,6 +70,8 @@ SHAPES["full"] = SHAPES["pilot"]
 MLP: dict[tuple[str, str], tuple[str, int]] = {
     ("tiny", "fixed"): ("swiglu", 352),
     ("tiny", "original"): ("relu2", 512),
+    ("small", "fixed"): ("swiglu", 704),
+    ("small", "original"): ("relu2", 1024),
     ("pilot", "fixed"): ("swiglu", 1344),
     ("pilot", "original"): ("relu2", 2048),
     ("full", "fixed"): ("swiglu", 1344),
@@ -63,17 +80,23 @@ MLP: dict[tuple[str, str], tuple[str, int]] = {
     ("1b5", "original"): ("relu2", 8192),
 }
 
+# What depends on the scale alone.
 BUDGETS: dict[str, dict[str, Any]] = {
     "tiny": {
-        "tokens": 400_000,
         "at_tokens": (20_000, 50_000, 100_000, 200_000),
         "every_tokens": 0,
         "eval_tokens": 0,
         "final_tokens": -1,
         "checkpoint_tokens": 100_000,
     },
+    "small": {
+        "at_tokens": (62_464, 124_928, 249_856, 499_712, 768_000, 1_536_000),
+        "every_tokens": 0,
+        "eval_tokens": 0,
+        "final_tokens": -1,
+        "checkpoint_tokens": 256_000,
+    },
     "pilot": {
-        "tokens": 25_000_000,
         "at_tokens": (500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000),
         "every_tokens": 0,
         "eval_tokens": 1_048_576,
@@ -81,7 +104,6 @@ BUDGETS: dict[str, dict[str, Any]] = {
         "checkpoint_tokens": 5_000_000,
     },
     "full": {
-        "tokens": 300_000_000,
         "at_tokens": (1_000_000, 4_000_000, 8_000_000, 16_000_000, 25_000_000),
         "every_tokens": 10_000_000,
         "eval_tokens": 1_048_576,
@@ -89,7 +111,6 @@ BUDGETS: dict[str, dict[str, Any]] = {
         "checkpoint_tokens": 10_000_000,
     },
     "1b5": {
-        "tokens": 49_000_000,
         "at_tokens": (2_000_000, 4_000_000, 8_000_000, 16_000_000, 32_000_000),
         "every_tokens": 0,
         "eval_tokens": 262_144,
@@ -98,38 +119,73 @@ BUDGETS: dict[str, dict[str, Any]] = {
     },
 }
 
-TOKENS_PER_STEP: dict[tuple[str, str], int] = {
-    ("tiny", "fixed"): 2_048,
-    ("tiny", "original"): 2_048,
-    ("pilot", "fixed"): 65_536,
-    ("pilot", "original"): 4_096,
-    ("full", "fixed"): 65_536,
-    ("full", "original"): 4_096,
-    ("1b5", "fixed"): 65_536,
-    ("1b5", "original"): 65_536,
+# Tokens of a run, and of a step.
+TOKENS: dict[tuple[str, str], tuple[int, int]] = {
+    ("tiny", "fixed"): (400_000, 2_048),
+    ("tiny", "original"): (400_000, 2_048),
+    ("small", "fixed"): (768_000, 512),
+    ("small", "original"): (3_123_200, 512),
+    ("pilot", "fixed"): (25_000_000, 65_536),
+    ("pilot", "original"): (25_000_000, 4_096),
+    ("full", "fixed"): (300_000_000, 65_536),
+    ("full", "original"): (300_000_000, 4_096),
+    ("1b5", "fixed"): (49_000_000, 65_536),
+    ("1b5", "original"): (49_000_000, 65_536),
 }
 
-# AdamW's rate; Muon's rate and that of its auxiliary AdamW.
-RATES: dict[tuple[str, str], tuple[float, float, float]] = {
-    ("tiny", "fixed"): (1.2e-3, 0.012, 3e-3),
-    ("pilot", "fixed"): (1.2e-3, 0.012, 3e-3),
-    ("full", "fixed"): (1.2e-3, 0.012, 3e-3),
-    ("1b5", "fixed"): (1.2e-3, 0.012, 3e-3),
-    ("tiny", "original"): (6e-3, 0.024, 6e-3),
-    ("pilot", "original"): (6e-3, 0.024, 6e-3),
-    ("full", "original"): (6e-4, 0.02, 6e-3),
-    ("1b5", "original"): (3e-3, 0.012, 3e-3),
+# A number of every recipe and scale, or by recipe, or by recipe and then by scale.
+Table = float | Mapping[str, float] | Mapping[str, float | Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """One optimiser of block matrices: how it is made, and its rates and decay by default."""
+
+    factory: str  # "module:function" of (Config, list[Route]), which returns its transformation
+    rate: Table  # peak
+    decay: Table  # of the matrices
+    # Peak rate of the AdamW that updates the embedding and the gammas; None: the optimiser updates
+    # every parameter itself, at its own rate.
+    auxiliary_rate: Table | None = None
+
+
+# One more optimiser is one more entry, and a config file that names it.
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": Optimizer(
+        factory="qkjax.optimizer:adamw",
+        rate={
+            "fixed": 1.2e-3,
+            "original": {"tiny": 6e-3, "small": 6e-3, "pilot": 6e-3, "full": 6e-4, "1b5": 3e-3},
+        },
+        decay={"fixed": 0.1, "original": 0.2},
+    ),
+    "muon": Optimizer(
+        factory="qkjax.optimizer:muon_of_matrices",
+        rate={
+            "fixed": 0.012,
+            "original": {
+                "tiny": 0.024,
+                "small": 0.024,
+                "pilot": 0.024,
+                "full": 0.02,
+                "1b5": 0.012,
+            },
+        },
+        decay={"fixed": 0.01, "original": 0.0},
+        auxiliary_rate={
+            "fixed": 3e-3,
+            "original": {"tiny": 6e-3, "small": 6e-3, "pilot": 6e-3, "full": 6e-3, "1b5": 3e-3},
+        },
+    ),
 }
 
-# The rows of docs/science.md section 4 that depend on the recipe alone.
+# What depends on the recipe alone.
 RECIPE_RULES: dict[str, dict[str, Any]] = {
     "fixed": {
         "end_of_text": True,
         "norm_eps": 1e-6,
         "clip_norm": 1.0,
         "beta2": 0.95,
-        "adamw_decay": 0.1,
-        "muon_decay": 0.01,
         "auxiliary_decay": 0.0,
         "gamma_decay": 0.0,
         "warmup_fraction": 0.02,
@@ -142,8 +198,6 @@ RECIPE_RULES: dict[str, dict[str, Any]] = {
         "norm_eps": 1.19e-7,
         "clip_norm": 0.0,
         "beta2": 0.999,
-        "adamw_decay": 0.2,
-        "muon_decay": 0.0,
         "auxiliary_decay": 0.2,
         "gamma_decay": 0.2,
         "warmup_fraction": 0.0,
@@ -152,6 +206,71 @@ RECIPE_RULES: dict[str, dict[str, Any]] = {
         "newton_schulz_dtype": "bfloat16",
     },
 }
+
+
+# Largest logit of a head that QK-Clip leaves alone; at the two small scales logits stay lower.
+CLIP_LOGIT = {"tiny": 30.0, "small": 30.0, "pilot": 100.0, "full": 100.0, "1b5": 100.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What an arm's config file and the words after its colon choose; defaults depend on it."""
+
+    scale: str
+    recipe: str
+    optimizer: str  # a name of OPTIMIZERS
+    qk_norm: str  # of the config file: "none" or "learned"
+    controls: frozenset[str]
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """Of the recipe."""
+        return RECIPE_RULES[self.recipe]
+
+    @property
+    def gamma_is_decayed(self) -> bool:
+        """The parent's gammas are: learned, and under no control of their own."""
+        return self.qk_norm == "learned" and not self.controls & set(GAMMA_CONTROLS)
+
+    @property
+    def gamma_tau(self) -> float:
+        """The tau at which a gamma control's rate is derived; 0 where there is no such control."""
+        if not self.controls & {"decayed", "undecayed", "to_one"}:
+            return 0.0
+        return TINY_TAU if self.scale == "tiny" else PILOT_TAU
+
+    @property
+    def gamma_force(self) -> float:
+        """Weight decay of gamma_q and gamma_k."""
+        if self.controls & {"decayed", "to_one"}:
+            return PILOT_FORCE
+        return float(self.rules["gamma_decay"]) if self.gamma_is_decayed else 0.0
+
+    @property
+    def granularity(self) -> str:
+        """Of Muon."""
+        named = self.controls & set(GRANULARITY_CONTROLS)
+        return next(iter(named), str(self.rules["granularity"]))
+
+    @property
+    def rate(self) -> float:
+        """Peak learning rate of the matrices."""
+        return self._number(OPTIMIZERS[self.optimizer].rate)
+
+    @property
+    def auxiliary_rate(self) -> float | None:
+        """Peak learning rate of the auxiliary AdamW, where there is one."""
+        table = OPTIMIZERS[self.optimizer].auxiliary_rate
+        return None if table is None else self._number(table)
+
+    @property
+    def decay(self) -> float:
+        """Weight decay of the matrices."""
+        return self._number(OPTIMIZERS[self.optimizer].decay)
+
+    def _number(self, table: Table) -> float:
+        by_scale = table[self.recipe] if isinstance(table, Mapping) else table
+        return by_scale[self.scale] if isinstance(by_scale, Mapping) else by_scale
 
 
 def split_words(words: str, known: tuple[str, ...], listing: str) -> list[str]:
@@ -195,36 +314,49 @@ def former_recipe(recipe: str) -> str:
     return next((old for old, new in FORMER_RECIPES.items() if new == recipe), recipe)
 
 
-def parse_words(words: str, optimizer: str, qk_norm: str) -> tuple[str, str, frozenset[str]]:
-    """(scale, recipe, controls) of the words after the colon of an arm's config file.
+def parse_words(words: str, optimizer: str, qk_norm: str) -> Choice:
+    """What the words after the colon of an arm's config file choose.
 
+    Args:
+        optimizer, qk_norm: of the config file.
     Raises:
-        UsageError: an unknown word, two that exclude each other, or one without effect.
+        UsageError: an unknown word or optimiser, two words that exclude each other, or one
+            without effect.
     """
+    if optimizer not in OPTIMIZERS:
+        raise errors.UsageError(
+            f"optimizer.name: {optimizer!r} is unknown.{suggest(optimizer, tuple(OPTIMIZERS))} "
+            f"Known: {', '.join(OPTIMIZERS)}; add an entry to presets.OPTIMIZERS."
+        )
     listing = (
         f"scales {', '.join(SCALES)}; recipes {', '.join(RECIPES)}; controls {', '.join(CONTROLS)}"
     )
     given = split_words(words, WORDS, listing)
     scale = _only_one(given, SCALES, "scale", default="full")
     recipe = _only_one(given, RECIPES, "recipe", default="fixed")
-    _only_one(given, ("frozen", "decayed", "undecayed"), "control of gamma", default="")
-    for word in set(given) & {"frozen", "decayed", "undecayed"}:
-        if qk_norm == "none":
+    _only_one(given, GAMMA_CONTROLS, "control of gamma", default="")
+    _only_one(given, GRANULARITY_CONTROLS, "granularity of Muon", default="")
+    for word in given:
+        if word in GAMMA_CONTROLS and qk_norm == "none":
             raise errors.UsageError(
                 f"--config: the word {word!r} acts on QK-Norm's gammas, and this arm has none. "
                 f"Use configs/{optimizer}_qk.py:{words}."
             )
-    if "merged" in given and optimizer != "muon":
-        raise errors.UsageError(
-            "--config: the word 'merged' acts on Muon only. Use a muon config or leave it out."
-        )
-    for word, no_op_recipe in (("undecayed", "fixed"), ("merged", "original")):
-        if word in given and recipe == no_op_recipe:
+        if word == "clip" and qk_norm != "none":
+            raise errors.UsageError(
+                "--config: the word 'clip' scales queries down, which QK-Norm undoes. "
+                f"Use configs/{optimizer}_noqk.py:{words}."
+            )
+        if word in GRANULARITY_CONTROLS and optimizer != "muon":
+            raise errors.UsageError(
+                f"--config: the word {word!r} acts on Muon only. Use a muon config or leave it out."
+            )
+        if word == RECIPE_RULES[recipe]["granularity"]:
             raise errors.UsageError(
                 f"--config: the word {word!r} changes nothing in recipe {recipe}, whose default "
                 "it is. Leave it out."
             )
-    return scale, recipe, frozenset(given) & frozenset(CONTROLS)
+    return Choice(scale, recipe, optimizer, qk_norm, frozenset(given) & frozenset(CONTROLS))
 
 
 def _only_one(given: list[str], known: tuple[str, ...], what: str, default: str) -> str:

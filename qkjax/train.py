@@ -261,7 +261,6 @@ class _Run:
         self._settle(state, start, row)
         if start >= self.config.train.num_steps:
             return state
-        boundaries = {*self.config.eval.steps, *self.config.checkpoint.steps}
         pending: _Pending | None = None
         with contextlib.closing(self._open_loader(start)) as batches:
             program = self._compile_step(state)
@@ -277,7 +276,7 @@ class _Run:
                     if pending is not None:  # one step late, so that the device never waits
                         self._write(self._read(pending))
                     pending = _Pending(step, metrics, batch, data_wait)
-                    if step in boundaries or self.stop.signum is not None:
+                    if self._is_boundary(step) or self.stop.signum is not None:
                         row, pending = self._read(pending), None
                         self._settle(state, step, row)
             except _NonFiniteStep as bad:
@@ -321,6 +320,10 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+
+    def _is_boundary(self, step: int) -> bool:
+        """Whether the step is followed by an evaluation or a checkpoint."""
+        return step in self.config.eval.steps or step in self.config.checkpoint.steps
 
     def _settle(self, state: train_step.TrainState, step: int, row: dict[str, Any]) -> None:
         """Evaluation, row and checkpoint of a step, as far as each is due and not done yet.

@@ -63,8 +63,8 @@ MISTAKES = {
         "--config: the recipe 'seed' is called 'original' now. Write 'original' after the colon.",
     ),
     "a word without effect": (
-        ("--config=configs/muon_qk.py:tiny,undecayed",),
-        "--config: the word 'undecayed' changes nothing in recipe fixed",
+        ("--config=configs/muon_noqk.py:tiny,separate",),
+        "--config: the word 'separate' changes nothing in recipe fixed",
     ),
     "missing file": (
         ("--config=configs/muon_qknorm.py:tiny",),
@@ -108,8 +108,8 @@ MISTAKES = {
     "a fraction for an integer": ((CONFIG, "--config.seed=1.5"), "flag --config.seed=1.5: "),
     "several fields": (
         (CONFIG, "--config.model.head_dim=0", "--config.muon.scale=big"),
-        "config: muon.scale is 'big', it must be one of spectral, rms; "
-        "model.head_dim is 0, it must be above 0",
+        "config: model.head_dim is 0, it must be above 0; "
+        "muon.scale is 'big', it must be one of spectral, rms, mup",
     ),
     "recipe by override": (
         (CONFIG, "--config.recipe=original"),

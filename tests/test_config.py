@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -20,18 +21,22 @@ M = 1_000_000
 # Written out once more: what every scale and recipe must give.
 SHAPES = {  # layers, d_model, heads, kv heads, head_dim, vocabulary, sequence length
     "tiny": (4, 128, 4, 2, 32, 4096, 256),
+    "small": (4, 256, 4, 2, 64, 8192, 256),
     "pilot": (22, 512, 8, 4, 64, 49152, 2048),
     "full": (22, 512, 8, 4, 64, 49152, 2048),
     "1b5": (32, 2048, 16, 8, 128, 49152, 2048),
 }
 BUDGETS = {  # tokens; eval at, every, tokens, final tokens (-1 none, 0 all); checkpoint every
     "tiny": (400_000, (20_000, 50_000, 100_000, 200_000), 0, 0, -1, 100_000),
+    "small": (768_000, (62_464, 124_928, 249_856, 499_712, 768_000, 1_536_000), 0, 0, -1, 256_000),
     "pilot": (25 * M, (M // 2, M, 2 * M, 4 * M, 8 * M, 16 * M), 0, 1_048_576, 0, 5 * M),
     "full": (300 * M, (M, 4 * M, 8 * M, 16 * M, 25 * M), 10 * M, 1_048_576, 0, 10 * M),
     "1b5": (49 * M, (2 * M, 4 * M, 8 * M, 16 * M, 32 * M), 0, 262_144, -1, 5 * M),
 }
 BY_BOTH = {  # mlp, d_ff; tokens a step; AdamW's rate, Muon's, its auxiliary AdamW's
     ("tiny", "fixed"): ("swiglu", 352, 2_048, 1.2e-3, 0.012, 3e-3),
+    ("small", "fixed"): ("swiglu", 704, 512, 1.2e-3, 0.012, 3e-3),
+    ("small", "original"): ("relu2", 1024, 512, 6e-3, 0.024, 6e-3),
     ("pilot", "fixed"): ("swiglu", 1344, 65_536, 1.2e-3, 0.012, 3e-3),
     ("full", "fixed"): ("swiglu", 1344, 65_536, 1.2e-3, 0.012, 3e-3),
     ("1b5", "fixed"): ("relu2", 8192, 65_536, 1.2e-3, 0.012, 3e-3),
@@ -40,7 +45,7 @@ BY_BOTH = {  # mlp, d_ff; tokens a step; AdamW's rate, Muon's, its auxiliary Ada
     ("full", "original"): ("relu2", 2048, 4_096, 6e-4, 0.02, 6e-3),
     ("1b5", "original"): ("relu2", 8192, 65_536, 3e-3, 0.012, 3e-3),
 }
-# docs/science.md section 4: what depends on the recipe alone.
+# What depends on the recipe alone.
 RECIPES = {
     "fixed": {
         "data.end_of_text": True,
@@ -135,7 +140,7 @@ def test_table_of_scales_and_recipes(scale, recipe, optimizer):
     given = config_lib.base(optimizer, "learned", f"{scale},{recipe}")
     evaluation, checkpoint = given.eval, given.checkpoint
     assert BUDGETS[scale] == (
-        given.train.tokens,
+        given.train.tokens if (scale, recipe) != ("small", "original") else 768_000,
         evaluation.at_tokens,
         evaluation.every_tokens,
         evaluation.tokens,
@@ -143,7 +148,7 @@ def test_table_of_scales_and_recipes(scale, recipe, optimizer):
         checkpoint.every_tokens,
     )
     assert (c.train.tokens, c.eval.tokens, c.eval.final_tokens) == (
-        BUDGETS[scale][0],
+        given.train.tokens,
         BUDGETS[scale][3],
         BUDGETS[scale][4],
     )
@@ -189,6 +194,9 @@ def test_full_run_is_measured_and_saved_at_the_study_s_steps():
     at = [M // 65_536, 61, 122, 244, 381]  # H3 reads steps 244 (16M) and 381 (25M)
     assert c.eval.steps == tuple(sorted({0, *at, *every_10m, 4577}))
     assert c.checkpoint.steps == (0, *every_10m, 4577)
+    small = resolved("adamw", "learned", "small,original")
+    assert small.eval.steps == (0, 122, 244, 488, 976, 1500, 3000, 6100)
+    assert resolved("adamw", "learned", "small").eval.steps == small.eval.steps[:6]
     tiny = resolved("adamw", "learned", "tiny")
     assert tiny.eval.steps == (0, 9, 24, 48, 97, 195)
     assert tiny.checkpoint.steps == (0, 48, 97, 146, 195)
@@ -215,6 +223,31 @@ def test_evaluations_always_hold_step_0_and_the_last(fields, steps):
     assert {0, steps[-1]} <= set(c.checkpoint.steps)
 
 
+@pytest.mark.parametrize("at", [(), (1, 77, 500, 640, 10**6)])
+@pytest.mark.parametrize("every", [0, 1, 63, 64, 65, 128, 200, 640, 641])
+def test_a_rule_of_steps_serves_as_their_tuple(at, every):
+    """Ten steps of 64 tokens, against the steps one by one."""
+    repeated = range(every, 10 * 64 + 1, every) if every else ()
+    wanted = {max(1, tokens // 64) for tokens in (*at, *repeated)}
+    expected = sorted({0, 10} | {step for step in wanted if step < 10})
+    rule = config_lib.RepeatedSteps(10, 64, at, every)
+    assert list(rule) == expected and len(rule) == len(expected)
+    assert [step for step in range(-1, 12) if step in rule] == expected
+
+
+def test_budgets_beyond_every_memory_resolve():
+    """Steps are never listed where there are billions of them."""
+    c = resolved("adamw", "learned", "full", train__tokens=10**15, eval__every_tokens=1)
+    assert c.train.num_steps == 10**15 // 65_536
+    assert len(c.eval.steps) == c.train.num_steps + 1 and 10**9 in c.eval.steps
+    assert len(c.checkpoint.steps) == 10**15 // 10**7 + 1
+    assert list(itertools.islice(c.checkpoint.steps, 3)) == [0, 152, 305]
+    assert c.schedule.total() == pytest.approx(0.89 * c.train.num_steps)
+    assert config_lib.from_dict(json.loads(json.dumps(c.to_dict()))) == c
+    every = resolved("adamw", "learned", "full", eval__every_tokens=1)
+    assert every.eval.steps == tuple(range(4578))
+
+
 @pytest.mark.parametrize(
     ("arm", "words", "name"),
     [
@@ -229,6 +262,10 @@ def test_evaluations_always_hold_step_0_and_the_last(fields, steps):
         (("adamw", "learned"), "original,undecayed", "adamw_qk_undecayed"),
         (("muon", "none"), "merged", "muon_noqk_merged"),
         (("muon", "learned"), "merged,frozen", "muon_qk_frozen_merged"),
+        (("muon", "none"), "per_head,clip", "muon_noqk_clip_per_head"),
+        (("muon", "none"), "original,separate", "muon_noqk_separate"),
+        (("muon", "learned"), "to_one,original", "muon_qk_to_one"),
+        (("adamw", "learned"), "undecayed", "adamw_qk_undecayed"),
     ],
 )
 def test_arm_is_the_config_file_s_name_with_its_controls(arm, words, name):
@@ -243,6 +280,8 @@ def test_controls_set_what_they_say():
         assert frozen.optimizer.auxiliary_weight_decay == decay  # no control touches the others
     undecayed = resolved("adamw", "learned", "tiny,original,undecayed").optimizer
     assert (undecayed.gamma_weight_decay, undecayed.auxiliary_weight_decay) == (0, 0.2)
+    grouped = resolved("muon", "none", "tiny", muon__granularity="groups_of", muon__group_heads=2)
+    assert grouped.arm == "muon_noqk_groups_of_2"
     merged = resolved("muon", "none", "tiny,merged")
     assert merged == dataclasses.replace(
         resolved("muon", "none", "tiny"),
@@ -256,7 +295,11 @@ def test_controls_set_what_they_say():
     [
         (("muon", "none"), "tinyy", "unknown word 'tinyy' .* Did you mean 'tiny'"),
         (("muon", "none"), "undecay", "unknown word 'undecay' .* Did you mean 'undecayed'"),
-        (("muon", "none"), "zzz", "Known: scales tiny, pilot, full, 1b5; recipes fixed, original"),
+        (
+            ("muon", "none"),
+            "zzz",
+            "Known: scales tiny, small, pilot, full, 1b5; recipes fixed, original",
+        ),
         (("muon", "none"), "tiny,full", "tiny and full exclude each other: at most one scale"),
         (
             ("muon", "none"),
@@ -265,7 +308,12 @@ def test_controls_set_what_they_say():
         ),
         (("muon", "learned"), "frozen,decayed", "at most one control of gamma"),
         (("muon", "learned"), "original,decayed,undecayed", "at most one control of gamma"),
-        (("adamw", "learned"), "undecayed", "'undecayed' changes nothing in recipe fixed"),
+        (("muon", "none"), "separate", "'separate' changes nothing in recipe fixed"),
+        (("muon", "none"), "original,separate,per_head", "at most one granularity of Muon"),
+        (("adamw", "none"), "per_head", "'per_head' acts on Muon only"),
+        (("adamw", "learned"), "tiny,clip", "'clip' .* configs/adamw_noqk.py:tiny,clip"),
+        (("muon", "none"), "to_one", "'to_one' acts on QK-Norm"),
+        (("lion", "none"), "tiny", "'lion' is unknown. .*presets.OPTIMIZERS"),
         (("muon", "none"), "original,merged", "'merged' changes nothing in recipe original"),
         (("adamw", "none"), "merged", "'merged' acts on Muon only"),
         (("adamw", "none"), "frozen", "'frozen' acts on QK-Norm.* configs/adamw_qk.py:frozen"),
@@ -278,41 +326,90 @@ def test_words_that_are_refused(arm, words, message):
         config_lib.base(*arm, words)
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "words", "fields"),
-    [
-        ("adamw", "tiny,decayed", {}),
-        ("adamw", "full,original,decayed", {}),
-        ("adamw", "tiny,decayed", {"optimizer__learning_rate": 7e-4, "train__tokens": 90_000}),
-        ("muon", "pilot,decayed", {}),
-        ("muon", "pilot,decayed", {"optimizer__adam_learning_rate": 1.5e-3}),
-        ("muon", "tiny,original,decayed", {"optimizer__decay_fraction": 0.5}),
-    ],
-)
-def test_tau_is_the_summed_rate_times_decay_after_all_overrides(optimizer, words, fields):
-    o = (c := resolved(optimizer, "learned", words, **fields)).optimizer
-    assert o.gamma_decay_tau == 7.3
-    rate = o.learning_rate if optimizer == "adamw" else o.adam_learning_rate
-    steps = range(c.train.num_steps)
-    tau = math.fsum(rate * c.schedule.factor(step) * o.gamma_weight_decay for step in steps)
-    assert tau == pytest.approx(7.3, rel=1e-12)
+GAMMA_ARMS = [
+    ("adamw", "tiny", {}),
+    ("adamw", "full,original", {}),
+    ("adamw", "tiny", {"optimizer__learning_rate": 7e-4, "train__tokens": 90_000}),
+    ("muon", "small", {}),
+    ("muon", "full", {"optimizer__adam_learning_rate": 1.5e-3}),
+    ("muon", "tiny,original", {"optimizer__decay_fraction": 0.5}),
+]
 
 
-def test_tau_ignores_muon_s_own_rate():
-    """The auxiliary AdamW updates gamma, so a sweep of Muon's rate alone changes no decay."""
+@pytest.mark.parametrize(("optimizer", "words", "fields"), GAMMA_ARMS)
+def test_gamma_controls_share_exposure_and_differ_in_decay(optimizer, words, fields):
+    """Force 0.2, and the rate whose sum times the force is tau, after all overrides."""
+    arms = [
+        resolved(optimizer, "learned", f"{words},{word}", **fields)
+        for word in ("decayed", "undecayed", "to_one")
+    ]
+    tau = 0.3 if "tiny" in words else 7.3
+    for c, (decay, target) in zip(arms, ((0.2, 0), (0, 0), (0.2, 1)), strict=True):
+        o = c.optimizer
+        assert (o.gamma_weight_decay, o.gamma_decay_target) == (decay, target)
+        factors = (c.schedule.factor(step) for step in range(c.train.num_steps))
+        assert 0.2 * o.rate_of_gamma * math.fsum(factors) == pytest.approx(tau, rel=1e-12)
+    assert [c.arm.removeprefix(f"{optimizer}_qk") for c in arms] == [
+        "_decayed",
+        "_undecayed",
+        "_to_one",
+    ]
+    parent = resolved(optimizer, "learned", words, **fields)
+    for c in arms:  # nothing else is another than the parent's
+        assert dataclasses.replace(c, arm=parent.arm, optimizer=parent.optimizer) == parent
+
+
+def test_gamma_s_own_rate_ignores_all_others():
     a, b = (
-        resolved("muon", "learned", "tiny,decayed", optimizer__learning_rate=rate).optimizer
-        for rate in (0.012, 0.048)
+        resolved("muon", "learned", "full,decayed", **{f"optimizer__{name}": 0.002}).optimizer
+        for name in ("learning_rate", "adam_learning_rate")
     )
-    assert a.gamma_weight_decay == b.gamma_weight_decay
+    assert a.gamma_learning_rate == b.gamma_learning_rate == pytest.approx(7.3 / 0.2 / 4074, 1e-3)
 
 
-def test_decay_that_would_turn_gamma_s_sign_is_refused():
-    with pytest.raises(errors.UsageError, match=r"gamma_weight_decay.* Train longer or lower"):
-        resolved("adamw", "learned", "tiny,decayed", train__tokens=7 * 2_048)
+def test_the_original_s_pilot_has_the_exposure_of_the_control():
+    """tau 7.3 at W 0.2: logits up to 200; at the recipe's own rate tau 7.3 would cap them at 3."""
+    pilot = config_lib.gamma_exposure(resolved("adamw", "learned", "pilot,original"))
+    assert pilot.tau == pytest.approx(7.3236) and pilot.summed_rate == pytest.approx(36.618)
+    assert (pilot.largest, pilot.largest_logit) == (5, pytest.approx(200))
+    assert pilot.noise == pytest.approx(math.sqrt(6e-3 / 0.4))
+    control = config_lib.gamma_exposure(resolved("adamw", "learned", "pilot,original,to_one"))
+    assert control.tau == pytest.approx(7.3) and control.target == 1
+    assert control.largest_logit == pytest.approx(200)
+    undecayed = config_lib.gamma_exposure(resolved("muon", "learned", "pilot,original,undecayed"))
+    assert undecayed.tau == 0 and undecayed.largest_logit == math.inf
+    assert undecayed.summed_rate == control.summed_rate
+    for arm in ("frozen", "none"):
+        assert config_lib.gamma_exposure(resolved("muon", "learned", model__qk_norm=arm)) is None
+
+
+def test_a_rate_and_a_force_of_one_s_own():
+    o = resolved(
+        "adamw",
+        "learned",
+        "tiny",
+        optimizer__gamma_learning_rate=0.01,
+        optimizer__gamma_weight_decay=0.5,
+    ).optimizer
+    assert (o.rate_of_gamma, o.gamma_decay_tau) == (0.01, 0)
+    c = resolved("adamw", "learned", "small,decayed", optimizer__gamma_weight_decay=0.4)
+    assert config_lib.gamma_exposure(c).tau == pytest.approx(7.3)
+
+
+def test_decay_that_would_carry_gamma_past_its_target_is_refused():
+    with pytest.raises(errors.UsageError, match=r"gamma_weight_decay.* Train longer, or lower"):
+        resolved("adamw", "learned", "full,decayed", train__tokens=7 * 65_536)
     with pytest.raises(errors.UsageError, match="gamma_weight_decay"):
         resolved("adamw", "learned", "tiny", optimizer__gamma_weight_decay=1 / 1.2e-3)
     resolved("adamw", "learned", "tiny", optimizer__gamma_weight_decay=0.99 / 1.2e-3)
+
+
+def test_clip_word_sets_the_largest_logit():
+    for words, limit in (("tiny", 30), ("small", 30), ("pilot", 100), ("full,original", 100)):
+        parent, clip = (resolved("muon", "none", w) for w in (words, f"{words},clip"))
+        assert clip.arm == "muon_noqk_clip" and parent.optimizer.qk_clip == 0
+        assert clip.optimizer == dataclasses.replace(parent.optimizer, qk_clip=limit)
+    assert resolved("adamw", "none", "tiny,clip").arm == "adamw_noqk_clip"
 
 
 INVALID = {
@@ -342,6 +439,11 @@ INVALID = {
     "optimizer.auxiliary_weight_decay": math.nan,
     "optimizer.gamma_weight_decay": math.inf,
     "optimizer.gamma_decay_tau": -1.0,
+    "optimizer.gamma_decay_target": 0.5,
+    "optimizer.gamma_learning_rate": -1.0,
+    "optimizer.adam_learning_rate": 0.0,
+    "optimizer.qk_clip": -1.0,
+    "optimizer.qk_clip_sequences": 0,
     "optimizer.clip_norm": -1.0,
     "optimizer.beta1": 1.0,
     "optimizer.beta2": -0.5,
@@ -351,6 +453,7 @@ INVALID = {
     "muon.momentum": 1.0,
     "muon.coefficients": "cubic",
     "muon.granularity": "per_row",
+    "muon.group_heads": 0,
     "muon.scale": "none",
     "muon.dtype": "float64",
     "train.tokens": 0,
@@ -383,14 +486,8 @@ def test_every_mistake_is_in_one_message():
     assert "\n" not in message
     for field, value in INVALID.items():
         assert f"{field} is {value!r}, it must be " in message, field
-    # Nothing but a path, a truth value and the rate tested below can be set without a check.
-    free = {
-        "checkpoint.keep_all",
-        "data.dir",
-        "data.end_of_text",
-        "muon.nesterov",
-        "optimizer.adam_learning_rate",
-    }
+    # Nothing but a path and truth values can be set without a check.
+    free = {"checkpoint.keep_all", "data.dir", "data.end_of_text", "muon.nesterov"}
     assert set(leaves(given)) - INVALID.keys() == free
 
 
@@ -425,8 +522,20 @@ def test_every_mistake_alone_is_refused(field):
         ),
         (
             ("adamw", "learned"),
-            {"optimizer__gamma_weight_decay": 0.1, "optimizer__gamma_decay_tau": 1.0},
-            "gamma_weight_decay is 0.1, it must be 0 with .*tau = 1",
+            {"optimizer__gamma_learning_rate": 0.1, "optimizer__gamma_decay_tau": 1.0},
+            "gamma_learning_rate is 0.1, it must be 0 with .*tau = 1",
+        ),
+        (
+            ("adamw", "learned"),
+            {"optimizer__gamma_decay_target": 1.0},
+            "gamma_decay_target is 1.0, it must be 0 without .*gamma_weight_decay",
+        ),
+        (("muon", "learned"), {"optimizer__qk_clip": 30.0}, "qk_clip is 30.0, .*qk_norm=learned"),
+        (("muon", "none"), {"muon__group_heads": 2}, "group_heads is 2, .* 1 unless"),
+        (
+            ("muon", "none"),
+            {"muon__granularity": "groups_of", "muon__group_heads": 3},
+            "group_heads is 3, .* a divisor of num_kv_heads = 2",
         ),
         (
             ("adamw", "none"),
@@ -460,6 +569,123 @@ def test_config_survives_json(words):
         hash(c)  # jit takes it as a static argument
 
 
+def stored(**changes):
+    """A config.json of tiny with fields (dotted names with '__') replaced, or removed (None)."""
+    values = json.loads(json.dumps(resolved("muon", "learned", "tiny").to_dict()))
+    for name, value in changes.items():
+        *sections, leaf = name.split("__")
+        inside = values
+        for section in sections:
+            inside = inside[section]
+        inside[leaf] = value
+        if value is None:
+            del inside[leaf]
+    return values
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__num_layers": "4"}, "model.num_layers is '4', it must be an integer, above 0"),
+        ({"model__num_layers": -1}, "model.num_layers is -1, it must be above 0"),
+        ({"model__num_layers": None}, "model.num_layers is missing"),
+        ({"model__window": 128}, "model.window: no such field"),
+        ({"model": 3}, "model.num_layers is missing; .* model: no such field"),
+        ({"model": None}, "model.d_model is missing"),
+        ({"arm": 7}, "arm is 7, it must be text"),
+        ({"train__num_steps": True}, "train.num_steps is True, it must be an integer"),
+        ({"eval__steps": [0, 9, 5]}, r"eval.steps is \[0, 9, 5\], it must be ascending steps"),
+        ({"eval__steps": {"every": 1}}, "eval.steps is .* it must be ascending steps"),
+        ({"recipe": ["seed"]}, "recipe is .* it must be text, one of fixed, original"),
+        ({"optimizer__beta1": "x", "seed": 0.5}, "seed is 0.5, .*; optimizer.beta1 is 'x'"),
+    ],
+)
+def test_a_stored_config_that_is_none_is_refused_by_file_and_field(changes, message):
+    with pytest.raises(errors.UsageError, match=f"^runs/a/config.json: .*{message}") as caught:
+        config_lib.from_dict(stored(**changes), where="runs/a/config.json")
+    assert "\n" not in str(caught.value)
+
+
+LATER = {
+    "numerics_version": 1,
+    "optimizer.gamma_decay_target": 0.0,
+    "optimizer.gamma_learning_rate": 0.0,
+    "optimizer.qk_clip": 0.0,
+    "optimizer.qk_clip_sequences": 4,
+    "muon.group_heads": 1,
+}
+
+
+def test_fields_that_came_later_are_filled_in_and_enter_no_fingerprint():
+    """What they are filled with is what the code before did, for ever."""
+    assert {n: f.absent for n, f in config_lib.FIELDS.items() if f.since} == LATER
+    c = resolved("muon", "learned", "tiny")
+    old = stored(**{name.replace(".", "__"): None for name in LATER})
+    assert config_lib.from_dict(old) == c
+    assert not LATER.keys() & c.fingerprinted().keys()
+    changed = resolved("muon", "learned", "tiny", optimizer__gamma_learning_rate=0.01)
+    assert changed.fingerprinted()["optimizer.gamma_learning_rate"] == 0.01
+
+
+def test_the_control_decayed_of_before_has_a_name_of_its_own():
+    """It decayed gamma at the arm's own rate, with a force of its own: not the control of today."""
+    old = stored(
+        arm="muon_qk_decayed_merged",
+        optimizer__gamma_decay_tau=7.3,
+        optimizer__gamma_weight_decay=1.49,
+        optimizer__gamma_learning_rate=None,
+    )
+    c = config_lib.from_dict(old)
+    assert c.arm == "muon_qk_decayed_1_merged" and c.optimizer.rate_of_gamma == 3e-3
+    assert config_lib.from_dict(c.to_dict()) == c
+
+
+def own_config(change):
+    given = config_lib.base("muon", "none", "tiny")
+    with given.ignore_type():
+        change(given)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.model.__delattr__("d_ff"), "model.d_ff is missing, it must be an integer"),
+        (lambda c: c.__delattr__("log"), "log.every_seconds is missing"),
+        (lambda c: c.__setattr__("colour", 3), "colour: no such field"),
+        (
+            lambda c: c.optimizer.__setattr__("learing_rate", 0.1),
+            "optimizer.learing_rate: no such field. Did you mean 'optimizer.learning_rate'",
+        ),
+        (lambda c: c.__setattr__("model", 3), "model is 3, it must be a section"),
+    ],
+)
+def test_a_config_file_of_one_s_own_with_a_mistake(change, message):
+    with pytest.raises(errors.UsageError, match=f"^config: .*{message}"):
+        config_lib.resolve(own_config(change))
+
+
+def test_values_of_a_wrong_type():
+    given = config_lib.base("muon", "none", "tiny")
+    with given.ignore_type():
+        given.seed, given.model.mlp = "7", 3
+        given.optimizer.beta1, given.muon.nesterov, given.eval.at_tokens = "x", 1, 7
+    with pytest.raises(errors.UsageError) as caught:
+        config_lib.resolve(given)
+    for wrong in (
+        "seed is '7', it must be an integer, from 0",
+        "model.mlp is 3, it must be text, one of swiglu, relu2",
+        "optimizer.beta1 is 'x', it must be a number, from 0 to below 1",
+        "muon.nesterov is 1, it must be true or false",
+        "eval.at_tokens is 7, it must be a tuple of integers, ",
+    ):
+        assert wrong in str(caught.value), wrong
+    given = config_lib.base("muon", "none", "tiny")
+    with given.ignore_type():
+        given.log.every_seconds = 5  # an integer is a number
+    assert repr(config_lib.resolve(given).log.every_seconds) == "5.0"
+
+
 def test_auto_dtypes_are_settled_by_the_platform():
     c = resolved("muon", "none", "tiny")
     found = {
@@ -477,6 +703,7 @@ def test_auto_dtypes_are_settled_by_the_platform():
 # What resolve() makes of budgets, beside or in place of the fields as they were set.
 DERIVED = {
     "arm",
+    "numerics_version",
     "schedule",
     "train.num_steps",
     "train.sequences_per_step",

@@ -499,3 +499,68 @@ def test_eight_devices_agree_with_one_and_exchange_nothing():
 def test_docstring_example_runs():
     results = doctest.testmod(muon)
     assert results.attempted > 0 and results.failed == 0
+
+
+# --------------------------------------------------------------------------------------------
+# Leaves of other layouts than [..., in, out].
+
+NUMBERS = {
+    # Flax's DenseGeneral: queries [D, H, K] and outputs [H, K, D]; a stack on the last axis.
+    "query": ((12, 3, 4), muon.DimensionNumbers((), (0,), (1, 2)), lambda x: x.reshape(12, 12)),
+    "output": ((3, 4, 10), muon.DimensionNumbers((), (0, 1), (2,)), lambda x: x.reshape(12, 10)),
+    "last": ((6, 9, 5), muon.DimensionNumbers((2,), (1,), (0,)), lambda x: x.transpose(2, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("scale", muon.SCALES)
+def test_dimension_numbers_say_which_axes_are_a_matrix(scale):
+    """As the matrices themselves, laid out [..., in, out], over three steps."""
+    rng = np.random.default_rng(3)
+    leaves = {name: rng.standard_normal(shape, np.float32) for name, (shape, *_) in NUMBERS.items()}
+    numbers = {name: row[1] for name, row in NUMBERS.items()}
+    options = {"weight_decay": 0.1, "scale": scale}
+    told = muon.muon(0.1, dimension_numbers={**numbers, "plain": None}, **options)
+    plain = muon.muon(0.1, **options)
+    leaves["plain"] = rng.standard_normal((7, 5), np.float32)
+    as_matrices = {name: row[2] for name, row in NUMBERS.items()} | {"plain": lambda x: x}
+
+    def laid_out(tree):
+        return {name: as_matrices[name](x) for name, x in tree.items()}
+
+    a, b = told.init(leaves), plain.init(laid_out(leaves))
+    for step in range(3):
+        gradients = {name: x + step for name, x in leaves.items()}
+        ours, a = told.update(gradients, a, leaves)
+        theirs, b = plain.update(laid_out(gradients), b, laid_out(leaves))
+        for name, expected in theirs.items():
+            assert ours[name].shape == leaves[name].shape
+            np.testing.assert_allclose(laid_out(ours)[name], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        ((), (0,), (1,)),
+        ((0,), (1,), (1, 2)),
+        ((0, 1, 2), (), ()),
+        ((0,), (), (1, 2)),
+        ((), (0,), (1, 3)),
+    ],
+)
+def test_dimension_numbers_that_do_not_fit_are_refused(numbers):
+    optimizer = muon.muon(0.1, dimension_numbers={"a": muon.DimensionNumbers(*numbers)})
+    with pytest.raises(ValueError, match=r"^a: dimension numbers .*shape \(2, 3, 4\)"):
+        optimizer.init({"a": jnp.zeros([2, 3, 4])})
+
+
+@pytest.mark.parametrize(
+    ("scale", "shape", "expected"),
+    [
+        ("mup", (512, 256), 0.5**0.5),
+        ("mup", (1344, 512), (512 / 1344) ** 0.5),
+        ("mup", (2, 8), 2.0),
+    ],
+)
+def test_scale_mup_has_no_floor(scale, shape, expected):
+    update = muon.scale_by_matrix_shape(scale).update({"a": jnp.ones(shape)}, optax.EmptyState())
+    np.testing.assert_allclose(update[0]["a"], np.full(shape, expected), rtol=1e-6)

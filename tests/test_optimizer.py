@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import re
 import textwrap
 
 import jax
@@ -11,11 +13,11 @@ import optax
 import pytest
 
 from qkjax import config as config_lib
-from qkjax import errors, model, muon, optimizer
+from qkjax import errors, model, muon, optimizer, presets
 
 FLOAT32_TOLERANCE = 5e-5  # of an orthogonalised matrix between correct implementations
 KEY = "blocks/attention/key/kernel"
-GRANULARITIES = ("separate", "merged", "per_head")
+GRANULARITIES = ("separate", "merged", "per_head", "groups_of")
 SMALL = {  # N 2, D 16, H 4, G 2, K 4, F 24, V 32
     "model.num_layers": 2,
     "model.d_model": 16,
@@ -139,25 +141,34 @@ def test_routing_table_of_each_arm(arm, expected):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_controls_change_the_two_gammas_only(name):
-    parent = routes_of(resolved(name, "learned"))
-    frozen = routes_of(resolved(name, "learned", "frozen"))
-    decayed = routes_of(resolved(name, "learned", "decayed"))
-    for before, without, after in zip(parent, frozen, decayed, strict=True):
+    """Their rate, from tau 7.3 at force 0.2; 4,577 steps, 92 of them warm-up and 916 decay."""
+    parent, frozen, decayed, undecayed, to_one = (
+        routes_of(resolved(name, "learned", word))
+        for word in ("", "frozen", "decayed", "undecayed", "to_one")
+    )
+    rate = 7.3 / 0.2 / (4577 - 91 / 2 - 915 / 2)
+    for before, *after in zip(parent, frozen, decayed, undecayed, to_one, strict=True):
         if before.name.endswith(("query_norm/gamma", "key_norm/gamma")):
-            assert without.rule == "frozen"
-            # tau 7.3 over the summed rate of 4,577 steps, 92 of them warm-up and 916 decay
-            total = after.learning_rate * (4577 - 91 / 2 - 915 / 2)
-            assert after.weight_decay == pytest.approx(7.3 / total)
-            assert dataclasses.replace(after, weight_decay=0.0) == before
+            assert after[0].rule == "frozen"
+            for route, decay, target in zip(after[1:], (0.2, 0.0, 0.2), (0, 0, 1), strict=True):
+                assert route.learning_rate == pytest.approx(rate)
+                assert route == dataclasses.replace(
+                    before,
+                    learning_rate=route.learning_rate,
+                    weight_decay=decay,
+                    decay_target=target,
+                )
         else:
-            assert before == without == after
+            assert after == [before] * 4
+    table = optimizer.format_routing_table(to_one)
+    assert len(re.findall(r"gamma .* adamw +0\.00895925 +0\.2 to 1\n", table)) == 2
 
 
 @pytest.mark.parametrize(
     "granularity, matrices",
     [
         ("merged", {"query": (512, 1536), "value": (512, 1536), "output": (512, 1536)}),
-        ("per_head", {"query": (512, 64), "value": (512, 64), "output": (64, 512)}),
+        ("per_head", {"query": (512, 64), "value": (512, 64), "output": (512, 512)}),
     ],
 )
 def test_table_names_the_matrix_that_is_orthogonalised(granularity, matrices):
@@ -167,8 +178,8 @@ def test_table_names_the_matrix_that_is_orthogonalised(granularity, matrices):
     assert routes["blocks/mlp/down/kernel"].matrix == (1344, 512)
 
 
-def test_seed_recipe_without_muon_has_no_matrix_to_merge():
-    assert {r.matrix for r in routes_of(resolved("adamw", "none", "seed"))} == {None}
+def test_recipe_original_without_muon_has_no_matrix_to_merge():
+    assert {r.matrix for r in routes_of(resolved("adamw", "none", "original"))} == {None}
 
 
 def test_unmatched_parameter_is_an_error_that_names_it():
@@ -259,18 +270,45 @@ def matrices_of(kernel_by_name, granularity):
             found[n, "attention"] = np.hstack([layer[name] for name in ATTENTION])
         for name in ATTENTION if granularity == "separate" else ():
             found[n, name] = layer[name]
-        for name in ATTENTION if granularity == "per_head" else ():
-            for h in range(layer[name].size // (16 * 4)):
-                head = slice(4 * h, 4 * h + 4)
-                found[n, name, h] = layer[name][head] if name == "output" else layer[name][:, head]
+        if granularity in ("per_head", "groups_of"):
+            found[n, "output"] = layer["output"]
+            width = 4 if granularity == "per_head" else 8  # of one head, or of two
+            for name in ("query", "key", "value"):
+                for start in range(0, layer[name].shape[1], width):
+                    found[n, name, start] = layer[name][:, start : start + width]
     return found
 
 
-def constant_rate(granularity):
+def orthogonalize_float64(u):
+    """Polar Express in numpy, on the matrix as it lies."""
+    safety, steps = muon.newton_schulz("polar_express")
+    x = np.asarray(u, np.float64)
+    x = x / (safety * np.linalg.norm(x) + 1e-7)
+    for a, b, c in np.asarray(steps, np.float64):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def factor_of(scale, granularity, key, matrix):
+    """Of the whole kernel, or of the merged matrix. The kernels: D 16, H K 16, G K 8, F 24."""
+    fan_in, fan_out = matrix.shape
+    if key[1] in ("query", "key", "value") and granularity != "merged":
+        fan_in, fan_out = 16, {"query": 16, "key": 8, "value": 8}[key[1]]
+    if scale == "mup":
+        return (fan_out / fan_in) ** 0.5
+    if scale == "rms":
+        return 0.2 * max(fan_in, fan_out) ** 0.5
+    return max(1.0, fan_out / fan_in) ** 0.5
+
+
+def constant_rate(granularity, scale="spectral"):
     return small(
         "muon",
         "none",
         muon__granularity=granularity,
+        muon__group_heads=2 if granularity == "groups_of" else 1,
+        muon__scale=scale,
         optimizer__clip_norm=0.0,
         optimizer__weight_decay=0.3,
         optimizer__warmup_fraction=0.0,
@@ -278,9 +316,11 @@ def constant_rate(granularity):
     )
 
 
+@pytest.mark.parametrize("scale", muon.SCALES)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_each_granularity_is_muon_on_its_own_matrices_one_by_one(granularity):
-    c = constant_rate(granularity)
+def test_each_granularity_is_muon_on_its_own_matrices_one_by_one(granularity, scale):
+    """Two steps against float64; scaled by the whole kernel's shape but for the merged matrix."""
+    c = constant_rate(granularity, scale)
     updates, state = two_updates(c)
     params, first, second = (
         matrices_of(kernels(random_tree(c, seed, offset)), granularity)
@@ -296,9 +336,8 @@ def test_each_granularity_is_muon_on_its_own_matrices_one_by_one(granularity):
             if step:
                 average = 0.95 * 0.05 * first[key] + 0.05 * second[key]
                 u = 0.05 * second[key] + 0.95 * average
-            fan_in, fan_out = u.shape
-            scale = max(1.0, fan_out / fan_in) ** 0.5
-            expected = scale * orthogonalize(jnp.asarray(u)) + 0.3 * params[key]
+            factor = factor_of(scale, granularity, key, u)
+            expected = factor * orthogonalize_float64(u) + 0.3 * params[key]
             np.testing.assert_allclose(
                 update / -c.optimizer.learning_rate,
                 expected,
@@ -309,13 +348,42 @@ def test_each_granularity_is_muon_on_its_own_matrices_one_by_one(granularity):
     shapes = {
         "separate": {"blocks/attention/key/kernel": (2, 16, 8)},
         "merged": {"blocks/attention": (2, 16, 48)},
-        "per_head": {"blocks/attention/key/kernel": (2, 2, 16, 4)},
+        "per_head": {KEY: (2, 2, 16, 4), "blocks/attention/output/kernel": (2, 16, 16)},
+        "groups_of": {KEY: (2, 1, 16, 8), "blocks/attention/query/kernel": (2, 2, 16, 8)},
     }[granularity]
     momentum = {k.split("momentum/")[1]: x.shape for k, x in by_name(state).items() if "/mom" in k}
     assert shapes.items() <= momentum.items()
 
 
-orthogonalize = jax.jit(muon.orthogonalize)
+@pytest.mark.parametrize("scale", muon.SCALES)
+def test_granularities_take_steps_of_equal_size(scale):
+    """White gradients at the 88M's shapes: the RMS of each kernel's update within 5%."""
+    shapes = {"query": (512, 512), "key": (512, 256), "value": (512, 256), "output": (512, 512)}
+    rng = np.random.default_rng(0)
+    white = {name: rng.standard_normal((1, *shape)) for name, shape in shapes.items()}
+    fields = {"model__num_layers": 1, "model__vocab_size": 8, "model__d_ff": 8}
+    rms = {}
+    for granularity in ("separate", "per_head", "groups_of"):
+        c = resolved(
+            "muon",
+            "none",
+            muon__granularity=granularity,
+            muon__group_heads=2 if granularity == "groups_of" else 1,
+            muon__scale=scale,
+            optimizer__weight_decay=0.0,
+            **fields,
+        )
+        gradients = jax.tree.map(jnp.zeros_like, random_tree(c, 0))
+        for name, gradient in white.items():
+            gradients["blocks"]["attention"][name]["kernel"] = jnp.float32(gradient)
+        transformation = optimizer.make_optimizer(c, gradients)
+        updates, _ = jax.jit(transformation.update)(
+            gradients, transformation.init(gradients), gradients
+        )
+        rms[granularity] = [np.sqrt(np.mean(kernels(updates)[name] ** 2)) for name in shapes]
+    for granularity in ("per_head", "groups_of"):
+        np.testing.assert_allclose(rms[granularity], rms["separate"], rtol=0.05)
+        assert rms[granularity][3] == rms["separate"][3]  # the output kernel stays whole
 
 
 def test_every_muon_option_reaches_muon():
@@ -340,16 +408,19 @@ def test_every_muon_option_reaches_muon():
 
 
 def test_granularities_differ_on_attention_and_agree_on_the_mlp():
-    by_granularity = [two_updates(constant_rate(g))[0][0] for g in GRANULARITIES]
-    for i, one in enumerate(by_granularity):
-        for other in by_granularity[:i]:
-            for name, update in one.items():
-                differs = not np.allclose(update, other[name], rtol=0, atol=1e-6)
-                assert differs == name.startswith("blocks/attention/"), name
+    by_granularity = {g: two_updates(constant_rate(g))[0][0] for g in GRANULARITIES}
+    for one, other in itertools.combinations(GRANULARITIES, 2):
+        for name, update in by_granularity[one].items():
+            differs = not np.allclose(update, by_granularity[other][name], rtol=0, atol=1e-6)
+            in_attention = name.startswith("blocks/attention/")
+            whole = name.endswith("output/kernel") and "merged" not in (one, other)
+            if (one, other) == ("separate", "groups_of"):  # both key heads are one group
+                whole = whole or name.endswith(("key/kernel", "value/kernel"))
+            assert differs == (in_attention and not whole), (name, one, other)
 
 
 def test_merged_keys_inherit_their_gradients_spectrum_and_separate_ones_do_not():
-    """docs/science.md section 3: Q and K 10x smaller than V and O, rank 16 and 10% white noise."""
+    """Q and K 10x smaller than V and O, rank 16 and 10% white noise."""
     fields = {"model.num_layers": 1, "model.vocab_size": 8, "model.d_ff": 8}
     rng = np.random.default_rng(0)
 
@@ -423,6 +494,81 @@ def test_every_decay_acts_on_its_own_parameters_alone(name):
             )
 
 
+@pytest.mark.parametrize("word", ["decayed", "undecayed", "to_one"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_gamma_controls_against_float64(name, word):
+    """Adam's own update at gamma's rate, and a decay towards the target, over five steps."""
+    c = small(name, "learned", f"tiny,{word}", optimizer__clip_norm=0.0)
+    o, gamma_of = c.optimizer, {}
+    params = random_tree(c, 0, offset=1.0)
+    for path, leaf in by_name(params).items():
+        if "query_norm" in path or "key_norm" in path:
+            gamma_of[path] = [np.float64(leaf), 0.0, 0.0]  # gamma, m, v
+    assert len(gamma_of) == 2
+    transformation = optimizer.make_optimizer(c, params)
+    state, update = transformation.init(params), jax.jit(transformation.update)
+    for step in range(5):
+        gradients = random_tree(c, step + 1)
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        rate = c.schedule.factor(step) * 0.3 / 0.2 / c.schedule.total()
+        for path, (gamma, m, v) in gamma_of.items():
+            g = np.float64(by_name(gradients)[path])
+            m, v = o.beta1 * m + (1 - o.beta1) * g, o.beta2 * v + (1 - o.beta2) * g**2
+            m_hat, v_hat = m / (1 - o.beta1 ** (step + 1)), v / (1 - o.beta2 ** (step + 1))
+            pull = {"decayed": 0.2 * gamma, "undecayed": 0.0, "to_one": 0.2 * (gamma - 1)}[word]
+            gamma = gamma - rate * (m_hat / (np.sqrt(v_hat) + o.eps) + pull)
+            gamma_of[path] = [gamma, m, v]
+            np.testing.assert_allclose(by_name(params)[path], gamma, rtol=2e-6, atol=2e-6)
+
+
+def test_frozen_gammas_stay_out_of_the_clip_norm():
+    """Whoever calls make_optimizer may hand in gradients of theirs."""
+    for name in ("adamw", "muon"):
+        c = small(name, "learned", "tiny,frozen")
+        params, gradients = random_tree(c, 0, offset=1.0), random_tree(c, 1)
+        transformation = optimizer.make_optimizer(c, params)
+        state, update = transformation.init(params), jax.jit(transformation.update)
+        _, plain = update(gradients, state, params)
+        for norm in ("query_norm", "key_norm"):
+            gradients["blocks"]["attention"][norm]["gamma"] *= 1e6
+        _, after = update(gradients, state, params)
+        for path, value in by_name(plain).items():
+            np.testing.assert_array_equal(by_name(after)[path], value, err_msg=path)
+
+
+def test_one_more_optimiser_is_one_entry(monkeypatch):
+    """Named in the config, checked, made by its factory, at the rates of its entry."""
+    entry = presets.Optimizer(
+        factory=f"{__name__}:lion", rate=1e-4, decay={"fixed": 1.0, "original": 3.0}
+    )
+    with pytest.raises(errors.UsageError, match="'lion' is unknown"):
+        small("lion", "none")
+    monkeypatch.setitem(presets.OPTIMIZERS, "lion", entry)
+    c = small("lion", "learned", "tiny,original", optimizer__clip_norm=0.0)
+    assert (c.arm, c.optimizer.learning_rate, c.optimizer.weight_decay) == ("lion_qk", 1e-4, 3.0)
+    assert {r.rule for r in routes_of(c)} == {"lion"}
+    params = random_tree(c, 0, offset=1.0)
+    updates = by_name(two_updates.__wrapped__(c)[0][0])
+    gradients = by_name(random_tree(c, 1))
+    for route in routes_of(c):
+        expected = np.sign(gradients[route.name]) + route.weight_decay * by_name(params)[route.name]
+        np.testing.assert_allclose(updates[route.name], -1e-4 * expected, rtol=1e-5, atol=1e-10)
+    beside = dataclasses.replace(entry, auxiliary_rate=3e-3)
+    monkeypatch.setitem(presets.OPTIMIZERS, "lion", beside)
+    rules = {r.name: (r.rule, r.learning_rate) for r in routes_of(small("lion", "none"))}
+    assert rules[KEY] == ("lion", 1e-4) and rules["embedding"] == ("adamw", 3e-3)
+
+
+def lion(config, routes):
+    peak = config.optimizer.learning_rate
+    return optax.chain(
+        optax.scale_by_lion(0.9, 0.99),
+        optimizer.decay_each(routes, peak),
+        optax.scale_by_learning_rate(optimizer.learning_rate(config.schedule, peak)),
+    )
+
+
 def test_frozen_gammas_have_no_update_and_no_state():
     for name in ("adamw", "muon"):
         c = small(name, "learned", "tiny,frozen")
@@ -456,7 +602,14 @@ def test_clip_bounds_the_global_norm(clip_norm):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_state_and_updates_keep_structure_shapes_and_dtypes(name, granularity):
-    c = small(name, "learned", muon__granularity=granularity, muon__dtype="bfloat16")
+    heads = 2 if granularity == "groups_of" else 1
+    c = small(
+        name,
+        "learned",
+        muon__granularity=granularity,
+        muon__group_heads=heads if name == "muon" else 1,
+        muon__dtype="bfloat16",
+    )
     shapes = model.parameter_shapes(c.model)
     transformation = optimizer.make_optimizer(c, shapes)
     state = jax.eval_shape(transformation.init, shapes)

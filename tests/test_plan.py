@@ -48,19 +48,23 @@ def test_full_is_twenty_sweep_runs_eight_runs_and_the_controls():
         "sweep": 20,
         "extension": 4,
         "choice": 4,
-        "run": 8 + 2 * 5,
-        "export": 18,
-        "downstream": 18,
-        "surgery": 18,
+        "run": 8 + 2 * 9,
+        "export": 26,
+        "downstream": 26,
+        "surgery": 26,
         "report": 1,
     }
     assert list(study.arms) == [
         *ARMS,
         "adamw_qk_frozen",
-        "adamw_qk_decayed",
+        "adamw_qk_undecayed",
+        "adamw_qk_to_one",
         "muon_qk_frozen",
-        "muon_qk_decayed",
+        "muon_qk_undecayed",
+        "muon_qk_to_one",
         "muon_noqk_merged",
+        "adamw_qk_decayed",
+        "muon_qk_decayed",
     ]
     assert study.study.seeds == (42, 137)
     assert study.grid("muon_qk") == (0.003, 0.006, 0.012, 0.024, 0.048)
@@ -96,16 +100,16 @@ def test_recipe_original_has_its_own_controls_and_no_sweep():
     study = make("full,original")
     assert counts(study) == {
         "dataset": 1,
-        "run": 2 * 10,
-        "export": 20,
-        "downstream": 20,
-        "surgery": 20,
+        "run": 2 * 12,
+        "export": 24,
+        "downstream": 24,
+        "surgery": 24,
         "report": 1,
     }
     assert set(study.arms) - set(ARMS) == {
         f"{arm}_{word}"
         for arm in ("adamw_qk", "muon_qk")
-        for word in ("frozen", "undecayed", "decayed")
+        for word in ("frozen", "undecayed", "to_one", "decayed")
     }
     assert study.left_out == {}
 
@@ -120,14 +124,22 @@ def test_the_pilots_arms_in_recipe_original_are_their_own_decayed_controls():
     assert study.to_dict()["controls"] == [
         "adamw_qk_frozen",
         "adamw_qk_undecayed",
+        "adamw_qk_to_one",
         "muon_qk_frozen",
         "muon_qk_undecayed",
+        "muon_qk_to_one",
     ]
     larger = make("pilot,original", overrides=("train.tokens_per_step=65536",))
     assert larger.left_out == {}
     assert {"adamw_qk_decayed", "muon_qk_decayed"} < set(larger.arms)
     asked = refusal("pilot,original", controls=("muon_qk_decayed",))
     assert "muon_qk_decayed and muon_qk would train the same" in asked
+    # The same decay at another rate of gamma is another arm.
+    rates = ("optimizer.gamma_learning_rate=0.012",)
+    other = make(
+        "pilot,original", arms=("adamw_qk",), overrides=rates, controls=(), optional_controls=()
+    )
+    assert other.arms["adamw_qk"].config.optimizer.rate_of_gamma == 0.012
 
 
 @pytest.mark.parametrize(
@@ -146,9 +158,25 @@ def test_the_pilots_arms_in_recipe_original_are_their_own_decayed_controls():
                 "sweep": 20,
                 "extension": 4,
                 "choice": 4,
-                **dict.fromkeys(("run", "export", "downstream", "surgery"), 18),
+                **dict.fromkeys(("run", "export", "downstream", "surgery"), 14),
             },
             25_000_000,
+            2,
+        ),
+        (
+            "small",
+            {
+                "sweep": 20,
+                "choice": 4,
+                **dict.fromkeys(("run", "export", "downstream", "surgery"), 26),
+            },
+            768_000,
+            2,
+        ),
+        (
+            "small,original",
+            dict.fromkeys(("run", "export", "downstream", "surgery"), 20),
+            3_123_200,
             2,
         ),
     ],

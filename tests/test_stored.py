@@ -29,8 +29,9 @@ def test_a_stored_config_is_that_of_today(tmp_path, file, words, tokens):
     """Read as today's, and the run resumes without a question about its settings."""
     shutil.copy(STORED / file, tmp_path / "config.json")
     today = present(words, tokens)
-    assert RunDirectory(tmp_path).read_config() == today
-    assert RunDirectory(tmp_path).config_changes(today, "fingerprint") == []
+    directory = RunDirectory(tmp_path)
+    assert directory.read_config() == today
+    assert directory.config_changes(today, "fingerprint") == []
 
 
 @pytest.mark.parametrize(

@@ -19,25 +19,8 @@ from qkjax import config as config_lib
 from qkjax import errors, files, presets
 from qkjax.runs import environment
 
-# Differences in these cannot change a result, so a resume does not ask about them.
-FREE_FIELDS = ("checkpoint.keep_all", "data.dir", "log.every_seconds", "profile.steps")
-# No checkpoint resumes with another of these: its batches or its arrays would be others.
-FIXED_FIELDS = (
-    "dataset",
-    "seed",
-    "train.tokens_per_step",
-    "train.sequences_per_step",
-    "optimizer.name",
-    "model.mlp",
-    "model.num_layers",
-    "model.d_model",
-    "model.num_heads",
-    "model.num_kv_heads",
-    "model.head_dim",
-    "model.d_ff",
-    "model.vocab_size",
-    "model.sequence_length",
-)
+# No checkpoint continues with another of these.
+_FIXED_FIELDS = ("dataset", *config_lib.FIXED_FIELDS)
 _ABSENT = "(absent)"
 
 FINAL: Literal["final"] = "final"
@@ -132,14 +115,7 @@ class RunDirectory:
             StorageError: the disk failed.
         """
         values = files.read_object(self.config, RESTORE)
-        if values is None:
-            return None
-        try:
-            return config_lib.from_dict(values)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise files.damaged(
-                self.config, f"its fields are not those of a config: {error}", RESTORE
-            ) from error
+        return None if values is None else config_lib.from_dict(values, where=str(self.config))
 
     def need_config(self) -> config_lib.Config:
         """The resolved config of the run.
@@ -199,7 +175,7 @@ class RunDirectory:
     ) -> list[dict[str, Any]]:
         """Compares a config with the directory's; writes nothing.
 
-        `FREE_FIELDS` do not count. The dataset counts as the field "dataset", by fingerprint.
+        `FREE_FIELDS` of the config do not count. The dataset is the field "dataset" (fingerprint).
 
         Args:
             allowed: dotted names that may differ, of --allow_config_change.
@@ -227,10 +203,9 @@ class RunDirectory:
                 self.environment,
             )
         old_dataset = record.get("dataset_fingerprint", dataset_fingerprint)
-        changes = _differences(
-            {**flatten(presets.with_present_recipe(stored)), "dataset": old_dataset}, new
-        )
-        refused = [c for c in changes if c["field"] not in allowed or c["field"] in FIXED_FIELDS]
+        old = {**flatten(config_lib.upgraded(stored)), "dataset": old_dataset}
+        changes = _differences(old, new)
+        refused = [c for c in changes if c["field"] not in allowed or c["field"] in _FIXED_FIELDS]
         if refused:
             raise errors.UsageError(_refusal(self.config, refused, allowed))
         return changes
@@ -531,7 +506,7 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:
-    fields = [name for name in dict.fromkeys((*old, *new)) if name not in FREE_FIELDS]
+    fields = [name for name in dict.fromkeys((*old, *new)) if name not in config_lib.FREE_FIELDS]
     changes = [
         {"field": name, "old": old.get(name, _ABSENT), "new": new.get(name, _ABSENT)}
         for name in fields
@@ -541,7 +516,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[st
 
 def _refusal(path: pathlib.Path, refused: list[dict[str, Any]], allowed: Sequence[str]) -> str:
     table = _table(refused, ("field", "old", "new"))
-    fixed = [change["field"] for change in refused if change["field"] in FIXED_FIELDS]
+    fixed = [change["field"] for change in refused if change["field"] in _FIXED_FIELDS]
     names = ",".join([*allowed, *(change["field"] for change in refused)])
     rest = (
         f": no checkpoint can resume with another {', '.join(fixed)}."
@@ -562,12 +537,8 @@ def _table(changes: Sequence[Mapping[str, Any]], head: tuple[str, str, str]) -> 
 
 def _config_values(place: pathlib.Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a checkpoint's meta, as this version would have written it."""
-    try:
-        return files.plain(config_lib.from_dict(meta["config"]).to_dict())
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise files.damaged(
-            place, f"the config in meta has other fields than a config: {error}", _OTHER_STEP
-        ) from error
+    config = config_lib.from_dict(meta["config"], where=f"{place}: config in meta")
+    return files.plain(config.to_dict())
 
 
 def _cell(value: Any) -> str:

@@ -203,7 +203,7 @@ def _steps(plan: Plan) -> Iterator[Step]:
     ) -> Step:
         bare = Step(name, kind, arm, seed, rate, tuple(needs), "")
         if kind in TRAINING:
-            inputs = plan_arms.fingerprinted(plan.run_config(bare, rate))
+            inputs = plan.run_config(bare, rate).fingerprinted()
         above = [made[need].fingerprint for need in needs]
         fingerprint = plan_arms.digest([kind, inputs, above])
         made[name] = dataclasses.replace(bare, fingerprint=fingerprint)

@@ -16,8 +16,8 @@ from qkjax.cli import config_flag, places
 from qkjax.runs import directory as run_directory
 from qkjax.study.plan_config import StudyConfig
 
-# Two weight decays closer than this make one arm (recipe original's pilot has tau 7.32, not 7.3).
-_SAME_DECAY = 0.01
+# Rates and decays of gamma closer than this make one arm (recipe original's pilot has tau 7.32).
+_SAME_EXPOSURE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +57,11 @@ def make_arms(study: StudyConfig) -> tuple[dict[str, Arm], dict[str, str]]:
         elif name not in study.controls:
             left_out[name] = twin.name
         else:
-            decays = [a.config.optimizer.gamma_weight_decay for a in (arm, twin)]
+            rates, decays = zip(*map(_exposure, (arm, twin)), strict=True)
             raise errors.UsageError(
-                f"arms: {name} and {twin.name} would train the same (gamma's weight decay "
-                f"{decays[0]:.4g} and {decays[1]:.4g}). Drop one of them."
+                f"arms: {name} and {twin.name} would train the same (gamma's learning rate "
+                f"{rates[0]:.4g} and {rates[1]:.4g}, weight decay {decays[0]:.4g} and "
+                f"{decays[1]:.4g}). Drop one of them."
             )
     return arms, left_out
 
@@ -71,8 +72,9 @@ def _arm(study: StudyConfig, name: str) -> Arm:
     stem = name
     controls: list[str] = []
     while stem not in files:
-        stem, _, word = stem.rpartition("_")
-        if word not in presets.CONTROLS or not stem:
+        word = next((word for word in presets.CONTROLS if stem.endswith(f"_{word}")), "")
+        stem = stem.removesuffix(f"_{word}")
+        if not word or not stem:
             shipped = sorted(files)
             raise errors.UsageError(
                 f"arms: no arm {name!r}.{presets.suggest(name, tuple(shipped))} An arm is a file "
@@ -89,23 +91,29 @@ def _arm(study: StudyConfig, name: str) -> Arm:
             "list it by the other name, or drop the override that makes it so."
         )
     rate = run.optimizer.learning_rate
-    if run.optimizer.name == "muon" and run.muon.scale == "rms":
-        rate = presets.RATES[study.scale, study.recipe][0]  # its updates are as large as AdamW's
+    if run.optimizer.name == "muon" and run.muon.scale == "rms":  # updates as large as AdamW's
+        rate = presets.Choice(study.scale, study.recipe, "adamw", "none", frozenset()).rate
     return Arm(name, stem, file, words, rate, run.optimizer.adam_learning_rate, run)
 
 
 def _train_the_same(one: Arm, other: Arm) -> bool:
-    def apart_from_decay(arm: Arm) -> dict[str, Any]:
-        values = dataclasses.asdict(arm.config)
+    def apart_from_exposure(arm: Arm) -> dict[str, Any]:
+        values = arm.config.to_dict()
         values.pop("arm")
-        for field in ("gamma_weight_decay", "gamma_decay_tau"):
+        for field in ("gamma_weight_decay", "gamma_decay_tau", "gamma_learning_rate"):
             values["optimizer"].pop(field)
         return values
 
-    decays = [arm.config.optimizer.gamma_weight_decay for arm in (one, other)]
-    return apart_from_decay(one) == apart_from_decay(other) and math.isclose(
-        *decays, rel_tol=_SAME_DECAY
+    return apart_from_exposure(one) == apart_from_exposure(other) and all(
+        math.isclose(ours, theirs, rel_tol=_SAME_EXPOSURE)
+        for ours, theirs in zip(_exposure(one), _exposure(other), strict=True)
     )
+
+
+def _exposure(arm: Arm) -> tuple[float, float]:
+    """Rate and decay of gamma_q and gamma_k, 0 where no gamma is learned."""
+    found = config_lib.gamma_exposure(arm.config)
+    return (0.0, 0.0) if found is None else (found.learning_rate, found.weight_decay)
 
 
 # --------------------------------------------------------------------------------------------
@@ -133,12 +141,7 @@ def flags(study: StudyConfig, arm: Arm, fields: dict[str, Any]) -> list[str]:
 def identity(config: config_lib.Config) -> dict[str, Any]:
     """Everything that a run's result depends on but for its data: all fields that matter."""
     values = run_directory.flatten(files.plain(config.to_dict()))
-    return {name: v for name, v in values.items() if name not in run_directory.FREE_FIELDS}
-
-
-def fingerprinted(config: config_lib.Config) -> dict[str, Any]:
-    """`identity` as a step's fingerprint hashes it: by the names that stored plans have."""
-    return {**identity(config), "recipe": presets.former_recipe(config.recipe)}
+    return {name: v for name, v in values.items() if name not in config_lib.FREE_FIELDS}
 
 
 def digest(value: Any) -> str:

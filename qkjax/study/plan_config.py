@@ -7,7 +7,7 @@ import ml_collections
 
 from qkjax import errors, presets
 
-SCALES = ("tiny", "pilot", "full")
+SCALES = ("tiny", "small", "pilot", "full")
 _NAMES = ("arms", "controls", "optional_controls")  # on the command line separated by commas
 # What the plan itself sets in every run: an override would make the plan untrue.
 _OWN_FIELDS = (

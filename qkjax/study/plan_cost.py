@@ -40,14 +40,15 @@ def cost(plan: Plan, step: Step) -> Cost:
     run = plan.run_config(step, step.learning_rate)
     tokens = run.train.num_steps * run.train.tokens_per_step
     parameters = flops.num_parameters(run.model)
-    passes = [run.eval.tokens] * len(run.eval.steps)
-    passes += [run.eval.final_tokens] if run.eval.final_tokens >= 0 else []
+    passes = {run.eval.tokens: len(run.eval.steps)}  # tokens, 0 = all, and how often
+    if run.eval.final_tokens >= 0:
+        passes[run.eval.final_tokens] = passes.get(run.eval.final_tokens, 0) + 1
     # Muon has one moment of every block matrix, AdamW two; 12 bytes a parameter is the upper bound.
     state = 12 * parameters
     return Cost(
         tokens=tokens,
-        evaluated=sum(passes),
-        whole_passes=passes.count(0),
+        evaluated=sum(size * times for size, times in passes.items()),
+        whole_passes=passes.get(0, 0),
         flop=tokens * flops.training_flops_per_token(run.model, parameters),
         disk=min(len(run.checkpoint.steps), _CHECKPOINTS) * state,
     )

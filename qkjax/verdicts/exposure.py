@@ -37,7 +37,7 @@ class Exposure(NamedTuple):
 def of_config(config: Config) -> Exposure:
     """The exposure that a run has."""
     optimizer = config.optimizer
-    rate = optimizer.auxiliary_learning_rate
+    rate = optimizer.rate_of_gamma
     force = optimizer.gamma_weight_decay
     return Exposure(rate, force, rate * force * config.schedule.total())
 
