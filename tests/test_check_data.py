@@ -1,4 +1,4 @@
-"""tools/check_data.py: whatever is wrong with a dataset is found and named."""
+"""tools/check_data.py: what is wrong with a dataset is found and named."""
 
 import dataclasses
 import json
@@ -112,7 +112,7 @@ def _rewrite_table(folder, split, table):
 
 
 def _where(folder, k):
-    """The shard and record in which training document k begins, and its number."""
+    """The shard and record in which training document k starts, and its number."""
     record = int(_table(folder, "train")["first_token"][k]) // T
     for shard in manifest_lib.load(folder).splits["train"].shards:
         if record < shard.num_records:
@@ -235,7 +235,7 @@ def test_a_validation_hash_in_the_table_of_training_is_named(dataset):
 
 @pytest.mark.parametrize(
     ("field", "message"),
-    [("first_token", "document 9: expected to begin at"), ("length", "document 10: expected to")],
+    [("first_token", "document 9: expected to start at"), ("length", "document 10: expected to")],
 )
 def test_a_gap_between_documents_is_named(dataset, field, message):
     table = _table(dataset, "train")

@@ -1,5 +1,6 @@
 """README and docs name what exists: links, headings, files of the repository, modules."""
 
+import ast
 import pathlib
 import re
 
@@ -16,6 +17,8 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 # The lab book tells what was: its older entries name files as they were called then.
 PRESENT = [page for page in PAGES if page.name not in ("log.md", "CHANGELOG.md")]
 FOLDERS = "benchmarks|docs|qkjax|tests|tools"
+# An error beside its heading, two errors on one line, or one at the end of a sentence.
+IN_PROSE = re.compile(r"Raises: *\S.*|^ *Raises \w+Error.*|.*[.;] [A-Z]\w+Error\b.*", re.MULTILINE)
 
 
 def name_of(page: pathlib.Path) -> str:
@@ -99,3 +102,15 @@ def test_the_format_names_every_file_of_a_run_and_a_dataset():
     modules = (manifest_lib, origins, tokenizer_lib)
     for name in sorted(of_a_run | {module.FILE_NAME for module in modules}):
         assert re.search(rf"`{re.escape(name)}[`/]", page), name
+
+
+def test_docstrings_name_errors_in_one_form():
+    """In a block of their own, `Raises:`, one item a line: `UsageError: what is wrong.`"""
+    modules = [path for folder in ("benchmarks", "qkjax") for path in (ROOT / folder).rglob("*.py")]
+    found = []
+    for module in modules:
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                odd = IN_PROSE.findall(ast.get_docstring(node) or "")
+                found += [f"{module.name}: {line}" for line in odd]
+    assert len(modules) > 100 and not found, "\n".join(found)

@@ -171,7 +171,7 @@ def test_a_network_that_goes_away_on_the_way_is_no_fault_of_the_user(dataset, mo
     assert source.describe() == {"dataset": "owner/name", "revision": "0123abcd"}
     with pytest.raises(
         errors.StorageError,
-        match=r"stopped after row 2 \(ConnectionError: reset by peer\).*goes on",
+        match=r"stopped after row 2 \(ConnectionError: reset by peer\).*to resume",
     ):
         list(source.documents())
 

@@ -40,7 +40,8 @@ def check(directory: str | pathlib.Path, *, progress: Callable[[str], None] = pr
     its hash compared with its table, and no validation document may occur in training. Only the
     last document of a split, cut where the stream ends, cannot be decoded.
 
-    Raises: UsageError that names the file, record or document.
+    Raises:
+        UsageError: names the file, record or document.
     """
     folder = pathlib.Path(directory)
     manifest = manifest_lib.load(folder)
@@ -71,7 +72,8 @@ def check_text(
         opened: the sources of the manifest, in its order; they use the ledger of `folder` then.
         rehash: read every file again, also those that look as they did.
     Returns: a line for everything that cannot be proven.
-    Raises: UsageError that names the first file whose content has changed.
+    Raises:
+        UsageError: names the first file whose content has changed.
     """
     ledger = origins.Ledger(folder / origins.FILE_NAME)
     unproven, changed = [], []
@@ -96,7 +98,8 @@ def check_text(
 def check_sources(directory: str | pathlib.Path) -> list[str]:
     """Hashes all that a dataset was read from; a line for everything that cannot be proven.
 
-    Raises: UsageError where a source cannot be opened, or is not what the dataset was made from.
+    Raises:
+        UsageError: a source cannot be opened, or is not what the dataset was made from.
     """
     folder = pathlib.Path(directory)
     manifest = manifest_lib.load(folder)
@@ -166,7 +169,7 @@ def _check_tables(
         if wrong.size:
             k = int(wrong[0])
             raise errors.UsageError(
-                f"{path} document {k}: expected to begin at token {starts[k]}, found "
+                f"{path} document {k}: expected to start at token {starts[k]}, found "
                 f"{table.first_token[k]}. {_REBUILD}"
             )
         stream = manifest.splits[name].num_tokens + 1

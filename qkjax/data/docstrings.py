@@ -52,7 +52,8 @@ _MIN_CHARACTERS = 20
 def versions() -> dict[str, str]:
     """Version of Python and of every library of the list.
 
-    Raises UsageError that names the libraries that are not installed.
+    Raises:
+        UsageError: names the libraries that are not installed.
     """
     found, missing = {"python": platform.python_version()}, []
     for name, _ in _DISTRIBUTIONS:

@@ -40,7 +40,8 @@ class Source(abc.ABC):
     def documents(self, start: int = 0) -> Iterator[Document]:
         """Yields every document from number `start` on, without those before it.
 
-        Raises: UsageError that names file and line or row of a broken one.
+        Raises:
+            UsageError: names file and line or row of a broken one.
         """
 
     @abc.abstractmethod

@@ -1,6 +1,6 @@
 """Documents to token ids, chunk by chunk, in this process or in worker processes.
 
-What becomes of a document depends on its text alone, so the result is the same whatever the number
+What becomes of a document depends on its text alone, so the result does not depend on the number
 of workers. Workers are children that hold one end of a pipe each: they end when it closes, however
 this process ends, and a worker that dies is an error here.
 """
@@ -175,7 +175,7 @@ class _Workers:
             worker.process.join(5)
             raise errors.QkjaxError(
                 f"--workers: a worker process died (exit code {worker.process.exitcode}), often "
-                "for want of memory. Run the same command again, it goes on where it stopped; "
+                "for want of memory. Run the same command again to resume; "
                 "fewer --workers need less memory."
             ) from None
         finally:

@@ -1,7 +1,7 @@
 """The Hugging Face hub: `hf:DATASET[:CONFIG][:SPLIT][:COLUMN]` documents and `hf:NAME` tokenizers.
 
 DATASET and NAME are names on the hub, or local directories in the hub's layout. A hub that cannot
-be reached is reported at once, with the way to bring the files from another machine.
+be reached is reported at once, with the way to download the files on another machine.
 """
 
 import itertools
@@ -25,7 +25,8 @@ class HubDataset(documents.Source):
     def __init__(self, name: str, rest: str) -> None:
         """Looks the dataset up; `name` is the whole spec, `rest` what follows `hf:`.
 
-        Raises: UsageError for a missing library, hub, dataset, configuration or split.
+        Raises:
+            UsageError: a missing library, hub, dataset, configuration or split.
         """
         super().__init__(name)
         self._dataset, self._config, self._split, self._column = _parts(name, rest)
@@ -48,7 +49,7 @@ class HubDataset(documents.Source):
                 streaming=True,
                 revision=self._revision,
             )
-        except Exception as error:  # the library raises whatever its parts raise
+        except Exception as error:  # the library raises what its parts raise
             raise errors.UsageError(
                 f"--source={name}: cannot be opened ({errors.one_line(error)}). Check the names of "
                 "dataset, configuration and split."
@@ -104,7 +105,7 @@ class HubDataset(documents.Source):
         text = f"{self._dataset}: stopped after row {row} ({errors.one_line(error)})"
         if self._folder is None:
             return errors.StorageError(
-                f"{text}. When the network is back, the same command goes on where it stopped."
+                f"{text}. When the network is back, run the same command again to resume."
             )
         packed = self.files[0].name.partition(".")[2]
         if packed.startswith("json"):  # each line of `jsonl:` stands for itself
@@ -121,7 +122,8 @@ def fetch_tokenizer(spec: str, name: str) -> tuple[bytes, str]:
 
     Returns: the bytes, and the end-of-text token of its tokenizer_config.json ("" where that
     names none).
-    Raises: UsageError where it cannot be had; `spec` is what the user wrote.
+    Raises:
+        UsageError: it cannot be had; `spec` is what the user wrote.
     """
     folder = pathlib.Path(name)
     if not folder.is_dir():
@@ -133,7 +135,7 @@ def fetch_tokenizer(spec: str, name: str) -> tuple[bytes, str]:
     try:
         token = json.loads(config.read_bytes()).get("eos_token") if config.is_file() else None
     except (ValueError, AttributeError):
-        raise errors.UsageError(f"{config}: not valid JSON. Bring the file again.") from None
+        raise errors.UsageError(f"{config}: not valid JSON. Download the file again.") from None
     if isinstance(token, dict):  # older files describe the token
         token = token.get("content")
     return path.read_bytes(), token if isinstance(token, str) else ""
@@ -167,7 +169,7 @@ def _download_tokenizer(spec: str, name: str) -> pathlib.Path:
         reason = errors.one_line(offline or error)
         raise errors.UsageError(
             f"--tokenizer={spec}: cannot be had from the hub ({reason}). Offline: run `hf download "
-            f"{name} tokenizer.json --local-dir DIR` on a machine with network, bring DIR, "
+            f"{name} tokenizer.json --local-dir DIR` on a machine with network, copy DIR, "
             "and pass --tokenizer=DIR/tokenizer.json here."
         ) from None
 
@@ -208,6 +210,6 @@ def _revision(name: str, dataset: str) -> str:
         raise errors.UsageError(
             f"--source={name}: the hub cannot be reached ({errors.one_line(error)}). Offline: run "
             f'`hf download {dataset} --repo-type=dataset --include "{pattern}" --local-dir DIR` on '
-            "a machine with network, bring DIR, and pass "
+            "a machine with network, copy DIR, and pass "
             f"--source='parquet:DIR/{pattern}:text' here."
         ) from None

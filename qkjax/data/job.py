@@ -103,7 +103,8 @@ class Job:
     def _reads_the_same(self, saved: dict[str, Any]) -> bool:
         """Whether the text that an interrupted command has used is still what it was.
 
-        Raises: UsageError where it is not and training shards of it are finished.
+        Raises:
+            UsageError: it is not and training shards of it are finished.
         """
         for source, content in zip(self._opened, saved["read_from"], strict=True):
             changed = source.changed(content)
@@ -224,7 +225,7 @@ class Job:
         writer = self._writer("train", self._request.train_tokens, note_down)
         if saved:
             self._progress(
-                f"going on behind {len(saved['writer']['shards'])} finished shards "
+                f"resuming after {len(saved['writer']['shards'])} finished shards "
                 f"({saved['writer']['num_tokens']:,} training tokens)"
             )
             writer.restore(saved["writer"])
@@ -296,12 +297,12 @@ def _check_enough(request: Request, train: shards.SplitWriter) -> None:
         raise errors.UsageError(
             f"--train_tokens: {request.train_tokens} in whole records need "
             f"{(train.max_tokens or 0) + 1} tokens, {names} holds {train.num_tokens}{at_shares}. "
-            "Ask for fewer, or bring more text."
+            "Ask for fewer, or add more text."
         )
     if not train.num_sequences:
         raise errors.UsageError(
             f"--source={names}: one record needs {request.sequence_length + 1} training tokens, "
-            f"found {train.num_tokens}. Bring more text, or lower --sequence_length."
+            f"found {train.num_tokens}. Add more text, or lower --sequence_length."
         )
 
 

@@ -99,8 +99,9 @@ class Manifest:
 def load(directory: str | pathlib.Path) -> Manifest:
     """Reads and checks dataset.json of `directory`; the shards themselves are not opened.
 
-    Raises UsageError where it is missing, not JSON, of another format_version, lacks a field or
-    contradicts itself; the message names the file and how to rebuild it.
+    Raises:
+        UsageError: it is missing, not JSON, of another format_version, lacks a field or contradicts
+            itself; the message names the file and how to rebuild it.
     """
     path = pathlib.Path(directory) / FILE_NAME
     content = files.read_object(path, _REBUILD)
@@ -118,7 +119,11 @@ def load(directory: str | pathlib.Path) -> Manifest:
 
 
 def write(manifest: Manifest, directory: str | pathlib.Path) -> None:
-    """Writes dataset.json atomically: it is either absent or whole; StorageError."""
+    """Writes dataset.json atomically: it is either absent or whole.
+
+    Raises:
+        StorageError: the disk failed.
+    """
     text = json.dumps(_as_json(manifest), indent=1, ensure_ascii=False)
     files.replace(pathlib.Path(directory, FILE_NAME), f"{text}\n".encode())
 
@@ -127,8 +132,9 @@ def verify_files(manifest: Manifest, directory: str | pathlib.Path) -> list[str]
     """Checks that every listed shard exists with its recorded size, without reading it.
 
     Returns the names of *.array_record files that the manifest does not list: nothing reads them.
-    Raises UsageError that lists all missing shards, or names the first of another size, or the
-    first that is a link to a place outside the directory.
+    Raises:
+        UsageError: lists all missing shards, or names the first of another size, or the first that
+            is a link to a place outside the directory.
     """
     folder = pathlib.Path(directory)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
@@ -136,7 +142,7 @@ def verify_files(manifest: Manifest, directory: str | pathlib.Path) -> list[str]
     if missing:
         raise errors.UsageError(
             f"{folder}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}. "
-            f"Bring them back, or rebuild the dataset with tools/prepare_data.py."
+            f"Copy them back, or rebuild the dataset with tools/prepare_data.py."
         )
     inside = folder.resolve()
     for shard in shards:
@@ -165,7 +171,8 @@ def verify_digests(
     Args:
         tables: also the document tables, which training does not read.
     Returns: as `verify_files`, which it calls first.
-    Raises UsageError that names the first file that is missing or differs.
+    Raises:
+        UsageError: names the first file that is missing or differs.
     """
     folder = pathlib.Path(directory)
     foreign = verify_files(manifest, folder)
@@ -271,7 +278,7 @@ class _Reader:
 
     def _check_names(self, names: list[str]) -> None:
         for file in names:
-            # A dataset reads nothing outside its own directory, whatever its manifest says.
+            # No manifest makes a dataset read anything outside its own directory.
             if file in ("", ".", "..") or "/" in file or "\0" in file:
                 raise self.error(f"file: expected a plain name, found {file!r}")
             if names.count(file) > 1:

@@ -114,7 +114,8 @@ def write_validation(
 
     Args:
         end: uint32 [0 or 1], what follows every document.
-    Raises: UsageError where the pools hold fewer tokens than the quotas, with both numbers.
+    Raises:
+        UsageError: the pools hold fewer tokens than the quotas, with both numbers.
     """
     quotas = validation_quotas((writer.max_tokens or 0) + 1, weights)
     seen: set[int] = set()
@@ -176,7 +177,7 @@ def _fill_quota(
             raise errors.UsageError(
                 f"--validation_tokens: {reader.source.name} has to give {quota}, its validation "
                 f"pool ({holdout.POOL_FRACTION:.0%} of the documents, chosen by hash) holds "
-                f"{tokens}. Ask for fewer, or bring more text."
+                f"{tokens}. Ask for fewer, or add more text."
             )
         if item.kind == encoding.POOL and item.document_hash not in seen:
             seen.add(item.document_hash)

@@ -132,7 +132,8 @@ def load(folder: str | pathlib.Path) -> Index:
 def benchmark_files(folder: str | pathlib.Path) -> dict[str, list[pathlib.Path]]:
     """The files NAME*.jsonl of each benchmark, in `folder` or below; [] where there is none.
 
-    Raises: UsageError where there is none of any benchmark.
+    Raises:
+        UsageError: there is none of any benchmark.
     """
     found = {name: sorted(pathlib.Path(folder).rglob(f"{name}*.jsonl")) for name in BENCHMARKS}
     if not any(found.values()):
@@ -147,7 +148,8 @@ def changed_files(folder: str | pathlib.Path, counted: Mapping[str, Any]) -> lis
     """The benchmark files of `folder` that are not those of `counted`, the manifest's `overlap`.
 
     A file that was counted without its digest, as earlier versions did, counts as the same.
-    Raises: UsageError where there is none of any benchmark.
+    Raises:
+        UsageError: there is none of any benchmark.
     """
     changed = []
     for name, paths in benchmark_files(folder).items():
@@ -183,7 +185,7 @@ def _items(path: pathlib.Path) -> Iterator[str]:
             except (ValueError, TypeError, KeyError) as error:
                 raise errors.UsageError(
                     f"{path}:{number}: expected a JSON object with text, or with ctx and endings "
-                    f"({type(error).__name__}: {error}). Bring the file again."
+                    f"({type(error).__name__}: {error}). Download the file again."
                 ) from None
 
 

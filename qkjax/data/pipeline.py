@@ -1,7 +1,7 @@
 """From ArrayRecord shards to batches of token ids on the host: training order and validation.
 
 The training order is a pure function of (dataset, seed, step): a global shuffle of all records,
-afresh for every epoch, cut into batches straight across epoch borders. It does not depend on the
+another for every epoch, cut into batches straight across epoch borders. It does not depend on the
 number of processes, on threads, on resumes, on the arm or on where anything lies. Every id is
 checked against the vocabulary here, on the host: on devices a wrong one would be clamped silently.
 """
@@ -22,7 +22,7 @@ from qkjax.data import manifest as manifest_lib
 
 PIPELINE_VERSION = 1  # raise it with any change of the order, so that old runs refuse to resume
 _REBUILD = (
-    "Bring the shard back, or rebuild the dataset with tools/prepare_data.py; "
+    "Copy the shard back, or rebuild the dataset with tools/prepare_data.py; "
     "tools/check_data.py checks every file."
 )
 _READER_OPTIONS = "readahead_buffer_size:0"  # records are read one by one, anywhere
@@ -134,7 +134,7 @@ def fingerprint(
 
 
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuses to go on with other batches than those the checkpoint was trained on.
+    """Refuses to resume with other batches than those the checkpoint was trained on.
 
     Raises:
         UsageError: lists every field that differs, with both values.
@@ -147,7 +147,7 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
     if different:
         raise errors.UsageError(
             f"data order: differs from the checkpoint's: {', '.join(different)}. "
-            "Resume with the dataset and the settings the run began with, or use a new --workdir."
+            "Resume with the dataset and the settings of its start, or use a new --workdir."
         )
 
 

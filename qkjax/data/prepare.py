@@ -22,7 +22,7 @@ def prepare(
 ) -> manifest_lib.Manifest:
     """Makes the dataset that `request` describes in `directory`, or finds it there finished.
 
-    Interrupted, it goes on behind the last finished shard when it is called again.
+    Interrupted, it resumes after the last finished shard when it is called again.
 
     Args:
         directory: new or empty; otherwise it must hold this very dataset.
@@ -30,8 +30,10 @@ def prepare(
         wait: wait for another process that is writing there, instead of refusing.
         progress: is given one line now and then.
     Returns: the manifest; a directory without its dataset.json is unfinished.
-    Raises: UsageError for bad input, an unknown name, too little text, another dataset or foreign
-    files in `directory`; StorageError for the disk.
+    Raises:
+        UsageError: bad input, an unknown name, too little text, another dataset or foreign files in
+            `directory`.
+        StorageError: the disk failed.
     """
     staging.require_local("--out", directory)
     folder = pathlib.Path(directory)
@@ -104,7 +106,11 @@ def prepare_embedded(
 
 
 def _find_finished(request: Request, folder: pathlib.Path) -> manifest_lib.Manifest | None:
-    """The finished dataset in `folder`, None where there is none; UsageError for another one."""
+    """The finished dataset in `folder`, None where there is none.
+
+    Raises:
+        UsageError: another one is there.
+    """
     if not (folder / manifest_lib.FILE_NAME).exists():
         return None
     found = manifest_lib.load(folder)

@@ -66,7 +66,8 @@ def preset(name: str, **options: Any) -> Request:
     """The request of a preset ("" for none), with the options that were given explicitly.
 
     Other `sources` take the preset's weights away with its sources.
-    Raises: UsageError for an unknown preset or bad options.
+    Raises:
+        UsageError: an unknown preset or bad options.
     """
     if name and name not in PRESETS:
         raise errors.UsageError(

@@ -107,12 +107,13 @@ class SplitWriter:
             num_text: how many of them are the document's text.
             document_hash: hash64 of its normalised text.
             source: the number of its source.
-        Raises: UsageError for an id outside the vocabulary.
+        Raises:
+            UsageError: an id outside the vocabulary.
         """
         if ids.size and int(ids.max()) >= self._vocab_size:
             raise errors.UsageError(
                 f"tokenizer: made the id {int(ids.max())}, expected below {self._vocab_size}. "
-                "The tokenizer.json is damaged: bring it again."
+                "The tokenizer.json is damaged: download it again."
             )
         first = self.num_tokens
         self.num_tokens += len(ids)
@@ -123,7 +124,7 @@ class SplitWriter:
             self._write_records()
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs to go on behind the finished shards, JSON-able."""
+        """All that `restore` needs to resume after the finished shards, JSON-able."""
         self._flush_rows()
         carry = np.concatenate([*self._pending, np.zeros(0, np.uint32)]).astype("<u4")
         return {
@@ -134,9 +135,10 @@ class SplitWriter:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`, right after construction in the same directory.
+        """Resumes from `state`, right after construction in the same directory.
 
-        Raises: StorageError where a finished shard is not the one that was written.
+        Raises:
+            StorageError: a finished shard is not the one that was written.
         """
         for number, shard in enumerate(state["shards"]):
             self._finished.append(manifest_lib.Shard(**shard))
@@ -157,7 +159,8 @@ class SplitWriter:
     def close(self) -> WrittenSplit:
         """Finishes the shards, checks and renames them, writes the table of documents.
 
-        Raises: StorageError where a shard does not read back as it was written.
+        Raises:
+            StorageError: a shard does not read back as it was written.
         """
         if self._writer is not None:
             self._close_shard()
@@ -261,7 +264,11 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def check_finished(path: pathlib.Path, sha256: str) -> None:
-    """Refuses to go on behind a shard that is not the one that was finished: StorageError."""
+    """Checks that a shard is the one that was finished.
+
+    Raises:
+        StorageError: it is missing, or another one.
+    """
     if not path.exists() or files.sha256(path) != sha256:
         raise errors.StorageError(
             f"{path}: expected the shard with sha256 {sha256}, which an interrupted command "
@@ -274,8 +281,9 @@ def read_records(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (shard file, ids [n, T+1]) of every shard of a split, in order.
 
-    Raises: UsageError that names the shard where it does not open, has another number of records
-    than the manifest says, or a record of another size.
+    Raises:
+        UsageError: names the shard where it does not open, has another number of records than the
+            manifest says, or a record of another size.
     """
     for shard in manifest.splits[split].shards:
         path = directory / shard.file

@@ -1,7 +1,7 @@
 """Text documents by name: from files, from the Hugging Face hub, from TFDS, from docstrings.
 
 A source yields its documents in the same order every time it is asked, each with its position
-(file and line or row), so that whatever is wrong with one can be found.
+(file and line or row), so that a faulty one can be found.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _PARQUET_BATCH_ROWS = 256
 _COUNT_LINES = 64
 _ZSTD_BYTES = 1 << 16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_BAD_LINE_REMEDY = "Mend it, or skip bad lines with --max_bad_lines=N"
+_BAD_LINE_REMEDY = "Fix it, or skip bad lines with --max_bad_lines=N"
 
 
 class _ZstdProblem(Exception):
@@ -49,7 +49,8 @@ def open_source(spec: str, *, max_bad_lines: int = 0) -> Source:
     Args:
         spec: one of KINDS. GLOB and FIELD are split at the last ':' that no '/' follows.
         max_bad_lines: how many bad jsonl lines a pass may skip before it stops.
-    Raises: UsageError for an unknown kind, a GLOB that matches nothing, an archive.
+    Raises:
+        UsageError: an unknown kind, a GLOB that matches nothing, an archive.
     """
     kind, _, rest = spec.partition(":")
     if kind == "docstrings":
@@ -365,14 +366,14 @@ def _zstd_lines(path: pathlib.Path, raw: IO[bytes]) -> Iterator[bytes]:
             f"{path}: .zst needs the library zstandard, which is not installed. "
             "Run: pip install -e '.[data]'"
         ) from None
-    frame, begun, rest = None, False, b""
+    frame, started, rest = None, False, b""
     try:
         while block := raw.read(_ZSTD_BYTES):
             while block:
                 if frame is None:  # as far back as `zstd --long=31` may reach
                     unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
                     frame = unpacker.decompressobj()
-                begun = True
+                started = True
                 *lines, rest = (rest + frame.decompress(block)).split(b"\n")
                 for line in lines:
                     yield line + b"\n"
@@ -380,7 +381,7 @@ def _zstd_lines(path: pathlib.Path, raw: IO[bytes]) -> Iterator[bytes]:
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
         raise _ZstdProblem(error) from None
-    if frame is not None or not begun:
+    if frame is not None or not started:
         raise EOFError("the last frame is not complete")
     if rest:
         yield rest

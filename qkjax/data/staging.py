@@ -39,8 +39,9 @@ def locked(
         directory: the output directory; removed again if nothing was put into it.
         wait: wait for another process that holds the lock, instead of refusing.
         progress: is told when it has to wait.
-    Raises: UsageError with pid, host and time of the other process; StorageError for a file in
-    place of the directory.
+    Raises:
+        UsageError: another process holds it; names its pid, host and time.
+        StorageError: a file is in place of the directory.
     """
     path = directory / _LOCK
 
@@ -79,7 +80,7 @@ def locked(
             try:
                 yield
             finally:
-                # Only while the lock is held; whoever opened the file meanwhile sees it is gone.
+                # Only under the lock: a process that opened the file meanwhile sees it is gone.
                 if [entry.name for entry in directory.iterdir()] == [_LOCK]:
                     path.unlink()
                     directory.rmdir()
@@ -87,7 +88,11 @@ def locked(
 
 
 def require_local(field: str, directory: str | pathlib.Path) -> None:
-    """Refuses a bucket: ArrayRecord reads and writes local files only. UsageError."""
+    """Refuses a bucket: ArrayRecord reads and writes local files only.
+
+    Raises:
+        UsageError: the path is remote.
+    """
     if "://" in str(directory):
         raise errors.UsageError(
             f"{field}: {directory} is a remote path, expected a local directory. Prepare and read "
@@ -96,9 +101,10 @@ def require_local(field: str, directory: str | pathlib.Path) -> None:
 
 
 def begin(directory: pathlib.Path) -> pathlib.Path:
-    """The folder to work in, under the lock, with whatever an interrupted run left there.
+    """The folder to work in, under the lock, with what an interrupted run left there.
 
-    Raises: UsageError where the directory holds anything that no run of ours left.
+    Raises:
+        UsageError: the directory holds anything that no run of ours left.
     """
     work = directory / _WORK
     moved = files.read_object(work / _MOVED, f"Remove {work} to start again.")

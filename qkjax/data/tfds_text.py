@@ -29,7 +29,8 @@ class TfdsText(documents.Source):
     def __init__(self, name: str, rest: str) -> None:
         """Opens the data set; `name` is the whole spec, `rest` what follows `tfds:`.
 
-        Raises: UsageError for an unknown data set, split or feature, or another file format.
+        Raises:
+            UsageError: an unknown data set, split or feature, or another file format.
         """
         super().__init__(name)
         dataset, split, self._feature = _parts(name, rest)
@@ -62,7 +63,7 @@ class TfdsText(documents.Source):
             except Exception as error:
                 raise errors.UsageError(
                     f"{self._place} record {first}: damaged ({errors.one_line(error)}). "
-                    "Bring the file again."
+                    "Download the file again."
                 ) from None
             for number, row in zip(numbers, rows, strict=True):
                 self.fraction = number / count

@@ -55,7 +55,8 @@ class Tokenizer:
             content: its bytes.
             eos_token: the end-of-text token; "" looks for one of EOS_TOKENS.
             name: what error messages call it.
-        Raises: UsageError where it is not one, has no such token, or loses text.
+        Raises:
+            UsageError: it is not one, has no such token, or loses text.
         """
         self.content = content
         self.sha256 = hashlib.sha256(content).hexdigest()
@@ -133,11 +134,13 @@ class Tokenizer:
 
 
 def load(path: str | pathlib.Path, *, eos_token: str = "") -> Tokenizer:
-    """The tokenizer of a tokenizer.json file or of `hf:NAME`; UsageError where it cannot be used.
+    """The tokenizer of a tokenizer.json file or of `hf:NAME`.
 
     Args:
         eos_token: the end-of-text token; "" takes the one that `hf:NAME` names, else looks for
             one of EOS_TOKENS.
+    Raises:
+        UsageError: it cannot be used.
     """
     if str(path).startswith(_HUB):
         content, named = hub.fetch_tokenizer(str(path), str(path).removeprefix(_HUB))
@@ -152,7 +155,11 @@ def load(path: str | pathlib.Path, *, eos_token: str = "") -> Tokenizer:
 
 
 def of_dataset(manifest: manifest_lib.Manifest, directory: str | pathlib.Path) -> Tokenizer:
-    """The tokenizer of a dataset; UsageError where it is not the one that made its tokens."""
+    """The tokenizer of a dataset.
+
+    Raises:
+        UsageError: it is not the one that made the dataset's tokens.
+    """
     record = manifest.tokenizer
     path = pathlib.Path(directory) / record.file
     try:
@@ -165,7 +172,7 @@ def of_dataset(manifest: manifest_lib.Manifest, directory: str | pathlib.Path) -
     if found != record.sha256:
         raise errors.UsageError(
             f"{path}: expected sha256 {record.sha256}, found {found}, so this is not the tokenizer "
-            "that made the dataset. Bring it back."
+            "that made the dataset. Copy it back."
         )
     eos_token = tokenizers.Tokenizer.from_str(content.decode()).id_to_token(record.eos_id)
     tokenizer = Tokenizer(content, eos_token=eos_token or "", name=str(path))
@@ -182,7 +189,8 @@ def train(texts: Iterable[str], vocab_size: int, *, eos_token: str = "") -> Toke
     """Trains a byte-level BPE of exactly vocab_size tokens; the end-of-text token is id 0.
 
     The same texts give the same bytes. Pre-tokenisation as in GPT-2, digits one by one.
-    Raises: UsageError where vocab_size is too small for the bytes, or too large for the texts.
+    Raises:
+        UsageError: vocab_size is too small for the bytes, or too large for the texts.
     Source: Sennrich et al. 2016; byte-level form of Radford et al. 2019.
     """
     smallest = _BYTES + 1
@@ -210,7 +218,7 @@ def train(texts: Iterable[str], vocab_size: int, *, eos_token: str = "") -> Toke
     if found != vocab_size:
         raise errors.UsageError(
             f"--tokenizer=train:{vocab_size}: the training documents give only {found} tokens, "
-            f"expected {vocab_size}. Ask for at most {found}, or bring more text."
+            f"expected {vocab_size}. Ask for at most {found}, or add more text."
         )
     return Tokenizer(backend.to_str(pretty=True).encode(), eos_token=eos_token)
 
@@ -218,7 +226,7 @@ def train(texts: Iterable[str], vocab_size: int, *, eos_token: str = "") -> Toke
 def without_additions(content: bytes) -> bytes:
     """A tokenizer.json that makes the tokens of training and no more, for other programs.
 
-    A post-processor that begins or ends every text with a token is taken out, as are truncation
+    A post-processor that starts or ends every text with a token is taken out, as are truncation
     and padding; a file without them is returned as it is.
     """
     parsed = json.loads(content)
@@ -269,7 +277,11 @@ def _loses_text(name: str, text: str, decoded: str) -> errors.UsageError:
 
 
 def trained_size(spec: str) -> int | None:
-    """SIZE of `train:SIZE`, None where `load` reads `spec`; UsageError for another kind."""
+    """SIZE of `train:SIZE`, None where `load` reads `spec`.
+
+    Raises:
+        UsageError: another kind.
+    """
     kind, colon, rest = spec.partition(":")
     if kind == "train" and colon:
         if not rest.isascii() or not rest.isdigit():

@@ -137,7 +137,7 @@ class _Part:
     """The rows of a measurement that is under way, kept beside its CSV until that is whole."""
 
     def __init__(self, csv_path: pathlib.Path, identity: Mapping[str, Any]) -> None:
-        """Takes up what an earlier call with the same settings has left.
+        """Resumes from what an earlier call with the same settings has left.
 
         Raises:
             UsageError: what lies there has other settings, or is damaged.
