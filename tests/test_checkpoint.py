@@ -430,7 +430,7 @@ def test_what_a_kill_leaves_of_a_deletion_is_deleted(tmp_path, caplog):
 def test_step_that_is_there_is_not_written_again(copied):
     checkpoints = checkpoint.Checkpoints(copied)
     other = state(8)
-    with pytest.raises(errors.StorageError, match=r"/7: is there already, .* Move it away"):
+    with pytest.raises(errors.StorageError, match=r"/7: already exists, .* Move it away"):
         checkpoints.save(7, other.params, other.opt_state, {})
     checkpoints.close()
     assert_same_bits(restore(copied, 7).params, state(7).params)

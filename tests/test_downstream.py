@@ -411,7 +411,7 @@ def test_wrong_requests_are_refused(place, tmp_path):
         ),
         ({**run, "tasks": ()}, "--tasks: none given"),
         ({**run, "limit": 0}, "--limit: 0, expected 1 or more"),
-        ({**run, "out": tmp_path / "there.json"}, r"--out: .*there\.json is there already"),
+        ({**run, "out": tmp_path / "there.json"}, r"--out: .*there\.json already exists"),
         ({**run, "out": tmp_path / "out"}, r"--out: .*out, expected a name that ends in \.json"),
         ({**run, "step": 3}, r"no checkpoint of step 3. Give one of \[20\]"),
         ({"workdir": tmp_path}, r"not a run directory, expected a config\.json"),

@@ -273,7 +273,7 @@ def test_what_is_there_is_never_overwritten(place, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "empty", "link"):
         request = directory.Request(place / "runs" / "llama", tmp_path / name)
-        with pytest.raises(errors.UsageError, match="is there already"):
+        with pytest.raises(errors.UsageError, match="already exists"):
             directory.export(request)
 
 
@@ -701,7 +701,7 @@ def test_command_exports_and_verifies_a_trained_run(torch, place, tmp_path):
     assert f"{summary['val/loss']:.5f}" in text and summary["params_sha256"] in text
     again = command(*flags)
     assert again.returncode == 2 and again.stderr.count("\n") == 1
-    assert again.stderr.startswith(f"ERROR: --out: {tmp_path / 'out'} is there already")
+    assert again.stderr.startswith(f"ERROR: --out: {tmp_path / 'out'} already exists")
     earlier = command(flags[0], f"--out={tmp_path / 'first'}", "--step=0")
     assert earlier.returncode == 0 and "step 0" in earlier.stdout
 

@@ -218,7 +218,7 @@ def test_a_tokenizer_that_was_downloaded_once_needs_no_network(offline, trained)
     (repository / "refs" / "main").write_text(commit)
     assert tokenizer_lib.load("hf:owner/name").content == trained.content
     shutil.rmtree(repository)
-    with pytest.raises(errors.UsageError, match="cannot be had from the hub"):
+    with pytest.raises(errors.UsageError, match="cannot be downloaded"):
         tokenizer_lib.load("hf:owner/name")
 
 

@@ -113,7 +113,7 @@ def test_a_stopped_run_goes_on_without_redoing_finished_shards(mix, tmp_path, mo
     finished = {p.name: p.stat().st_mtime_ns for p in out.glob(".unfinished/train-*.unfinished")}
     assert f"train-{shard - 1:05d}.unfinished" in finished
     encoded[0], lines = 0, []
-    monkeypatch.setattr("qkjax.data.tokenizer.train", None)  # the tokenizer is there already
+    monkeypatch.setattr("qkjax.data.tokenizer.train", None)  # the tokenizer already exists
     made = prepare.prepare(wanted, out, progress=lines.append)
     assert _files(out) == _files(unbroken)
     assert any(f"resuming after {shard} finished shards" in line for line in lines)

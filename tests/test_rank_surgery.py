@@ -359,7 +359,7 @@ def test_wrong_requests_are_refused(case, request_, text):
 def test_a_measurement_that_is_there_is_not_overwritten(case, measured):
     path = case[0] / "rank_surgery" / "step_00000300.csv"
     before = path.read_bytes()
-    with pytest.raises(errors.UsageError, match=r"step_00000300\.csv: is there already, and no"):
+    with pytest.raises(errors.UsageError, match=r"step_00000300\.csv: already exists, and no"):
         measure(case[0], rank_surgery.Request(ranks=(8,), layers=("1",), tokens=32))
     assert path.read_bytes() == before
 

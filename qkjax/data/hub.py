@@ -123,7 +123,7 @@ def fetch_tokenizer(spec: str, name: str) -> tuple[bytes, str]:
     Returns: the bytes, and the end-of-text token of its tokenizer_config.json ("" where that
     names none).
     Raises:
-        UsageError: it cannot be had; `spec` is what the user wrote.
+        UsageError: it cannot be downloaded; `spec` is what the user wrote.
     """
     folder = pathlib.Path(name)
     if not folder.is_dir():
@@ -168,7 +168,7 @@ def _download_tokenizer(spec: str, name: str) -> pathlib.Path:
     except Exception as error:
         reason = errors.one_line(offline or error)
         raise errors.UsageError(
-            f"--tokenizer={spec}: cannot be had from the hub ({reason}). Offline: run `hf download "
+            f"--tokenizer={spec}: cannot be downloaded ({reason}). Offline: run `hf download "
             f"{name} tokenizer.json --local-dir DIR` on a machine with network, copy DIR, "
             "and pass --tokenizer=DIR/tokenizer.json here."
         ) from None

@@ -53,7 +53,7 @@ def locked(
             directory.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise errors.StorageError(
-                f"{directory}: a file stands in its way, expected a directory or nothing. "
+                f"{directory}: a file is in its place, expected a directory or nothing. "
                 "Name another --out."
             ) from None
         except OSError as error:
@@ -168,7 +168,7 @@ def load_journal(work: pathlib.Path, wanted: str) -> dict[str, Any] | None:
     if finished:
         raise errors.UsageError(
             f"{work}: has {finished} finished training shards of another command, of other text "
-            "or of another version of tokenizers. Run that command again to have them used, "
+            "or of another version of tokenizers. Run that command again to use them, "
             f"remove {work} to drop them, or name another --out."
         )
     return None

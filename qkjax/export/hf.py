@@ -68,7 +68,7 @@ def config_json(config: ModelConfig, *, eos_id: int, dtype: str = "float32") -> 
     if config.d_model % config.num_heads:  # refused by some of the classes when they load
         raise errors.UsageError(
             f"model.d_model: {config.d_model} is not a multiple of model.num_heads "
-            f"{config.num_heads}, as {stock.architecture} demands. Train a model whose is."
+            f"{config.num_heads}, as {stock.architecture} demands. Train a model of other widths."
         )
     values = {
         "architectures": [stock.architecture],

@@ -150,7 +150,7 @@ class Checkpoints:
         where = self._directory / str(step)
         if where.exists():  # Orbax would not write, and not always say so
             raise errors.StorageError(
-                f"{where}: is there already, and no checkpoint is overwritten. Move it away."
+                f"{where}: already exists, and no checkpoint is overwritten. Move it away."
             )
         params, opt_state = to_host(params), to_host(opt_state)
         self._num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))

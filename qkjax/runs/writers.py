@@ -174,7 +174,7 @@ class CompositeWriter(ScalarsOnly, MetricWriter):
             name = type(writer).__name__
             if name not in self._errors and writer is not self.jsonl:
                 logging.warning(
-                    "%s failed: %r. metrics.jsonl is written on; more errors of %s are not shown.",
+                    "%s failed: %r. metrics.jsonl continues; more errors of %s are not shown.",
                     name,
                     error,
                     name,

@@ -130,7 +130,7 @@ def _check(request: Request) -> tuple[list[Benchmark], str]:
         raise errors.UsageError(f"--out: {request.out}, expected a name that ends in .json.")
     if request.out.exists():
         raise errors.UsageError(
-            f"--out: {request.out} is there already, and results overwrite nothing. "
+            f"--out: {request.out} already exists, and results overwrite nothing. "
             "Give another file, or move this one away."
         )
     return benchmarks.named(request.tasks), request.backend or ("hf" if request.model else "jax")

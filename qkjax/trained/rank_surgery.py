@@ -79,7 +79,7 @@ def measure(
     path = request.out or workdir / "rank_surgery" / f"{_name(request, step)}.csv"
     if path.exists():
         raise errors.UsageError(
-            f"{path}: is there already, and no measurement is overwritten. Move it away."
+            f"{path}: already exists, and no measurement is overwritten. Move it away."
         )
     settings = [(layer, kind, rank) for layer in layers for kind in request.kinds for rank in ranks]
     passes = _Passes(config, run.dataset, run.params, tokens, request.stage)
