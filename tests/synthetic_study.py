@@ -21,6 +21,7 @@ from qkjax import config as config_lib
 from qkjax import files
 from qkjax.runs import environment
 from qkjax.runs.directory import RunDirectory
+from qkjax.trained import rank_curves
 
 LOSS, PR, PR_BEFORE, AA = (
     "val/loss",
@@ -243,8 +244,21 @@ def write_sweep(
     *,
     edge: Mapping[str, str] | None = None,
     extended: Sequence[str] = (),
+    prs: Mapping[str, Mapping[float, float]] | None = None,
 ) -> None:
-    """sweep/learning_rates.json: by arm and learning rate the loss; None: that run diverged."""
+    """sweep/learning_rates.json: by arm and learning rate the loss; None: that run diverged.
+
+    Args:
+        prs: by arm and learning rate the PR at the end: these sweep runs, of scale tiny, are there.
+    """
+    for arm, by_rate in (prs or {}).items():
+        for rate, ratio in by_rate.items():
+            write_run(
+                directory / "sweep" / arm / f"lr_{rate:.6g}",
+                make_config(arm, 7, "tiny", optimizer__learning_rate=rate),
+                {**arms(32)["muon_qk"], PR: ratio},
+                dict.fromkeys(DEFAULTS, 0.0),
+            )
     entries = {}
     for arm, by_rate in losses.items():
         sound = {rate: loss for rate, loss in by_rate.items() if loss is not None}
@@ -270,6 +284,24 @@ def write_sweep(
             ],
         }
     files.write_json(directory / "sweep" / "learning_rates.json", entries)
+
+
+def write_surgery(
+    directory: pathlib.Path, used: Mapping[str, Sequence[int]], seeds: Sequence[int]
+) -> None:
+    """surgery/ of some runs: by arm and seed the directions within 0.01 nat of 32."""
+    for arm, ranks in used.items():
+        for seed, rank in zip(seeds, ranks, strict=True):
+            rows = [
+                rank_curves.Row(
+                    *("all", "pre_rope", "centred", "top"),
+                    *(kept, None, 65_536, f"{arm}-{seed}"),
+                    *(3.5, 0.0 if kept >= rank else 0.02 * (rank - kept)),
+                )
+                for kept in (1, 2, 4, 8, 12, 16, 20, 24, 28, 32)
+            ]
+            path = directory / "surgery" / arm / f"seed_{seed}.csv"
+            files.replace(path, rank_curves.to_csv(rows))
 
 
 def _typical(noise: float | Mapping[str, float]) -> float:

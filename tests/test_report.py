@@ -19,25 +19,27 @@ import synthetic_study
 from synthetic_study import LOSS, PR
 
 from qkjax import errors
-from qkjax.report import material, original, report, sections_record, sections_verdicts
-from qkjax.report.blocks import Report, Table
+from qkjax.report import arms, material, original, report, sections_record, sections_verdicts
+from qkjax.report.blocks import Box, Charts, Lead, Report, Table
 from qkjax.report.csv import COLUMNS, results_csv
 from qkjax.runs import environment
-from qkjax.verdicts import results
+from qkjax.verdicts import exposure, results
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SEEDS = (42, 43)
 SECTIONS = (
-    "verdicts",
+    "result",
     "warnings",
-    "missing",
-    "end",
-    "sweep",
+    "verdicts",
+    "attribution",
+    "rank",
+    "confounds",
     "loss",
     "keys",
     "downstream",
-    "attribution",
+    "sweep",
+    "missing",
     "original",
     "deviations",
     "record",
@@ -77,12 +79,15 @@ class Page(html.parser.HTMLParser):
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Report]:
     """A tiny study with all that a study can have, its report written, and as data."""
     folder = tmp_path_factory.mktemp("whole") / "study"
-    arms = synthetic_study.arms(
+    given = synthetic_study.arms(
         32, adamw_qk={PR: 12.0, LOSS: 3.6}, muon_noqk={PR: 25.0}, muon_qk_frozen={PR: 21.0}
     )
     noise = {PR: 0.2, LOSS: 0.002}
-    synthetic_study.write(folder, arms, seeds=SEEDS, noise=noise, scale="tiny", spectra=True)
-    synthetic_study.write_sweep(folder, RATES)
+    synthetic_study.write(folder, given, seeds=SEEDS, noise=noise, scale="tiny", spectra=True)
+    prs = {arm: {0.3: 20.0, 0.6: 18.0, 1.2: 14.0} for arm in synthetic_study.ARMS}
+    synthetic_study.write_sweep(folder, RATES, prs=prs)
+    synthetic_study.write_surgery(folder, {"adamw_qk": (8, 12), "muon_noqk": (20, 24)}, SEEDS)
+    change_plan(folder, surgery={"tokens": 65_536, "ranks": []})
     right = {"muon_noqk": 0.4, "adamw_qk": 0.3}
     synthetic_study.write_downstream(folder, right, seeds=SEEDS, items=100)
     found = material.load(folder)
@@ -101,9 +106,11 @@ def whole(built: tuple[pathlib.Path, Report]) -> pathlib.Path:
 def write(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
     """Writes a tiny study without spectra."""
 
-    def of(arms: synthetic_study.Arms | None = None, **options: Any) -> pathlib.Path:
+    def of(by_arm: synthetic_study.Arms | None = None, **options: Any) -> pathlib.Path:
         given = {"seeds": SEEDS, "scale": "tiny", "noise": {PR: 0.2, LOSS: 0.002}, **options}
-        return synthetic_study.write(tmp_path / "study", arms or synthetic_study.arms(32), **given)
+        return synthetic_study.write(
+            tmp_path / "study", by_arm or synthetic_study.arms(32), **given
+        )
 
     return of
 
@@ -191,14 +198,21 @@ def test_the_text_has_the_facts_of_the_page(built: tuple[pathlib.Path, Report]):
     page = " ".join(Page(whole / "report" / "index.html").sections.values()).replace("−", "-")
     page = page.replace("`", "")
     facts = [section.title for section in made.sections]
-    for section in made.sections:
-        for block in section.blocks:
-            facts += [cell for row in getattr(block, "rows", ()) for cell in row]
-            facts += getattr(block, "items", ())
-            facts += [block.text] if hasattr(block, "text") else []
+    waiting = [block for section in made.sections for block in section.blocks]
+    while waiting:
+        block = waiting.pop()
+        waiting += getattr(block, "blocks", ())  # folded ones
+        facts += [cell for row in getattr(block, "rows", ()) for cell in row]
+        facts += getattr(block, "items", ())
+        facts += [block.text] if hasattr(block, "text") else []
     for verdict in material.load(whole).judgement.verdicts:
-        facts += [verdict.title, verdict.question, verdict.headline]
-        facts += [clause.reason for clause in (*verdict.clauses, *verdict.shown)]
+        if verdict.left_out:
+            facts += [verdict.title, verdict.left_out]
+            continue
+        facts += [verdict.title, verdict.question, verdict.headline, verdict.reason]
+        for clause in (*verdict.clauses, *verdict.shown):
+            facts += [clause.said, clause.reason.removeprefix(f"{clause.said}: ")]
+            facts += [clause.text] if sections_verdicts.has_data(clause) else [clause.name]
     assert len(facts) > 400
     for fact in facts:
         plain = " ".join(fact.split())
@@ -245,6 +259,7 @@ def test_results_csv(whole: pathlib.Path):
         "downstream",
         "evaluation",
         "run",
+        "surgery",
         "sweep",
         "verdict",
     }
@@ -265,6 +280,8 @@ def test_results_csv(whole: pathlib.Path):
     assert value["verdict", "H1", -1, -1, "status"] in ("supported", "refuted", "inconclusive")
     assert float(value["clause", "H1 post-RoPE", 42, -1, "estimate"]) > 0
     assert value["sweep", "muon_qk", 7, -1, "chosen"] == "0.6"
+    assert value["sweep", "muon_qk", 7, -1, f"lr_1.2/{PR}"] == "14.0"
+    assert value["surgery", "adamw_qk", 43, -1, "directions"] == "12"
     assert value["downstream", "muon_noqk", 43, -1, "hellaswag/byte_exact/n"] == "50"
 
 
@@ -303,7 +320,7 @@ def test_a_deleted_seed(write: Callable[..., pathlib.Path]):
     assert "one seed: nothing is decided (seed 42)" in page["warnings"]
     assert "seed 43 is left out of H1 to H4, it lacks muon_noqk" in page["warnings"]
     assert "Muon, no QK-Norm, seed 43: not started" in page["missing"]
-    assert page["end"].count("n = 1") == 1
+    assert page["result"].count("(1 of 2 seeds)") == 1
     assert "supported" not in page["verdicts"].split("H4 finishes")[0].split("p", 1)[0]
 
 
@@ -312,8 +329,10 @@ def test_a_diverged_arm(write: Callable[..., pathlib.Path]):
     page = sections(write(diverged=diverged))
     for seed in SEEDS:
         assert f"adamw_noqk seed {seed} diverged at step 61" in page["warnings"]
-    assert "2 of 2 diverged" in page["end"]
-    assert "10.8" not in page["end"] + page["loss"]  # no number stands for a divergence
+    assert "AdamW, no QK-Norm (2 of 2 diverged)––" in page["result"]
+    assert (
+        "10.8" not in page["result"].split("Lines are")[0] + page["loss"]
+    )  # no number stands for a divergence
     assert "A diverged run has no loss at its end" in page["loss"]
     assert "AdamW, no QK (×: diverged)" in page["loss"]
     assert "diverged at step 61" in page["record"]
@@ -341,7 +360,7 @@ def test_keys_that_are_all_zero(write: Callable[..., pathlib.Path]):
     np.savez(path, **zeros)
     page = sections(study)
     assert "no finite value of muon_noqk seed 42" in page["verdicts"]
-    assert "Muon, no QK-Norm2" in page["end"] and "–" in page["end"]
+    assert "Muon, no QK-Norm–" in page["result"]
 
 
 def test_a_torn_last_line_is_skipped_with_a_note(write: Callable[..., pathlib.Path]):
@@ -453,11 +472,11 @@ def test_settings_that_runs_do_not_share_are_said(write: Callable[..., pathlib.P
 
 
 def test_tables_and_curves_of_other_tokens_say_so(tmp_path: pathlib.Path):
-    arms = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
+    given = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
     fields = {"train__tokens": 1_000_000}
-    synthetic_study.write(tmp_path, arms, seeds=(42,), scale="pilot", fields=fields)
+    synthetic_study.write(tmp_path, given, seeds=(42,), scale="pilot", fields=fields)
     page = sections(tmp_path)
-    for section in ("end", "loss", "keys"):
+    for section in ("result", "loss", "keys"):
         assert (
             "Tables give the pass over all of the validation split after the last step, curves "
             "the evaluations of the first 1,048,576 tokens: their ends differ."
@@ -467,6 +486,8 @@ def test_tables_and_curves_of_other_tokens_say_so(tmp_path: pathlib.Path):
 def test_what_decides_beside_the_intervals(write: Callable[..., pathlib.Path]):
     """The level after correction; one of a unit is not plural."""
     study = write(synthetic_study.arms(32, adamw_qk={PR: 26.0}, muon_qk={PR: 26.0}))
+    right = {"muon_noqk": 0.4, "adamw_qk": 0.3}
+    synthetic_study.write_downstream(study, right, seeds=SEEDS, items=50)
     report.make_report(study)
     page = Page(study / "report" / "index.html").sections["verdicts"]
     text = (study / "report" / "report.md").read_text().replace("\\", "")
@@ -474,7 +495,7 @@ def test_what_decides_beside_the_intervals(write: Callable[..., pathlib.Path]):
     assert judged.verdict("H1").p is not None
     for said in (page, text):
         assert "tested at one-sided 0.0125" in said
-    assert "1 points" not in page and "SESOI1 point" in page
+    assert not re.search(r"(?<![\d.,])1 points", page) and "SESOI1 point" in page
     assert "divergences" not in page and "Every run finished." in page
 
 
@@ -635,9 +656,9 @@ def test_deviations_are_those_of_the_readme():
 def test_the_originals_numbers_are_marked_as_what_they_are(
     tmp_path: pathlib.Path, scale: str, recipe: str, words: str, numbers: bool
 ):
-    arms = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
+    given = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
     options = {"fields": {"train__tokens": 1_100_000}} if scale != "tiny" else {}
-    synthetic_study.write(tmp_path, arms, seeds=(42,), scale=scale, recipe=recipe, **options)
+    synthetic_study.write(tmp_path, given, seeds=(42,), scale=scale, recipe=recipe, **options)
     section = sections_record.comparison(material.load(tmp_path))
     text, table, _ = section.blocks
     assert words in text.text
@@ -665,12 +686,12 @@ def test_the_originals_numbers_are_marked_as_what_they_are(
 def test_the_page_says_first_what_its_verdicts_are_about(
     tmp_path: pathlib.Path, scale: str, plan: dict, words: str
 ):
-    arms = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
+    given = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
     every = [("muon_noqk", 42)]  # a study that has not started says so too
-    synthetic_study.write(tmp_path, arms, seeds=(42,), scale=scale, missing=every)
+    synthetic_study.write(tmp_path, given, seeds=(42,), scale=scale, missing=every)
     change_plan(tmp_path, **plan)
     section = sections_verdicts.verdicts(material.load(tmp_path))
-    before = section.blocks[: [type(block) for block in section.blocks].index(Table)]
+    before = section.blocks[: [type(block) for block in section.blocks].index(Box)]
     assert any(words in getattr(block, "text", "") for block in before)
 
 
@@ -679,3 +700,95 @@ def test_no_study(tmp_path: pathlib.Path):
     assert done.returncode == 2 and "study.json: no such file" in done.stderr
     done = command()
     assert done.returncode == 2 and "--workdir: missing, expected a study directory" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------
+# The first screen, rank surgery, confounds.
+
+
+def test_the_first_screen_is_the_result(built: tuple[pathlib.Path, Report]):
+    """A sentence, the numbers by arm, two charts; then the verdicts."""
+    folder, made = built
+    first = made.sections[0]
+    lead, table, charts = first.blocks
+    assert (type(lead), type(table), type(charts)) == (Lead, Table, Charts)
+    study = results.load_study(folder)
+    ends = {arm: np.array([run.value(PR) for run in study.of_arm(arm)]) for arm in study.arms}
+    assert lead.text.startswith("A rehearsal: nothing is decided. So far: keys with QK-Norm use ")
+    for under, arm in (("AdamW", "adamw"), ("Muon", "muon")):
+        qk, noqk = (ends[f"{arm}_{word}"].mean() for word in ("qk", "noqk"))
+        assert f"{qk:.1f} under {under} (without: {noqk:.1f})" in lead.text
+    assert table.columns[1:] == (
+        "PR after RoPE",
+        "PR before RoPE",
+        "Val loss (nat)",
+        "HellaSwag (%)",
+    )
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert list(rows) == [arms.label(arm) for arm in study.arms]
+    muon = ends["muon_noqk"]
+    assert rows["Muon, no QK-Norm"][0] == f"{muon.mean():.1f} ± {muon.std(ddof=1):.1f}"
+    assert rows["AdamW, no QK-Norm"][-1] == "–" and "±" in rows["AdamW + QK-Norm"][-1]
+    assert [chart.name for chart in charts.charts] == ["result_pr", "result_loss"]
+
+
+def test_one_seed_decides_nothing_and_shows_no_spread(write: Callable[..., pathlib.Path]):
+    page = sections(write(seeds=(42,)))["result"]
+    assert page.startswith("ResultOne seed: nothing is decided. So far: keys with QK-Norm use")
+    assert "±" not in page and "deviation" not in page
+
+
+def test_directions_that_the_loss_needs(whole: pathlib.Path):
+    page = Page(whole / "report" / "index.html")
+    said = page.sections["rank"].replace("−", "-")
+    half = 12.706 * 2 / 1  # t of one degree of freedom; sd 2.83 over sqrt(2)
+    assert f"AdamW + QK-Norm10.0{10 - half:.1f} to {10 + half:.1f}42: 8, 43: 12" in said
+    assert "AdamW, no QK-Norm–––" in said and "65,536 validation tokens" in said
+    assert "rank_arms-title" in page.ids
+    assert "rank surgery of AdamW, no QK-Norm, seeds 42 and 43" in page.sections["missing"]
+
+
+def test_a_part_of_rank_surgery_is_called_one(write: Callable[..., pathlib.Path]):
+    study = write()
+    change_plan(study, surgery={"tokens": 64, "ranks": []})
+    part = study / "surgery" / "muon_qk" / "seed_42.part.json"
+    part.parent.mkdir(parents=True)
+    part.write_text("{}")
+    page = sections(study)
+    assert "No result yet" in page["rank"]
+    assert "rank surgery of Muon + QK-Norm, seed 42 (a part is measured)" in page["missing"]
+
+
+def test_confounds_are_named_with_their_numbers(tmp_path: pathlib.Path):
+    """Gamma's rate, force, tau, noise and logit cap; PR against rate; ties of the choice."""
+    study = tmp_path / "study"
+    names = ("adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk")
+    given = {name: arm for name, arm in synthetic_study.arms(32).items() if name in names}
+    synthetic_study.write(
+        study,
+        given,
+        seeds=SEEDS,
+        scale="tiny",
+        recipe="original",
+        noise={PR: 0.2, LOSS: 0.002},
+    )
+    rates = {"adamw_qk": {0.3: 3.9, 0.6: 3.7, 1.2: 3.705}, "muon_qk": {0.3: 3.9, 0.6: 3.7}}
+    synthetic_study.write_sweep(study, rates, prs={"adamw_qk": {0.3: 20.5, 1.2: 14.25}})
+    page = Page(report.make_report(study))
+    said = page.sections["confounds"]
+    for arm in ("adamw_qk", "muon_qk"):
+        config = results.load_study(study).runs[arm, 42].config
+        found = exposure.of_config(config)
+        cap = math.sqrt(32) / found.force**2
+        row = f"{arms.label(arm)}learned{found.rate:g}{found.force:g}"
+        assert f"{row}{found.tau:.4g}{found.step_noise:.2f}{cap:.4g}" in said
+    assert "AdamW + QK-Norm0.320.50–" in said and "AdamW + QK-Norm1.214.25–" in said
+    assert {"pr_over_rate_adamw-title", "pr_against_loss-title"} <= set(page.ids)
+    assert page.sections["sweep"].count("TIE: 0.6 and 1.2 are within 0.01 nat") == 1
+    assert "TIE" not in page.sections["sweep"].split("Muon + QK-Norm")[1].split("Every run")[0]
+
+
+def test_code_in_the_text_has_no_escapes(whole: pathlib.Path):
+    text = (whole / "report" / "report.md").read_text()
+    assert "`check_data.py`" in text and "`undecayed`" in text
+    assert not re.search(r"`[^`\n]*\\_[^`\n]*`", text)

@@ -28,6 +28,7 @@ FLAGS = (
     "--dump-dom",
 )
 WIDTHS = (1280, 390)
+HEIGHT = 900  # of the first screen
 # Shows the page in a frame of each width, without scroll bars, and says what it found there.
 PROBE = """<!DOCTYPE html><body><script>
 const found = {};
@@ -38,11 +39,21 @@ for (const width of [%s]) {
   frame.onload = () => {
     const page = frame.contentDocument;
     const box = element => element.getBoundingClientRect();
-    const inside = ".table, pre, svg";  // these scroll or clip by themselves
+    const inside = ".table, pre, svg, nav";  // these scroll or clip by themselves
+    page.querySelectorAll("details").forEach(element => element.open = true);
+    const first = page.querySelector("#result");
+    const bottom = element => box(element).bottom;
     found[width] = {
       width: page.documentElement.scrollWidth,
       sections: Object.fromEntries([...page.querySelectorAll("section")].map(
         section => [section.id, box(section).height])),
+      lead: bottom(first.querySelector(".lead")),
+      numbers: bottom(first.querySelector("table")),
+      drawn: [...first.querySelectorAll(".chart svg")].map(
+        svg => [box(svg).top, box(svg).bottom, box(svg).left]),
+      hints: [...page.querySelectorAll(".table")].map(element => [
+        element.scrollWidth > element.clientWidth,
+        getComputedStyle(element).backgroundAttachment]),
       charts: [...page.querySelectorAll(".chart svg")].map(svg => box(svg).width),
       beyond: [...page.querySelectorAll("body *")].filter(
         element => box(element).right > width + 1 && !element.closest(inside)
@@ -66,7 +77,10 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[str]]:
     synthetic_study.write(
         folder / "study", arms, seeds=(42, 43), noise={PR: 0.2}, scale="tiny", spectra=True
     )
-    synthetic_study.write_sweep(folder / "study", {"muon_qk": {0.006: 3.0, 0.012: 3.1}})
+    rates = {"muon_qk": {0.006: 3.0, 0.012: 3.1}}
+    prs = {"muon_qk": {0.006: 20.0, 0.012: 18.0}}
+    synthetic_study.write_sweep(folder / "study", rates, prs=prs)
+    synthetic_study.write_surgery(folder / "study", {"muon_qk": (8, 12)}, seeds=(42, 43))
     right = {"muon_noqk": 0.4, "adamw_qk": 0.3}
     synthetic_study.write_downstream(folder / "study", right, seeds=(42, 43), items=50)
     page = report.make_report(folder / "study")
@@ -96,6 +110,21 @@ def test_the_browser_has_nothing_to_say(shown: tuple[dict, list[str]]):
 def test_the_page_fits_its_window(shown: tuple[dict, list[str]], width: int):
     found = shown[0][str(width)]
     assert found["beyond"] == [] and found["width"] <= width
-    assert len(found["sections"]) == 12 and min(found["sections"].values()) > 60
+    assert len(found["sections"]) == 14 and min(found["sections"].values()) > 60
     assert len(found["charts"]) > 25
     assert min(found["charts"]) > 280  # wide enough to read, also three in a row
+
+
+def test_the_first_screen_holds_sentence_numbers_and_pictures(shown: tuple[dict, list[str]]):
+    wide, narrow = (shown[0][str(width)] for width in WIDTHS)
+    assert wide["lead"] < narrow["lead"] < wide["numbers"] < narrow["numbers"] < HEIGHT
+    (one, other) = wide["drawn"]
+    assert one[1] < HEIGHT and one[:2] == other[:2] and one[2] < other[2]  # side by side
+    above, below = narrow["drawn"]
+    assert above[0] < 0.9 * HEIGHT and above[1] <= below[0]  # one above the other
+
+
+def test_tables_that_scroll_hint_at_it(shown: tuple[dict, list[str]]):
+    hints = shown[0]["390"]["hints"]
+    assert any(scrolls for scrolls, _ in hints)
+    assert {attachment for _, attachment in hints} == {"local, local, scroll, scroll"}

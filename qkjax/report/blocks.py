@@ -1,6 +1,6 @@
 """What a report is made of: sections of paragraphs, tables, charts and verdicts, as data.
 
-`report_html` and `report_markdown` show the same blocks, so the page and the text cannot differ.
+`html` and `markdown` show the same blocks, so the page and the text cannot differ.
 Nothing here computes but the form of a number.
 """
 
@@ -16,6 +16,13 @@ ABSENT = "–"  # a number that nobody measured
 @dataclasses.dataclass(frozen=True)
 class Text:
     """One paragraph."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Lead:
+    """The one sentence that a reader takes away."""
 
     text: str
 
@@ -73,7 +80,15 @@ class Box:
     verdict: Verdict
 
 
-Block = Text | Notes | Code | Table | Charts | Box
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """Blocks that a page shows when asked for, under one line."""
+
+    summary: str
+    blocks: tuple["Block", ...]
+
+
+Block = Text | Lead | Notes | Code | Table | Charts | Box | Folded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +111,15 @@ class Report:
     @property
     def charts(self) -> list[Chart]:
         """All of them, in order."""
-        blocks = [block for section in self.sections for block in section.blocks]
-        return [chart for block in blocks if isinstance(block, Charts) for chart in block.charts]
+        found: list[Chart] = []
+        waiting = [block for section in self.sections for block in section.blocks]
+        while waiting:
+            block = waiting.pop(0)
+            if isinstance(block, Charts):
+                found += block.charts
+            elif isinstance(block, Folded):
+                waiting = [*block.blocks, *waiting]
+        return found
 
 
 # --------------------------------------------------------------------------------------------

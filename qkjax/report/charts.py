@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE = (4.0, 3.4)  # inches: a phone shows it at the size of its text
+WIDE = (4.6, 2.9)  # two of them and a table fill a screen
 BANDS = "Lines are means over seeds, bands their range, thin lines the seeds."
 
 
@@ -74,15 +75,30 @@ def common_scale(
     return Scale(label, start, float(values.max()) + margin)
 
 
+def around(label: str, groups: Sequence[Curves], level: float) -> Scale:
+    """A scale as far above a level as below it that holds every value; the level is drawn."""
+    found = common_scale(label, groups)
+    reach = max((abs(end - level) for end in (found.low, found.high) if end is not None), default=0)
+    reach = reach or 0.1
+    return Scale(label, level - reach, level + reach, reference=(level, f"start: {level:g}"))
+
+
 @drawing.styled
-def over_tokens(curves: Curves, scale: Scale, looks: Looks, after: int = 0) -> "Figure":
+def over_tokens(
+    curves: Curves,
+    scale: Scale,
+    looks: Looks,
+    after: int = 0,
+    size: tuple[float, float] = SIZE,
+) -> "Figure":
     """One metric over training, every arm in one panel.
 
     Args:
         looks: of every arm of the plan.
         after: tokens from which on it is drawn, on a linear axis where that is above 0.
+        size: width and height in inches.
     """
-    figure = drawing.new_figure(*SIZE)
+    figure = drawing.new_figure(*size)
     axes = _bare(figure)
     for arm, runs in curves.items():
         _draw_arm(axes, arm, runs, looks[arm], after)
@@ -180,13 +196,13 @@ class SweepPoint(NamedTuple):
     """One short run."""
 
     rate: float
-    loss: float | None  # None: it diverged
+    value: float | None  # its loss or PR; None: it diverged
     chosen: bool
 
 
 @drawing.styled
 def sweep(by_arm: Mapping[str, Sequence[SweepPoint]], scale: Scale, looks: Looks) -> "Figure":
-    """Final validation loss over the learning rate; the chosen rate ringed, diverged on top."""
+    """What short runs end at over the learning rate; the chosen one ringed, diverged on top."""
     figure = drawing.new_figure(*SIZE)
     axes = _bare(figure)
     _set_scale(axes, scale)
@@ -194,12 +210,12 @@ def sweep(by_arm: Mapping[str, Sequence[SweepPoint]], scale: Scale, looks: Looks
     diverged = False
     for arm, points in by_arm.items():
         hue, line, marker = looks[arm]
-        sound = [(p.rate, p.loss) for p in points if p.loss is not None]
+        sound = [(p.rate, p.value) for p in points if p.value is not None]
         if sound:
             x, y = zip(*sound, strict=True)
             axes.plot(x, y, color=hue, ls=line, marker=marker, lw=1.4, label=arms.short(arm))
         for point in points:
-            if point.loss is None:
+            if point.value is None:
                 diverged = True
                 axes.plot(
                     point.rate,
@@ -213,12 +229,68 @@ def sweep(by_arm: Mapping[str, Sequence[SweepPoint]], scale: Scale, looks: Looks
                     clip_on=False,
                 )
             elif point.chosen:
-                axes.plot(point.rate, point.loss, color=hue, marker="o", ms=11, mfc="none", mew=1.6)
+                axes.plot(
+                    point.rate, point.value, color=hue, marker="o", ms=11, mfc="none", mew=1.6
+                )
     axes.set_xscale("log", base=2)
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
     cross = " (× on top: diverged)" if diverged else ""
     axes.set_xlabel(f"learning rate{cross}")
+    _legend(figure, axes)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------
+# Rank surgery; loss against PR.
+
+RankCurve = Sequence[tuple[int, float]]  # (directions kept, added loss)
+
+
+@drawing.styled
+def added_loss(
+    by_arm: Mapping[str, Sequence[RankCurve]], most: float, head_dim: int, looks: Looks
+) -> "Figure":
+    """Added validation loss over the directions kept, mean over seeds, seeds as thin lines.
+
+    Args:
+        most: the added loss that is allowed, in nat.
+    """
+    figure = drawing.new_figure(*SIZE)
+    axes = _bare(figure)
+    ranks: set[int] = set()
+    for arm, curves in by_arm.items():
+        hue, line, marker = looks[arm]
+        runs = [dict(curve) for curve in curves]
+        for run in runs if len(runs) > 1 else ():
+            axes.plot(list(run), list(run.values()), color=hue, ls=line, lw=0.6, alpha=0.6)
+        common = sorted(set.intersection(*(set(run) for run in runs)))
+        ranks |= set(common)
+        means = [np.mean([run[rank] for run in runs]) for rank in common]
+        axes.plot(common, means, color=hue, ls=line, marker=marker, lw=1.6, label=arms.short(arm))
+    drawing.tolerance(axes, most)
+    axes.set_xscale("log", base=2)
+    marks = [rank for rank in sorted(ranks) if rank & (rank - 1) == 0 or rank == head_dim]
+    axes.set_xticks(marks, [str(rank) for rank in marks])
+    axes.minorticks_off()
+    axes.set_xlabel(f"directions kept of {head_dim}")
+    axes.set_ylabel("added validation loss\n(nat per token)")
+    _legend(figure, axes)
+    return figure
+
+
+@drawing.styled
+def scatter(
+    points: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, looks: Looks
+) -> "Figure":
+    """A point a run."""
+    figure = drawing.new_figure(*SIZE)
+    axes = _bare(figure)
+    for arm, pairs in points.items():
+        hue, _, marker = looks[arm]
+        x, y = zip(*pairs, strict=True)
+        axes.plot(x, y, color=hue, marker=marker, ms=6, ls="none", label=arms.short(arm))
+    axes.set(xlabel=x_label, ylabel=y_label)
     _legend(figure, axes)
     return figure
 

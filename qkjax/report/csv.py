@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from qkjax.report.material import Material
+from qkjax.runs.results import PR
+from qkjax.trained import rank_curves
 from qkjax.verdicts.judgement import Clause
 from qkjax.verdicts.results import Study
 
@@ -33,8 +35,9 @@ def results_csv(material: Material) -> str:
     study = material.study
     rows = [
         *_runs(study),
-        *_sweep(study),
+        *_sweep(material),
         *_downstream(study),
+        *_surgery(material),
         *_verdicts(material),
     ]
     text = io.StringIO()
@@ -73,7 +76,8 @@ def _runs(study: Study) -> Iterator[Row]:
                 yield Row("evaluation", arm, seed, probe.step, metric, value)
 
 
-def _sweep(study: Study) -> Iterator[Row]:
+def _sweep(material: Material) -> Iterator[Row]:
+    study = material.study
     seed = study.plan.get("tuning_seed")
     for arm, entry in (study.learning_rates or {}).items():
         for name in ("chosen", "edge", "extended", "sensitivity", "loss_at_init"):
@@ -82,6 +86,16 @@ def _sweep(study: Study) -> Iterator[Row]:
             at = f"lr_{run['learning_rate']:.6g}"
             for name in ("loss", "loss_whole", "diverged"):
                 yield Row("sweep", arm, seed, None, f"{at}/{name}", run.get(name))
+        for rate, value in material.sweep_prs.get(arm, {}).items():
+            yield Row("sweep", arm, seed, None, f"lr_{rate:.6g}/{PR}", value)
+
+
+def _surgery(material: Material) -> Iterator[Row]:
+    for (arm, seed), rows in material.surgery.items():
+        yield Row("surgery", arm, seed, None, "directions", rank_curves.dimensions_used(rows))
+        for row in rows:
+            name = f"{row.stage}/{row.centring}/{row.layer}/{row.kind}_{row.rank:03d}/delta"
+            yield Row("surgery", arm, seed, None, name, row.delta)
 
 
 def _downstream(study: Study) -> Iterator[Row]:

@@ -15,6 +15,8 @@ from qkjax.report.blocks import (
     Chart,
     Charts,
     Code,
+    Folded,
+    Lead,
     Notes,
     Report,
     Section,
@@ -25,7 +27,7 @@ from qkjax.report.blocks import (
     p_value,
     short,
 )
-from qkjax.report.sections_verdicts import per_seed
+from qkjax.report.sections_verdicts import has_data, per_seed, without_data
 from qkjax.verdicts.judgement import (
     INCONCLUSIVE,
     NON_INFERIORITY,
@@ -117,6 +119,21 @@ def _(block: Text) -> list[ET.Element]:
 
 
 @_blocks.register
+def _(block: Lead) -> list[ET.Element]:
+    return [_element("p", *_words(block.text), cls="lead")]
+
+
+@_blocks.register
+def _(block: Folded) -> list[ET.Element]:
+    inner = [element for each in block.blocks for element in _blocks(each)]
+    return [_folded(block.summary, *inner)]
+
+
+def _folded(summary: str, *inner: Child) -> ET.Element:
+    return _element("details", _element("summary", *_words(summary)), *inner)
+
+
+@_blocks.register
 def _(block: Notes) -> list[ET.Element]:
     items = (_element("li", *_words(item)) for item in block.items)
     return [_element("ul", *items, cls=f"notes {block.tone}".strip())]
@@ -186,25 +203,26 @@ def _status(words: str) -> ET.Element:
 @_blocks.register
 def _(block: Box) -> list[ET.Element]:
     verdict = block.verdict
-    facts = []
+    title = f"{verdict.name} · {verdict.title}"
+    if verdict.left_out:
+        words = _element("strong", title), f": not part of this study, {verdict.left_out}."
+        return [_element("p", *words, cls="left-out", id=verdict.name.lower())]
+    facts = [_sentence(verdict.reason)]
     if verdict.p is not None:
-        facts = [f"p (largest of its clauses): {p_value(verdict.p)}", verdict.correction]
-    clauses = [_clause(clause) for clause in verdict.clauses]
-    if verdict.shown:
-        clauses.append(_element("p", "Shown beside it, without deciding", cls="aside"))
-        clauses += [_clause(clause) for clause in verdict.shown]
+        tested = f"p (largest of its clauses): {p_value(verdict.p)}, {verdict.correction}"
+        facts.append(_sentence(tested))
+    beside = [_clause(clause) for clause in verdict.shown if has_data(clause)]
     return [
         _element(
             "article",
-            _element(
-                "header",
-                _element("h3", f"{verdict.name} · {verdict.title}"),
-                _status(verdict.headline),
-            ),
+            _element("header", _element("h3", title), _status(verdict.headline)),
             _element("p", verdict.question, cls="question"),
-            _element("p", *_words(_sentence(verdict.reason)), cls="reason"),
-            _element("p", " · ".join(filter(None, facts)), cls="facts"),
-            *clauses,
+            *(_clause(clause) for clause in verdict.clauses if has_data(clause)),
+            _element("p", *_words(without_data((*verdict.clauses, *verdict.shown))), cls="facts"),
+            _folded(f"Shown beside it, deciding nothing ({len(beside)})", *beside)
+            if beside
+            else None,
+            _folded("Why this verdict", *(_element("p", *_words(each)) for each in facts)),
             cls=f"verdict {verdict.status}",
             id=verdict.name.lower(),
         )
@@ -216,23 +234,29 @@ def _sentence(text: str) -> str:
 
 
 def _clause(clause: Clause) -> ET.Element:
+    """What is predicted, the estimate with its interval, why; the other numbers on demand."""
+    reason = clause.reason.removeprefix(f"{clause.said}: ")
     notes = [_element("ul", *(_element("li", *_words(n)) for n in clause.notes))] * bool(
         clause.notes
-    )
-    words = _element(
-        "div",
-        _element("p", _element("strong", clause.name), " ", _status(clause.word)),
-        _element("p", *_words(clause.text)),
-        _element("p", *_words(_sentence(clause.reason)), cls="because"),
-        *notes,
     )
     facts = [
         part
         for name, value in clause_facts(clause)
         for part in (_element("dt", name), _element("dd", *_words(value)))
     ]
-    numbers = _element("div", interval_figure(clause), _element("dl", *facts))
-    return _element("div", words, numbers, cls=f"clause {clause.status}")
+    words = _element(
+        "div",
+        _element("p", _element("strong", *_words(_sentence(clause.text)))),
+        _element(
+            "p",
+            _status(clause.word),
+            " ",
+            _element("span", *_words(clause.said), cls="said") if clause.said else None,
+        ),
+        _element("p", *_words(_sentence(reason)), cls="because") if reason else None,
+        _folded(f"{clause.name}: numbers", _element("dl", *facts), *notes),
+    )
+    return _element("div", words, interval_figure(clause), cls=f"clause {clause.status}")
 
 
 def clause_facts(clause: Clause) -> list[tuple[str, str]]:

@@ -1,12 +1,15 @@
 """A report as Markdown: the facts of the page as text and tables."""
 
 import functools
+import re
 
 from qkjax.report.blocks import (
     Block,
     Box,
     Charts,
     Code,
+    Folded,
+    Lead,
     Notes,
     Report,
     Table,
@@ -15,8 +18,11 @@ from qkjax.report.blocks import (
     p_value,
     short,
 )
-from qkjax.report.sections_verdicts import per_seed
+from qkjax.report.sections_verdicts import has_data, per_seed, without_data
 from qkjax.verdicts.judgement import Clause
+
+_CODE = re.compile(r"(?<!`)`([^`<>&]+)`(?!`)")  # anything else between backticks is text
+_BAR = "\\|"  # also inside code a bar would end a cell
 
 
 def markdown(report: Report) -> str:
@@ -30,11 +36,19 @@ def markdown(report: Report) -> str:
 
 def _escape(text: str) -> str:
     """Names and values of runs are text: neither HTML nor Markdown of their own."""
+    parts = _CODE.split(" ".join(text.split()))
+    return "".join(
+        f"`{part.replace('|', _BAR)}`" if i % 2 else _escape_words(part)
+        for i, part in enumerate(parts)
+    )
+
+
+def _escape_words(text: str) -> str:
     for character in ("&", "<", ">"):
         text = text.replace(character, {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[character])
-    for character in "\\*_[]|":
+    for character in "\\*_[]|`":
         text = text.replace(character, f"\\{character}")
-    return " ".join(text.split())
+    return text
 
 
 @functools.singledispatch
@@ -45,6 +59,16 @@ def _block(block: Block) -> str:
 @_block.register
 def _(block: Text) -> str:
     return _escape(block.text)
+
+
+@_block.register
+def _(block: Lead) -> str:
+    return f"**{_escape(block.text)}**"
+
+
+@_block.register
+def _(block: Folded) -> str:
+    return "\n\n".join([f"**{_escape(block.summary)}**", *map(_block, block.blocks)])
 
 
 @_block.register
@@ -78,6 +102,9 @@ def _(block: Table) -> str:
 @_block.register
 def _(block: Box) -> str:
     verdict = block.verdict
+    if verdict.left_out:
+        words = f"{verdict.name}. {verdict.title}: not part of this study, {verdict.left_out}."
+        return _escape(words)
     facts = f"p {p_value(verdict.p)}, {verdict.correction}"
     tested = f" {facts}." if verdict.p is not None else ""
     head = [
@@ -85,15 +112,16 @@ def _(block: Box) -> str:
         _escape(verdict.question),
         _escape(f"{verdict.reason}.{tested}"),
         _block(_clauses("Clauses.", verdict.clauses)),
+        _escape(without_data((*verdict.clauses, *verdict.shown))),
     ]
-    if verdict.shown:
+    if any(map(has_data, verdict.shown)):
         head.append(_block(_clauses("Shown beside them, without deciding.", verdict.shown)))
     notes = [
         f"- {_escape(f'{clause.name}: {note}')}"
         for clause in (*verdict.clauses, *verdict.shown)
         for note in clause.notes
     ]
-    return "\n\n".join([*head, *(["\n".join(notes)] if notes else [])])
+    return "\n\n".join([*filter(None, head), *(["\n".join(notes)] if notes else [])])
 
 
 def _clauses(caption: str, clauses: tuple[Clause, ...]) -> Table:
@@ -104,8 +132,7 @@ def _clauses(caption: str, clauses: tuple[Clause, ...]) -> Table:
             "Prediction",
             "Status",
             "Reason",
-            "Estimate",
-            "Unit",
+            "Estimate with 95% interval",
             "Deciding 95%",
             "Pooled 95%",
             "Paired 95%",
@@ -119,8 +146,7 @@ def _clauses(caption: str, clauses: tuple[Clause, ...]) -> Table:
                 clause.text,
                 clause.word,
                 clause.reason,
-                short(clause.estimate, signed=True),
-                clause.unit,
+                clause.said or short(clause.estimate, signed=True),
                 interval(clause.deciding),
                 interval(clause.pooled),
                 interval(clause.paired),
@@ -129,6 +155,7 @@ def _clauses(caption: str, clauses: tuple[Clause, ...]) -> Table:
                 per_seed(clause),
             )
             for clause in clauses
+            if has_data(clause)
         ),
-        words=4,
+        words=5,
     )

@@ -13,8 +13,10 @@ from qkjax.report.blocks import mean, number
 from qkjax.report.charts import Curve
 from qkjax.report.run_spectra import RunSpectra
 from qkjax.runs.directory import FINAL, RunDirectory
-from qkjax.runs.results import RunResult
-from qkjax.study import study_files
+from qkjax.runs.results import PR, RunResult
+from qkjax.study import study_files, sweep
+from qkjax.trained import rank_curves
+from qkjax.trained.rank_curves import Row
 from qkjax.verdicts import judge, results
 from qkjax.verdicts.judgement import Judgement
 from qkjax.verdicts.results import Study
@@ -30,6 +32,8 @@ class Material:
     judgement: Judgement
     spectra: dict[tuple[str, int], RunSpectra]  # of the runs that saved any
     ends: dict[str, list[dict[str, np.ndarray]]]  # by arm, of the pass that is reported
+    surgery: dict[tuple[str, int], list[Row]]  # of the runs whose rank surgery is whole
+    sweep_prs: dict[str, dict[float, float | None]]  # by arm and rate; None: it diverged
     warnings: tuple[str, ...]  # what a reader has to know first
 
     @property
@@ -129,8 +133,35 @@ def gather(study: Study) -> Material:
         arrays = directory.read_spectra(FINAL) if reported else found.evaluations[-1].arrays
         ends.setdefault(arm, []).append(arrays)
     ordered = {arm: ends[arm] for arm in study.arms if arm in ends}
-    warnings = (*judgement.warnings, *_more_warnings(study))
-    return Material(study, judgement, spectra, ordered, warnings)
+    return Material(
+        study=study,
+        judgement=judgement,
+        spectra=spectra,
+        ends=ordered,
+        surgery=_surgery(study),
+        sweep_prs=dict(_sweep_prs(study)),
+        warnings=(*judgement.warnings, *_more_warnings(study)),
+    )
+
+
+def _surgery(study: Study) -> dict[tuple[str, int], list[Row]]:
+    found = {
+        (arm, seed): rank_curves.read_csv(study.workdir / "surgery" / arm / f"seed_{seed}.csv")
+        for arm, seed in study.runs
+    }
+    return {place: rows for place, rows in found.items() if rows}
+
+
+def _sweep_prs(study: Study) -> Iterator[tuple[str, dict[float, float | None]]]:
+    """Of the sweep runs that are still there, ascending rates."""
+    for arm, entry in (study.learning_rates or {}).items():
+        found: dict[float, float | None] = {}
+        for rate in sorted(run["learning_rate"] for run in entry["runs"]):
+            summary = RunDirectory(study.workdir / sweep.directory_of(arm, rate)).read_summary()
+            if summary is not None and (summary["diverged"] or PR in summary):
+                found[rate] = None if summary["diverged"] else summary[PR]
+        if found:
+            yield arm, found
 
 
 def _more_warnings(study: Study) -> Iterator[str]:

@@ -6,10 +6,12 @@ import pathlib
 from qkjax import files
 from qkjax.report import (
     drawing,
+    sections_confounds,
     sections_downstream,
     sections_keys,
     sections_losses,
     sections_record,
+    sections_result,
     sections_verdicts,
 )
 from qkjax.report.blocks import Report
@@ -74,15 +76,17 @@ def assemble(material: Material) -> Report:
         f"Report of a study at scale {plan['scale']}, recipe {plan['recipe']}{quick}: "
         f"{len(material.study.arms)} configurations, seeds {seeds}{budget}.",
         (
-            sections_verdicts.verdicts(material),
+            sections_result.result(material),
             sections_verdicts.warnings(material),
-            sections_verdicts.missing(material),
-            sections_verdicts.at_the_end(material),
-            sections_losses.sweep(material),
+            sections_verdicts.verdicts(material),
+            sections_verdicts.attribution(material),
+            sections_confounds.functional_rank(material),
+            sections_confounds.confounds(material),
             sections_losses.losses(material),
             sections_keys.keys(material),
             sections_downstream.downstream(material),
-            sections_verdicts.attribution(material),
+            sections_losses.sweep(material),
+            sections_verdicts.missing(material),
             sections_record.comparison(material),
             sections_record.deviations(material),
             sections_record.record(material),

@@ -1,4 +1,4 @@
-"""4D of a report: HellaSwag and LAMBADA of the final checkpoints, with errors and differences."""
+"""HellaSwag and LAMBADA of the final checkpoints, with errors and differences."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,9 +21,9 @@ _PAIR = (items.FIRST, items.SECOND)
 
 
 def downstream(material: Material) -> Section:
-    """4D: scores of the final checkpoints, with standard errors and differences."""
+    """Scores of the final checkpoints, with standard errors and differences."""
     study = material.study
-    title = "4D. Downstream evaluation"
+    title = "Downstream scores"
     if not study.downstream:
         text = (
             "Not part of this study: no run is scored on HellaSwag or LAMBADA."

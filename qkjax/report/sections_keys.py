@@ -1,4 +1,4 @@
-"""4C of a report: how many dimensions keys use, how they lie, and what attention does with them."""
+"""Keys in a report: how many dimensions they use, how they lie, what attention does with them."""
 
 from collections.abc import Callable, Iterator
 
@@ -33,7 +33,7 @@ _ARRAYS = (("key_post_rope_raw", "post-RoPE, raw"), ("key_pre_rope_centred", "pr
 
 def keys(material: Material) -> Section:
     """Trajectories, heat maps, spectra, gammas and logits."""
-    title = "4C. Dimensional collapse of keys"
+    title = "Dimensions of keys"
     if not material.study.runs:
         return Section("keys", title, (Text("No run has finished yet."),))
     blocks: list[Block] = [
@@ -231,8 +231,12 @@ def _gammas(material: Material) -> Iterator[charts.Chart]:
                 if curves := charts.gamma_curves(runs, array, statistic):
                     by_array.setdefault(array, {})[arm] = curves
         for array, curves_ in by_array.items():
-            scale = charts.common_scale(
-                f"{array}, {words}\n(dimensionless)", list(by_array.values()), low=0.0
+            label = f"{array}, {words}\n(dimensionless)"
+            groups = list(by_array.values())
+            scale = (
+                charts.around(label, groups, 1.0)
+                if name == "mean"
+                else (charts.common_scale(label, groups, low=0.0))
             )
             yield charts.chart(
                 f"{array}_{name}",

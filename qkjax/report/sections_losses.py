@@ -25,19 +25,20 @@ from qkjax.verdicts import statistics
 from qkjax.verdicts.results import Study
 
 BASELINE = "adamw_qk"
+TIE = 0.01  # nat: closer than this, one tuning seed does not tell two rates apart
 _DIVERGED = "A diverged run has no loss at its end. "
 _CHOSEN = "The learning rate was chosen on the first half of the validation sequences. "
 
 
 def losses(material: Material) -> Section:
-    """4B: validation loss against tokens, with the differences to the baseline."""
+    """Validation loss against tokens, with the differences to the baseline."""
     study = material.study
     curves = material.curves(LOSS)
     if not curves:
-        return Section("loss", "4B. Validation loss", (Text("No run has finished yet."),))
+        return Section("loss", "Validation loss", (Text("No run has finished yet."),))
     return Section(
         "loss",
-        "4B. Validation loss",
+        "Validation loss",
         (
             Text(
                 "Validation tokens and their order are the same at every evaluation and for every "
@@ -185,7 +186,7 @@ def _difference(run: RunResult, against: RunResult | None) -> str:
 
 
 def sweep(material: Material) -> Section:
-    """4A: the best learning rate of every arm, its loss, and how much it matters."""
+    """The best learning rate of every arm, its loss, and how much it matters."""
     study = material.study
     rates = study.learning_rates
     plan = study.plan.get("sweep")
@@ -205,8 +206,8 @@ def sweep(material: Material) -> Section:
         tokens = f"{drawing.count(plan['tokens'])} tokens" if plan else "equal budgets"
         blocks.append(
             Text(
-                f"Short runs of {tokens} each, seed {seed}, which no reported run has. The rate "
-                "of the "
+                f"Short runs of {tokens} each, seed {seed}, which no reported run has: the choice "
+                "has the noise of one run. The rate of the "
                 "lowest final validation loss on the first half of the validation sequences is "
                 "taken; "
                 "results are also reported on the second half, which chose nothing."
@@ -220,7 +221,7 @@ def sweep(material: Material) -> Section:
             _every_run(study, rates),
         ]
     blocks += _used_rates(study)
-    return Section("sweep", "4A. Learning-rate sweep", tuple(blocks))
+    return Section("sweep", "Learning-rate sweep", tuple(blocks))
 
 
 def _best(study: Study, rates: Mapping[str, Any]) -> Table:
@@ -236,6 +237,7 @@ def _best(study: Study, rates: Mapping[str, Any]) -> Table:
         diverged = [f"{r['learning_rate']:g}" for r in entry["runs"] if r["diverged"]]
         remarks = [
             f"EDGE ({entry['edge']})" if entry.get("edge") else "",
+            _tie(entry),
             "grid extended" if entry.get("extended") else "",
             f"diverged at {', '.join(diverged)}" if diverged else "",
         ]
@@ -272,6 +274,16 @@ def _best(study: Study, rates: Mapping[str, Any]) -> Table:
     )
 
 
+def _tie(entry: Mapping[str, Any]) -> str:
+    """The two best rates where their losses are too close to choose by one run; else ""."""
+    sound = [run for run in entry["runs"] if run["loss"] is not None]
+    best = sorted(sound, key=lambda run: run["loss"])[:2]
+    if len(best) < 2 or best[1]["loss"] - best[0]["loss"] >= TIE:
+        return ""
+    rates = " and ".join(f"{run['learning_rate']:g}" for run in best)
+    return f"TIE: {rates} are within {TIE:g} nat"
+
+
 def _sweep_charts(rates: Mapping[str, Any], looks: charts.Looks) -> Iterator[Charts]:
     groups: dict[str, dict[str, list[charts.SweepPoint]]] = {}
     for arm, entry in rates.items():
@@ -280,7 +292,7 @@ def _sweep_charts(rates: Mapping[str, Any], looks: charts.Looks) -> Iterator[Cha
             for r in entry["runs"]
         ]
         groups.setdefault(arms.optimizer(arm), {})[arm] = points
-    losses = [p.loss for group in groups.values() for points in group.values() for p in points]
+    losses = [p.value for group in groups.values() for points in group.values() for p in points]
     found = [loss for loss in losses if loss is not None]
     if not found:
         return
@@ -298,7 +310,7 @@ def _sweep_charts(rates: Mapping[str, Any], looks: charts.Looks) -> Iterator[Cha
                 + "; ".join(
                     f"{arms.label(arm)} "
                     + ", ".join(
-                        f"{p.rate:g}: {'diverged' if p.loss is None else f'{p.loss:.3f}'}"
+                        f"{p.rate:g}: {'diverged' if p.value is None else f'{p.value:.3f}'}"
                         for p in points
                     )
                     for arm, points in group.items()

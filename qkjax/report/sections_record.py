@@ -23,7 +23,7 @@ from qkjax.verdicts.results import Study
 
 CSV_COLUMNS = (
     "table: run (the numbers reported), evaluation (one probe of training), sweep, downstream, "
-    "clause or verdict",
+    "surgery, clause or verdict",
     "name: the arm, or the clause, hypothesis or attribution",
     "seed, step: of the run and its probe; empty where there is none",
     "metric: a name of docs/metrics.md; val/loss/first_half and second_half are halves of the "

@@ -1,26 +1,24 @@
 """The head of a report: the question, H1 to H5, warnings, what is missing; and attribution."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from qkjax.report import arms
 from qkjax.report.blocks import (
     ABSENT,
     Block,
     Box,
+    Folded,
     Notes,
     Section,
     Table,
     Text,
     interval,
-    number,
     p_value,
     short,
-    without_empty,
 )
 from qkjax.report.material import SKIPPED, Material
-from qkjax.runs.results import LOSS, PR
 from qkjax.verdicts.judge import scope
-from qkjax.verdicts.judgement import RULE, Attribution, Clause
+from qkjax.verdicts.judgement import INCONCLUSIVE, RULE, Attribution, Clause
 from qkjax.verdicts.results import Study
 
 _QUESTION = (
@@ -30,12 +28,12 @@ _QUESTION = (
 )
 _ANSWER = {True: "and their controls answer. ", False: "answer. "}
 _FIXED = "The rules below were fixed before the data."
-_KEY = (
+_READING = Text(
     "In the small figures the thick bar is the pooled 95% interval, the thin line the paired one, "
     "dots are seeds, the solid line is 0 and the dashed one the smallest effect of interest "
     "(SESOI), the margin or the limit. To the right is as predicted; what H4 asks of losses and "
-    "logits lies to the left. PR is the Participation Ratio and aa the axis-alignment index, both "
-    "of 4C."
+    "logits lies to the left. PR is the Participation Ratio, aa the axis-alignment index. The "
+    "thresholds of H4 that runs keep or break are conventions."
 )
 
 
@@ -45,21 +43,36 @@ def verdicts(material: Material) -> Section:
     planned = len(study.arms) * len(study.seeds)
     used = ", ".join(map(str, judgement.seeds_used)) or "none"
     state = (
-        f"{scope(study)} {len(study.runs)} of {planned} runs are finished. Seeds that have every "
-        f"arm, and so enter the contrasts: {used}. A hypothesis is supported only where all of its "
-        "clauses are, and still after correction (H1 at one-sided .0125, H2–H4 by Holm at .0125); "
-        "a clause that is refuted at 97.5% refutes it."
-    )
-    board = Table(
-        "The verdicts at a glance.",
-        ("Hypothesis", "Verdict", "p"),
-        tuple((f"{v.name} {v.title}", v.headline, p_value(v.p)) for v in judgement.verdicts),
-        words=2,
+        f"{len(study.runs)} of {planned} runs are finished. Seeds that have every arm, and so "
+        f"enter the contrasts: {used}. A hypothesis is supported only where all of its clauses "
+        "are, and still after correction (H1 at one-sided .0125, H2–H4 by Holm at .0125); a "
+        "clause that is refuted at 97.5% refutes it."
     )
     boxes = (Box(verdict) for verdict in judgement.verdicts)
     question = _QUESTION + _ANSWER[bool(study.plan["controls"])] + _FIXED
-    blocks: list[Block] = [Text(question), Text(state), board, Text(_KEY), *boxes]
-    return Section("verdicts", "Question and verdicts", tuple(blocks))
+    blocks: list[Block] = [
+        Text(question),
+        Text(scope(study)),
+        Folded("How a verdict is made, and how to read the small figures", (Text(state), _READING)),
+        *boxes,
+    ]
+    return Section("verdicts", "Verdicts", tuple(blocks))
+
+
+def has_data(clause: Clause) -> bool:
+    """Whether the study has measured anything of the clause."""
+    measured = [value for value in clause.per_seed.values() if value is not None]
+    return clause.estimate is not None or bool(measured) or clause.word != INCONCLUSIVE
+
+
+def without_data(clauses: Sequence[Clause]) -> str:
+    """One line for the clauses of which nothing is measured, with the reasons; "" where none is."""
+    by_reason: dict[str, list[str]] = {}
+    for clause in clauses:
+        if not has_data(clause):
+            by_reason.setdefault(clause.reason, []).append(clause.name)
+    said = (f"{', '.join(names)} ({why})" for why, names in by_reason.items())
+    return f"Without data: {'; '.join(said)}." if by_reason else ""
 
 
 def warnings(material: Material) -> Section:
@@ -97,6 +110,18 @@ def _missing(material: Material) -> Iterator[str]:
         if (arm, seed) not in study.downstream and status != SKIPPED and (planned or status):
             scores[arm, seed] = _in_brackets(status, why)
     yield from _of_runs(study, "downstream scores", scores)
+    if study.plan.get("surgery"):
+        yield from _of_runs(study, "rank surgery", dict(_missing_surgery(material)))
+
+
+def _missing_surgery(material: Material) -> Iterator[tuple[tuple[str, int], str]]:
+    for arm, seed in material.study.runs:
+        step = f"surgery/{arm}/seed_{seed}"
+        status, why = material.noted(step)
+        if (arm, seed) in material.surgery or status == SKIPPED:
+            continue
+        part = (material.study.workdir / f"{step}.part.json").exists()
+        yield (arm, seed), _in_brackets(status, why) or (" (a part is measured)" if part else "")
 
 
 def _of_runs(study: Study, what: str, lacking: Mapping[tuple[str, int], str]) -> Iterator[str]:
@@ -167,47 +192,3 @@ def per_seed(clause: Clause) -> str:
     signed = clause.kind != RULE
     cells = (f"{seed}: {short(value, signed=signed)}" for seed, value in clause.per_seed.items())
     return ", ".join(cells) or ABSENT
-
-
-def at_the_end(material: Material) -> Section:
-    """One line for every arm: the numbers that the hypotheses are about."""
-    study = material.study
-    rows = []
-    for arm in study.arms:
-        runs = study.of_arm(arm)
-        cells = [
-            number(material.end(metric, arm), digits)
-            for metric, digits in ((LOSS, 4), (PR, 2), *_BESIDE)
-        ]
-        diverged = sum(run.diverged for run in runs)
-        remark = f"{diverged} of {len(runs)} diverged" if diverged else ""
-        if len(runs) == 1:
-            remark = ", ".join(filter(None, (remark, "n = 1")))
-        rows.append((arms.label(arm), str(len(runs)), *cells, remark or ABSENT))
-    return Section(
-        "end",
-        "At the end of training",
-        (
-            without_empty(
-                Table(
-                    f"Means over seeds; PR of {material.head_dim} directions, loss in nat per "
-                    "token.",
-                    (
-                        "Configuration",
-                        "Runs",
-                        "Val loss",
-                        "PR post-RoPE raw",
-                        "PR pre-RoPE centred",
-                        "Axis alignment",
-                        "Max logit",
-                        "Remark",
-                    ),
-                    tuple(rows),
-                    notes=(material.passes,) if material.passes else (),
-                )
-            ),
-        ),
-    )
-
-
-_BESIDE = (("pr/key/pre_rope/centred", 2), ("aa/key", 3), ("attention/max_logit", 1))
