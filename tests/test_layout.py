@@ -175,7 +175,6 @@ OWN_WAY = {
         "export.directory": "the tokenizer's own JSON",
         "tasks.benchmarks": "rows of public benchmarks",
         "data.request": "a copy of plain values",
-        "data.hub": "files of the Hugging Face hub",
         "data.sources": "rows of users' text",
         "data.tokenizer": "files of the Hugging Face hub",
         "data.overlap": "rows of users' text",

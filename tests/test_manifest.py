@@ -41,7 +41,7 @@ def folder(tmp_path):
         tokenizer=manifest_lib.TokenizerRecord(
             "tokenizer.json", digest(tmp_path / "tokenizer.json"), 300, 0
         ),
-        sources=({"name": "docstrings", "weight": 1.0, "documents": 9, "tokens": 97},),
+        sources=({"name": "docstrings", "read_from": {}},),
         split={"rule": "sha256 of normalised text"},
         dropped={"empty": 0},
         splits=splits,
@@ -136,6 +136,12 @@ def _drop(*keys):
         (_drop("tokenizer", "eos_id"), "the field tokenizer.eos_id is missing"),
         (_set("sequence_length", value="16"), "sequence_length: expected int, found '16'"),
         (_set("sequence_length", value=True), "sequence_length: expected int, found True"),
+        (_set("sources", 0, value=7), r"sources\[0\]: expected an object, found int"),
+        (_drop("sources", 0, "read_from"), r"the field sources\[0\]\.read_from is missing"),
+        (
+            _set("sources", 0, "read_from", value={"files_read": "1"}),
+            r"sources\[0\]\.read_from\.files_read: expected int, found '1'",
+        ),
         (_set("end_of_text", value=1), "end_of_text: expected bool, found 1"),
         (_set("splits", "train", "shards", 0, value=3), r"shards\[0\]: expected an object"),
         (_set("dtype", value="int16"), "dtype: expected uint16 or uint32, found int16"),

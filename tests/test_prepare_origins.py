@@ -270,6 +270,60 @@ def test_check_data_hashes_every_source_when_asked(tmp_path):
     assert done.stderr.startswith(f"ERROR: {path}: is not what {out} was made from")
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "held-out.npy", "ngrams.npy", "train-documents.unfinished"]
+)
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_what_an_interrupted_command_finished_is_proven(tmp_path, monkeypatch, name, damage):
+    monkeypatch.setattr(shards, "RECORDS_PER_SHARD", 64)
+    path, out = tmp_path / "a.jsonl", tmp_path / "data"
+    path.write_bytes(_content("jsonl", 1))
+    _stop_behind(monkeypatch, out, path, 2)
+    finished = out / ".unfinished" / name
+    good = finished.read_bytes()
+    finished.write_bytes({"flipped": bytes([good[0] ^ 1]) + good[1:]}.get(damage, good[:-1]))
+    if damage == "gone":
+        finished.unlink()
+    with pytest.raises(errors.StorageError, match=rf"^{finished}: expected the file with sha256"):
+        _prepare(out, path)
+    finished.write_bytes(good)
+    _prepare(out, path)
+    check.check(out, progress=_quiet)
+
+
+@pytest.mark.parametrize("names", [["../victim"], "x", [3], None])
+def test_a_list_of_moves_that_names_other_places_is_refused(tmp_path, names):
+    path, out = tmp_path / "a.jsonl", tmp_path / "data"
+    path.write_bytes(_content("jsonl", 1))
+    (out / ".unfinished").mkdir(parents=True)
+    (tmp_path / "victim").write_text("mine")
+    (out / ".unfinished" / "moved.json").write_text(json.dumps({"names": names}))
+    with pytest.raises(errors.UsageError, match=r"moved\.json: damaged .*Remove .* to start again"):
+        _prepare(out, path)
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "directory"])
+def test_links_and_directories_in_the_work_folder_are_left_alone(tmp_path, kind):
+    path, out, other = tmp_path / "a.jsonl", tmp_path / "data", tmp_path / "other"
+    path.write_bytes(_content("jsonl", 1))
+    other.mkdir()
+    (other / "thesis.txt").write_text("my only copy")
+    out.mkdir()
+    work = out / ".unfinished"
+    if kind == "folder":
+        work.symlink_to(other)
+    else:
+        work.mkdir()
+        if kind == "file":
+            (work / "train-00000.unfinished").symlink_to(other / "thesis.txt")
+        else:
+            shutil.copytree(other, work / "mine")
+    with pytest.raises(errors.UsageError, match=rf"^{work}: is a link, or holds .*nothing was"):
+        _prepare(out, path)
+    assert (other / "thesis.txt").read_text() == "my only copy" and work.exists()
+
+
 def test_a_journal_that_is_not_its_own_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "RECORDS_PER_SHARD", 64)
     path, out = tmp_path / "a.jsonl", tmp_path / "data"

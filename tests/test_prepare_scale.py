@@ -176,7 +176,7 @@ def test_a_finished_shard_that_has_changed_is_refused(mix, tmp_path, monkeypatch
         path = next(iter((out / ".unfinished").glob(f"{split}-00000-of-*")))
         data = path.read_bytes()
         path.write_bytes(data[:-1] + b"\x07")
-        with pytest.raises(errors.StorageError, match="expected the shard with sha256"):
+        with pytest.raises(errors.StorageError, match="expected the file with sha256"):
             prepare.prepare(wanted, out, progress=_quiet)
         (path if path.exists() else out / ".unfinished" / f"{split}-00000.unfinished").write_bytes(
             data

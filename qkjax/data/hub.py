@@ -5,13 +5,12 @@ be reached is reported at once, with the way to download the files on another ma
 """
 
 import itertools
-import json
 import logging
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.data import documents
 
 _TIMEOUT_SECONDS = 10.0
@@ -132,10 +131,7 @@ def fetch_tokenizer(spec: str, name: str) -> tuple[bytes, str]:
     if not path.is_file():
         raise errors.UsageError(f"{path}: missing. Name a directory that holds a tokenizer.json.")
     config = folder / "tokenizer_config.json"
-    try:
-        token = json.loads(config.read_bytes()).get("eos_token") if config.is_file() else None
-    except (ValueError, AttributeError):
-        raise errors.UsageError(f"{config}: not valid JSON. Download the file again.") from None
+    token = (files.read_object(config, "Download it again.") or {}).get("eos_token")
     if isinstance(token, dict):  # older files describe the token
         token = token.get("content")
     return path.read_bytes(), token if isinstance(token, str) else ""

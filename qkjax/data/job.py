@@ -149,6 +149,7 @@ class Job:
     def _train_tokenizer(self) -> tokenizer_lib.Tokenizer:
         path = self._work / tokenizer_lib.FILE_NAME
         if "tokenizer" in self._journal:
+            shards.check_finished(path, self._journal["tokenizer"])
             return tokenizer_lib.load(path, eos_token=self._request.eos_token)
         size = tokenizer_lib.trained_size(self._request.tokenizer)
         assert size is not None  # a FILE was loaded before anything was created
@@ -172,8 +173,9 @@ class Job:
     def _validation(self, encoder: encoding.Encoder) -> shards.WrittenSplit:
         if "validation" in self._journal:
             written = shards.WrittenSplit.from_plain(self._journal["validation"])
-            for shard in written.split.shards:
-                shards.check_finished(self._work / shard.file, shard.sha256)
+            finished = {shard.file: shard.sha256 for shard in written.split.shards}
+            for name, sha256 in {**finished, **self._journal["held_out"]}.items():
+                shards.check_finished(self._work / name, sha256)
             return written
         self._progress("finding the validation documents")
         writer = self._writer("validation", self._request.validation_tokens)
@@ -186,7 +188,11 @@ class Job:
         np.save(self._work / _HELD_OUT, np.array(places, np.uint64))
         self._note_read(found.files_read)
         written = writer.close()
-        self._save(validation=dataclasses.asdict(written))
+        names = (_HELD_OUT, *overlap.FILES.values())
+        self._save(
+            validation=dataclasses.asdict(written),
+            held_out={name: files.sha256(self._work / name) for name in names},
+        )
         return written
 
     def _train(

@@ -215,7 +215,10 @@ class _Reader:
             tokenizer=self._record(
                 TokenizerRecord, self._get(content, "tokenizer", dict), "tokenizer"
             ),
-            sources=tuple(self._get(content, "sources", list)),
+            sources=tuple(
+                self._source(source, f"sources[{i}]")
+                for i, source in enumerate(self._get(content, "sources", list))
+            ),
             split=self._get(content, "split", dict),
             dropped=self._get(content, "dropped", dict),
             splits={
@@ -283,6 +286,16 @@ class _Reader:
                 raise self.error(f"file: expected a plain name, found {file!r}")
             if names.count(file) > 1:
                 raise self.error(f"file: {file} is listed twice")
+
+    def _source(self, content: Any, where: str) -> dict[str, Any]:
+        if not isinstance(content, dict):
+            raise self.error(f"{where}: expected an object, found {type(content).__name__}")
+        self._get(content, "name", str, where)
+        read_from = self._get(content, "read_from", dict, where)
+        if "files_read" in read_from:
+            self._get(read_from, "files_read", int, f"{where}.read_from")
+            self._get(read_from, "sha256", str, f"{where}.read_from")
+        return content
 
     def _split(self, content: dict[str, Any], where: str) -> Split:
         shards = self._get(content, "shards", list, where)

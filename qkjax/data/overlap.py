@@ -31,7 +31,7 @@ _SLOTS_PER_HASH = 16  # of the filter; 6% of what is not there passes it
 _ITEMS_AT_ONCE = 1000  # of a benchmark
 _KEPT_POWERS = 1 << 19  # as many as an ordinary chunk of documents has bytes
 _POWERS: dict[int, np.ndarray] = {}
-_FILES = {"hashes": "ngrams.npy", "labels": "ngram-labels.npy", "filter": "ngram-filter.npy"}
+FILES = {"hashes": "ngrams.npy", "labels": "ngram-labels.npy", "filter": "ngram-filter.npy"}
 
 
 class Ngrams(NamedTuple):
@@ -118,13 +118,13 @@ def build(hashes_by_name: Mapping[str, np.ndarray], folder: pathlib.Path) -> Non
     slots[hashes >> np.uint64(64 - bits)] = True
     arrays = {"hashes": hashes, "labels": labels, "filter": np.packbits(slots, bitorder="little")}
     for name, array in arrays.items():
-        np.save(folder / _FILES[name], array)
+        np.save(folder / FILES[name], array)
 
 
 def load(folder: str | pathlib.Path) -> Index:
     """Opens the index that `build` wrote; its memory is shared with other processes."""
     hashes, labels, bits = (
-        np.load(pathlib.Path(folder) / file, mmap_mode="r") for file in _FILES.values()
+        np.load(pathlib.Path(folder) / file, mmap_mode="r") for file in FILES.values()
     )
     return Index(hashes, labels, bits)
 

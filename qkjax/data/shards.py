@@ -6,6 +6,7 @@ is predicted once; the tail that fills no record is dropped.
 
 import base64
 import dataclasses
+import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -85,6 +86,7 @@ class SplitWriter:
         self.num_tokens = 0  # of the stream, the tail included
         self._rows: list[tuple[int, int, int, int, int]] = []  # not yet in the file of rows
         self._num_rows = 0
+        self._rows_digest = hashlib.sha256()  # of the file of rows
         self._rows_path = directory / f"{split}-documents.unfinished"
         self._num_sources = num_sources
         self._on_shard = on_shard
@@ -113,7 +115,7 @@ class SplitWriter:
         if ids.size and int(ids.max()) >= self._vocab_size:
             raise errors.UsageError(
                 f"tokenizer: made the id {int(ids.max())}, expected below {self._vocab_size}. "
-                "The tokenizer.json is damaged: download it again."
+                "Its tokenizer.json contradicts itself: use another one."
             )
         first = self.num_tokens
         self.num_tokens += len(ids)
@@ -131,6 +133,7 @@ class SplitWriter:
             "shards": [dataclasses.asdict(shard) for shard in self._finished],
             "num_tokens": self.num_tokens,
             "num_rows": self._num_rows,
+            "rows_sha256": self._rows_digest.hexdigest(),
             "carry": base64.b64encode(carry.tobytes()).decode(),
         }
 
@@ -150,7 +153,13 @@ class SplitWriter:
         self.num_sequences = sum(shard.num_records for shard in self._finished)
         self.num_tokens = state["num_tokens"]
         self._num_rows = state["num_rows"]
-        os.truncate(self._rows_path, self._num_rows * _ROW.itemsize)
+        num_bytes = self._num_rows * _ROW.itemsize
+        if self._rows_path.exists():
+            with open(self._rows_path, "rb") as file:
+                self._rows_digest.update(file.read(num_bytes))
+        if self._rows_digest.hexdigest() != state["rows_sha256"]:
+            raise _not_as_finished(self._rows_path, state["rows_sha256"])
+        os.truncate(self._rows_path, num_bytes)
         self._pending = [np.frombuffer(base64.b64decode(state["carry"]), "<u4").astype(np.uint32)]
         self._num_pending = len(self._pending[0])
         if self._num_pending > self._length:
@@ -195,8 +204,10 @@ class SplitWriter:
 
     def _flush_rows(self) -> None:
         with open(self._rows_path, "ab" if self._num_rows else "wb") as file:
-            np.array(self._rows, _ROW).tofile(file)
+            rows = np.array(self._rows, _ROW).tobytes()
+            file.write(rows)
             files.sync(file)
+        self._rows_digest.update(rows)
         self._num_rows += len(self._rows)
         self._rows = []
 
@@ -264,16 +275,16 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def check_finished(path: pathlib.Path, sha256: str) -> None:
-    """Checks that a shard is the one that was finished.
-
-    Raises:
-        StorageError: it is missing, or another one.
-    """
+    """Refuses to resume behind a file that is not the one that was finished: StorageError."""
     if not path.exists() or files.sha256(path) != sha256:
-        raise errors.StorageError(
-            f"{path}: expected the shard with sha256 {sha256}, which an interrupted command "
-            f"finished. Remove {path.parent} and run the command again."
-        )
+        raise _not_as_finished(path, sha256)
+
+
+def _not_as_finished(path: pathlib.Path, sha256: str) -> errors.StorageError:
+    return errors.StorageError(
+        f"{path}: expected the file with sha256 {sha256}, which an interrupted command finished. "
+        f"Remove {path.parent} and run the command again."
+    )
 
 
 def read_records(

@@ -107,8 +107,17 @@ def begin(directory: pathlib.Path) -> pathlib.Path:
         UsageError: the directory holds anything that no run of ours left.
     """
     work = directory / _WORK
-    moved = files.read_object(work / _MOVED, f"Remove {work} to start again.")
+    if work.is_symlink() or any(path.is_symlink() or path.is_dir() for path in _entries(work)):
+        raise errors.UsageError(
+            f"{work}: is a link, or holds links or directories, expected the files of an "
+            "interrupted command. Move it away; nothing was removed."
+        )
+    fix = f"Remove {work} to start again."
+    moved = files.read_object(work / _MOVED, fix)
     if moved is not None:
+        files.need(work / _MOVED, "", moved, {"names": list}, fix)
+        if any(type(name) is not str or "/" in name for name in moved["names"]):
+            raise files.damaged(work / _MOVED, "names are no plain file names", fix)
         _take_back(directory, moved["names"])
     foreign = sorted(p.name for p in directory.iterdir() if p.name not in (_LOCK, _WORK))
     if foreign:
@@ -118,6 +127,10 @@ def begin(directory: pathlib.Path) -> pathlib.Path:
         )
     work.mkdir(exist_ok=True)
     return work
+
+
+def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def publish(directory: pathlib.Path, manifest: manifest_lib.Manifest) -> None:
