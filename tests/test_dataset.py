@@ -1,5 +1,9 @@
 """The dataset of a config: what is said where there is none, and how often it is passed over."""
 
+import copy
+import functools
+import json
+import random
 import shutil
 
 import pytest
@@ -8,8 +12,8 @@ import small_run
 from qkjax import config as config_lib
 from qkjax import errors
 from qkjax.cli import places
+from qkjax.data import check, prepare
 from qkjax.data import dataset as dataset_lib
-from qkjax.data import prepare
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +124,52 @@ def test_a_run_on_an_earlier_embedded_corpus_keeps_it(tmp_path, monkeypatch):
         trained_on = dataset_lib.manifest_lib.load(folder).fingerprint
         assert dataset_lib.open_dataset(config, trained_on).directory == folder
     assert dataset_lib.open_dataset(config, "f" * 64).directory == new  # refused by its reader
+
+
+VALUES = (None, True, 0, -1, 3.5, 10**30, "", "x", "../y", "\ud800", [], [1], [None], {}, {"a": 1})
+
+
+def _places(value, path=()):
+    """Every place inside nested JSON values."""
+    yield path
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from _places(inner, (*path, key))
+
+
+def _mutated(value, chance):
+    changed = copy.deepcopy(value)
+    *above, key = chance.choice([path for path in _places(value) if path])
+    holder = functools.reduce(lambda inner, step: inner[step], above, changed)
+    if chance.random() < 0.2:
+        del holder[key]
+    else:
+        holder[key] = chance.choice(VALUES)
+    return changed
+
+
+def test_a_manifest_with_anything_wrong_is_refused_in_one_line_or_harmless(made, tmp_path):
+    """Never a traceback: not in training, in the same command again, in check_data."""
+    folder, chance = shutil.copytree(made, tmp_path / "data"), random.Random(0)
+    config, path = small_run.make_config(folder), folder / "dataset.json"
+    good = json.loads(path.read_text())
+    options = {key: good["request"][key] for key in ("tokenizer", "sequence_length")}
+    tokens = {key: good["request"][key] for key in ("train_tokens", "validation_tokens")}
+    request = prepare.Request(sources=tuple(good["request"]["sources"]), **options, **tokens)
+    refused = 0
+    for _ in range(600):
+        path.write_text(json.dumps(_mutated(good, chance)))
+        for use in (
+            lambda: dataset_lib.open_dataset(config),
+            lambda: prepare.prepare(request, folder, progress=lambda line: None),
+            lambda: check.check_sources(folder),
+        ):
+            try:
+                use()
+            except errors.QkjaxError as error:
+                refused += 1
+                assert "\n" not in str(error)
+    assert refused > 800
+    path.write_text(json.dumps(good))
+    prepare.prepare(request, folder, progress=lambda line: None)

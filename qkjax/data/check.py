@@ -79,7 +79,7 @@ def check_text(
     unproven, changed = [], []
     for source, record in zip(opened, manifest.sources, strict=True):
         source.ledger = ledger
-        if source.files and "sha256" not in record["read_from"]:
+        if source.files and not record["read_from"].keys() >= {"files_read", "sha256"}:
             unproven.append(f"{source.name}: recorded without digests, compared by size only")
         elif not source.files and "revision" in record["read_from"]:
             unproven.append(f"{source.name}: on the hub, known by its commit alone")

@@ -71,7 +71,7 @@ class Source(abc.ABC):
         Args:
             rehash: read every file again, also those that look as they did.
         """
-        if not self.files or "sha256" not in content:
+        if not self.files or not content.keys() >= {"files_read", "sha256"}:
             return []
         used = self.files[: content["files_read"]]
         return [str(path) for path in self.ledger.changed(used, content["sha256"], rehash)]

@@ -233,8 +233,8 @@ class _Reader:
                 )
                 for name in documents
             },
-            overlap=self._get({"overlap": {}, **content}, "overlap", dict),
-            request=self._get(content, "request", dict),
+            overlap=self._overlap(self._get({"overlap": {}, **content}, "overlap", dict)),
+            request=self._request(self._get(content, "request", dict)),
         )
 
     def check(self, manifest: Manifest) -> None:
@@ -269,6 +269,12 @@ class _Reader:
                 )
         self._check_names(names)
         self._check_splits(manifest)
+        read = [source["name"] for source in manifest.sources]
+        if "sources" in manifest.request and manifest.request["sources"] != read:
+            raise self.error(
+                f"sources: expected those of request, {manifest.request['sources']!r:.80}, "
+                f"found {read!r:.80}"
+            )
 
     def _check_splits(self, manifest: Manifest) -> None:
         """No content belongs to two splits: its validation would have been trained on."""
@@ -281,8 +287,8 @@ class _Reader:
 
     def _check_names(self, names: list[str]) -> None:
         for file in names:
-            # No manifest makes a dataset read anything outside its own directory.
-            if file in ("", ".", "..") or "/" in file or "\0" in file:
+            # A dataset reads nothing outside its own directory, whatever its manifest says.
+            if file in ("", ".", "..") or "/" in file or not file.isprintable():
                 raise self.error(f"file: expected a plain name, found {file!r}")
             if names.count(file) > 1:
                 raise self.error(f"file: {file} is listed twice")
@@ -292,9 +298,29 @@ class _Reader:
             raise self.error(f"{where}: expected an object, found {type(content).__name__}")
         self._get(content, "name", str, where)
         read_from = self._get(content, "read_from", dict, where)
-        if "files_read" in read_from:
-            self._get(read_from, "files_read", int, f"{where}.read_from")
-            self._get(read_from, "sha256", str, f"{where}.read_from")
+        for field, kind in {"files_read": int, "sha256": str}.items():
+            if field in read_from:  # datasets from before lack them
+                self._get(read_from, field, kind, f"{where}.read_from")
+        return content
+
+    def _request(self, content: dict[str, Any]) -> dict[str, Any]:
+        if "benchmark_dir" in content:
+            self._get(content, "benchmark_dir", str, "request")
+        return content
+
+    def _overlap(self, content: dict[str, Any]) -> dict[str, Any]:
+        if content:  # datasets from before have none
+            self._get(content, "documents_dropped", bool, "overlap")
+        for name, counts in content.items():
+            where = f"overlap.{name}"
+            if not isinstance(counts, dict):
+                continue
+            for field in ("ngrams", "training_documents", "training_ngrams"):
+                self._get(counts, field, int, where)
+            if "sha256" in counts:
+                digests = self._get(counts, "sha256", list, where)
+                if len(self._get(counts, "files", list, where)) != len(digests):
+                    raise self.error(f"{where}.sha256: expected one a file, found {digests!r:.80}")
         return content
 
     def _split(self, content: dict[str, Any], where: str) -> Split:
