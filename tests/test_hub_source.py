@@ -119,7 +119,7 @@ def offline(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
-def test_without_network_the_way_to_bring_the_files_is_named(offline):
+def test_without_network_the_way_to_get_the_files_is_named(offline):
     message = _refusal("hf:HuggingFaceTB/smollm-corpus:fineweb-edu-dedup")
     assert (
         "the hub cannot be reached (ConnectionError: [Errno -2] Name or service not known)"
@@ -171,7 +171,7 @@ def test_a_network_that_goes_away_on_the_way_is_no_fault_of_the_user(dataset, mo
     assert source.describe() == {"dataset": "owner/name", "revision": "0123abcd"}
     with pytest.raises(
         errors.StorageError,
-        match=r"stopped after row 2 \(ConnectionError: reset by peer\).*to resume",
+        match=r"stopped after row 2 \(ConnectionError: reset by peer\).*resumes",
     ):
         list(source.documents())
 

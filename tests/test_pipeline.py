@@ -290,7 +290,7 @@ def test_an_id_outside_the_vocabulary_is_refused(copy):
         _batches((directory, manifest), 6)
     assert str(caught.value).startswith(
         f"{directory}/train-00001-of-00003.array_record record 2: position 3: "
-        "expected token ids below the vocabulary's 500, found 500. Copy the shard back"
+        "expected token ids below the vocabulary's 500, found 500. Restore the shard"
     )
 
 
@@ -319,7 +319,7 @@ def test_a_damaged_record_is_refused_with_path_and_remedy(copy):
     content = bytearray(path.read_bytes())
     content[content.index(_ids("train", 12).astype("<u2").tobytes()) + 4] ^= 1
     path.write_bytes(content)
-    with pytest.raises(errors.UsageError, match=r"record 2: damaged \(.+\)\. Copy") as caught:
+    with pytest.raises(errors.UsageError, match=r"record 2: damaged \(.+\)\. Restore") as caught:
         _batches((directory, manifest), 6)
     assert str(caught.value).startswith(str(path))
     assert "tools/prepare_data.py" in str(caught.value) and "\n" not in str(caught.value)

@@ -270,6 +270,18 @@ def test_a_mix_ends_when_the_first_source_is_used_up(tmp_path):
         _prepare(tmp_path / "more", small, large, weights=(0.5, 0.5), train_tokens=40_000)
 
 
+def test_two_sources_that_read_one_file_are_refused(tmp_path):
+    path = _write_jsonl(tmp_path / "a.jsonl", _documents(300, 7))
+    os.link(path, tmp_path / "b.jsonl")
+    with pytest.raises(errors.UsageError, match=rf"reads {tmp_path}/b\.jsonl, as .*a\.jsonl does"):
+        _prepare(tmp_path / "out", path, tmp_path / "b.jsonl", weights=(0.5, 0.5))
+    assert not (tmp_path / "out").exists()
+    path.write_text(
+        "".join(json.dumps({"text": t, "b": t[::-1]}) + "\n" for t in _documents(300, 7))
+    )
+    _prepare(tmp_path / "out", path, f"{path}:b", weights=(0.5, 0.5))  # other text of the file
+
+
 def test_validation_of_a_mix_is_found_behind_the_training_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "_CHUNK_CHARACTERS", 500)
     texts = _documents(400, 9)

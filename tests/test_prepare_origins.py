@@ -132,7 +132,7 @@ def test_text_that_was_rewritten_between_a_kill_and_the_next_start_is_refused(
     _rewrite(path, _content("jsonl", 1))
     lines = []
     _prepare(out, path, progress=lines.append)
-    assert any("resuming after 2 finished shards" in line for line in lines)
+    assert any("resuming behind 2 finished shards" in line for line in lines)
     assert _files(out) | {"sources.jsonl": b""} == _files(tmp_path / "unbroken" / "data") | {
         "sources.jsonl": b""
     }

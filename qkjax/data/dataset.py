@@ -1,5 +1,6 @@
 """The dataset that a config asks for, checked before anything is computed."""
 
+import contextlib
 import dataclasses
 import pathlib
 
@@ -104,8 +105,9 @@ def _embedded_of_fingerprint(fingerprint: str) -> pathlib.Path | None:
     if not fingerprint:
         return None
     for path in sorted(places.data().glob(f"embedded*/{manifest_lib.FILE_NAME}")):
-        if manifest_lib.load(path.parent).fingerprint == fingerprint:
-            return path.parent
+        with contextlib.suppress(errors.UsageError):  # a damaged one is not it
+            if manifest_lib.load(path.parent).fingerprint == fingerprint:
+                return path.parent
     return None
 
 

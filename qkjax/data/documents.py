@@ -23,6 +23,7 @@ class Source(abc.ABC):
         name: the spec that the user wrote.
         bad_lines: lines that the latest pass skipped; never above max_bad_lines.
         files: the files that it reads, in order; none where it reads from elsewhere.
+        field: what it reads of them, a column or field; "" where that is all.
         files_read: how many of them the latest pass has opened.
         ledger: takes down the content of every file that is opened.
         fraction: how much of the source the latest pass has read, in [0, 1]; None where unknown.
@@ -31,6 +32,7 @@ class Source(abc.ABC):
     def __init__(self, name: str, files: Sequence[pathlib.Path] = ()) -> None:
         self.name = name
         self.files = files
+        self.field = ""
         self.files_read = 0
         self.ledger = origins.Ledger()
         self.bad_lines = 0

@@ -1,8 +1,8 @@
 """Which documents are held out: decided by the text alone, so that copies share one fate.
 
 Documents whose hash falls under 5% form the validation pool. No member of the pool is ever
-trained on, so a training copy of a validation document cannot exist, in any file and with any white
-space, case or Unicode form.
+trained on, so a training copy of a validation document cannot exist, in any file
+and however its white space, case or Unicode form differ.
 """
 
 import hashlib

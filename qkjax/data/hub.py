@@ -1,7 +1,7 @@
 """The Hugging Face hub: `hf:DATASET[:CONFIG][:SPLIT][:COLUMN]` documents and `hf:NAME` tokenizers.
 
 DATASET and NAME are names on the hub, or local directories in the hub's layout. A hub that cannot
-be reached is reported at once, with the way to download the files on another machine.
+be reached is reported at once, with the way to get the files from another machine.
 """
 
 import itertools
@@ -38,6 +38,7 @@ class HubDataset(documents.Source):
             ) from None
         datasets.disable_progress_bars()
         logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it raises
+        self.field = self._column
         self._folder = pathlib.Path(self._dataset) if pathlib.Path(self._dataset).is_dir() else None
         self._revision = None if self._folder else _revision(name, self._dataset)
         try:
@@ -104,7 +105,7 @@ class HubDataset(documents.Source):
         text = f"{self._dataset}: stopped after row {row} ({errors.one_line(error)})"
         if self._folder is None:
             return errors.StorageError(
-                f"{text}. When the network is back, run the same command again to resume."
+                f"{text}. When the network is back, the same command resumes."
             )
         packed = self.files[0].name.partition(".")[2]
         if packed.startswith("json"):  # each line of `jsonl:` stands for itself
@@ -164,8 +165,8 @@ def _download_tokenizer(spec: str, name: str) -> pathlib.Path:
     except Exception as error:
         reason = errors.one_line(offline or error)
         raise errors.UsageError(
-            f"--tokenizer={spec}: cannot be downloaded ({reason}). Offline: run `hf download "
-            f"{name} tokenizer.json --local-dir DIR` on a machine with network, copy DIR, "
+            f"--tokenizer={spec}: cannot be had from the hub ({reason}). Offline: run `hf download "
+            f"{name} tokenizer.json --local-dir DIR` on a machine with network, copy DIR here, "
             "and pass --tokenizer=DIR/tokenizer.json here."
         ) from None
 
@@ -206,6 +207,6 @@ def _revision(name: str, dataset: str) -> str:
         raise errors.UsageError(
             f"--source={name}: the hub cannot be reached ({errors.one_line(error)}). Offline: run "
             f'`hf download {dataset} --repo-type=dataset --include "{pattern}" --local-dir DIR` on '
-            "a machine with network, copy DIR, and pass "
+            "a machine with network, copy DIR here, and pass "
             f"--source='parquet:DIR/{pattern}:text' here."
         ) from None

@@ -142,7 +142,7 @@ def verify_files(manifest: Manifest, directory: str | pathlib.Path) -> list[str]
     if missing:
         raise errors.UsageError(
             f"{folder}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}. "
-            f"Copy them back, or rebuild the dataset with tools/prepare_data.py."
+            f"Restore them, or rebuild the dataset with tools/prepare_data.py."
         )
     inside = folder.resolve()
     for shard in shards:
@@ -287,7 +287,7 @@ class _Reader:
 
     def _check_names(self, names: list[str]) -> None:
         for file in names:
-            # A dataset reads nothing outside its own directory, whatever its manifest says.
+            # A dataset reads nothing outside its own directory, even if its manifest says so.
             if file in ("", ".", "..") or "/" in file or not file.isprintable():
                 raise self.error(f"file: expected a plain name, found {file!r}")
             if names.count(file) > 1:

@@ -22,7 +22,7 @@ def prepare(
 ) -> manifest_lib.Manifest:
     """Makes the dataset that `request` describes in `directory`, or finds it there finished.
 
-    Interrupted, it resumes after the last finished shard when it is called again.
+    Interrupted, it resumes behind the last finished shard when it is called again.
 
     Args:
         directory: new or empty; otherwise it must hold this very dataset.
@@ -40,6 +40,7 @@ def prepare(
     opened = [
         sources.open_source(spec, max_bad_lines=request.max_bad_lines) for spec in request.sources
     ]
+    _refuse_shared_files(opened)
     tokenizer = None
     if tokenizer_lib.trained_size(request.tokenizer) is None:
         tokenizer = tokenizer_lib.load(request.tokenizer, eos_token=request.eos_token)
@@ -103,6 +104,20 @@ def prepare_embedded(
     if _find_finished(request, folder) is None:
         prepare(request, folder, wait=True, progress=progress)
     return folder
+
+
+def _refuse_shared_files(opened: Sequence[sources.Source]) -> None:
+    """A file that two sources read would be in the dataset twice: UsageError."""
+    readers: dict[tuple[int, int, str], sources.Source] = {}
+    for source in opened:
+        for path in source.files:
+            status = path.stat()
+            other = readers.setdefault((status.st_dev, status.st_ino, source.field), source)
+            if other is not source:
+                raise errors.UsageError(
+                    f"--source={source.name}: reads {path}, as --source={other.name} does, so its "
+                    "documents would be there twice. Leave one of them out."
+                )
 
 
 def _find_finished(request: Request, folder: pathlib.Path) -> manifest_lib.Manifest | None:

@@ -126,7 +126,7 @@ class SplitWriter:
             self._write_records()
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs to resume after the finished shards, JSON-able."""
+        """All that `restore` needs to resume behind the finished shards, JSON-able."""
         self._flush_rows()
         carry = np.concatenate([*self._pending, np.zeros(0, np.uint32)]).astype("<u4")
         return {

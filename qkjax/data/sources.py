@@ -1,7 +1,7 @@
 """Text documents by name: from files, from the Hugging Face hub, from TFDS, from docstrings.
 
 A source yields its documents in the same order every time it is asked, each with its position
-(file and line or row), so that a faulty one can be found.
+(file and line or row), so that a broken one can be found.
 """
 
 import contextlib
@@ -215,7 +215,7 @@ class _JsonLines(_LineSource):
         self, name: str, files: list[pathlib.Path], field: str, max_bad_lines: int
     ) -> None:
         super().__init__(name, files)
-        self._field = field
+        self.field = field
         self._max_bad_lines = max_bad_lines
 
     def _read(self, path: pathlib.Path) -> Iterator[Document]:
@@ -243,16 +243,16 @@ class _JsonLines(_LineSource):
             raise ValueError(f"not valid JSON ({error})") from None
         if not isinstance(value, dict):
             raise ValueError(f"expected a JSON object, found {type(value).__name__}")
-        if self._field not in value:
+        if self.field not in value:
             known = ", ".join(sorted(value)[:8]) or "none"
-            raise ValueError(f"no field {self._field!r}, found {known}")
-        text = value[self._field]
+            raise ValueError(f"no field {self.field!r}, found {known}")
+        text = value[self.field]
         if not isinstance(text, str):
-            raise ValueError(f"field {self._field!r}: expected text, found {type(text).__name__}")
+            raise ValueError(f"field {self.field!r}: expected text, found {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"field {self._field!r} holds a lone surrogate") from None
+            raise ValueError(f"field {self.field!r} holds a lone surrogate") from None
         return text
 
     def _skip(self, problem: str) -> None:
@@ -267,7 +267,7 @@ class _Parquet(FileSource):
 
     def __init__(self, name: str, files: list[pathlib.Path], column: str) -> None:
         super().__init__(name, files)
-        self._column = column
+        self.field = column
         self._row = 0
 
     def documents(self, start: int = 0) -> Iterator[Document]:
@@ -295,12 +295,12 @@ class _Parquet(FileSource):
             first = sum(end <= start for end in ends)  # whole row groups are skipped unread
             self._row = ends[first - 1] if first else 0
             batches = file.iter_batches(
-                _PARQUET_BATCH_ROWS, row_groups=list(groups[first:]), columns=[self._column]
+                _PARQUET_BATCH_ROWS, row_groups=list(groups[first:]), columns=[self.field]
             )
             for batch in batches if first < len(ends) else ():
                 self._count(path, path.stat().st_size * self._row // max(ends[-1], 1))
                 # pyarrow takes "a.b" for the child b of a struct a as well.
-                for value in batch.column(self._column):
+                for value in batch.column(self.field):
                     self._row += 1
                     if self._row > start:
                         yield Document(value.as_py() or "", f"{path} row {self._row}")
@@ -322,24 +322,24 @@ class _Parquet(FileSource):
     def _check_column(self, path: pathlib.Path, schema: Any) -> None:
         import pyarrow as pa
 
-        if self._column not in schema.names:
+        if self.field not in schema.names:
             raise errors.UsageError(
-                f"{path}: no column {self._column!r}, found {', '.join(schema.names)}. "
+                f"{path}: no column {self.field!r}, found {', '.join(schema.names)}. "
                 f"Name it: parquet:{path}:COLUMN."
             )
-        count = schema.names.count(self._column)
+        count = schema.names.count(self.field)
         if count > 1:
             raise errors.UsageError(
-                f"{path}: {count} columns are called {self._column!r}, expected one. "
+                f"{path}: {count} columns are called {self.field!r}, expected one. "
                 "Rename the others."
             )
-        kind = schema.field(self._column).type
+        kind = schema.field(self.field).type
         types = pa.types
         value = kind.value_type if types.is_dictionary(kind) else kind
         is_text = types.is_string(value) or types.is_large_string(value)
         if not (is_text or types.is_string_view(value) or types.is_null(value)):
             raise errors.UsageError(
-                f"{path}: column {self._column!r} holds {kind}, expected text. Name another column."
+                f"{path}: column {self.field!r} holds {kind}, expected text. Name another column."
             )
 
 

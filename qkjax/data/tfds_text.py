@@ -17,7 +17,7 @@ from qkjax.data import documents
 _BATCH_ROWS = 256
 _VERSION = re.compile(r"\d+\.(\d+|\*)\.(\d+|\*)")
 _SEPARATOR = re.compile(r":(?![^\[]*\])")  # not the colon of a slice, train[:10%]
-_MEND = (
+_FIX = (
     "Make it with builder.download_and_prepare(file_format='array_record') under TFDS_DATA_DIR, "
     "or name the directory that holds its dataset_info.json"
 )
@@ -40,6 +40,7 @@ class TfdsText(documents.Source):
             self._records = builder.as_data_source(split=split)
         except Exception as error:  # unknown split, missing files, another file format
             raise self._refusal(error) from None
+        self.field = self._feature
         self.files = [
             pathlib.Path(part.filename) for part in builder.info.splits[split].file_instructions
         ]
@@ -99,7 +100,7 @@ class TfdsText(documents.Source):
 
     def _refusal(self, error: Exception) -> errors.UsageError:
         return errors.UsageError(
-            f"--source={self.name}: cannot be read ({errors.one_line(error)}). {_MEND}."
+            f"--source={self.name}: cannot be read ({errors.one_line(error)}). {_FIX}."
         )
 
 
@@ -116,7 +117,7 @@ def _builder(name: str, dataset: str) -> Any:
         place = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
         raise errors.UsageError(
             f"--source={name}: no TFDS data set {dataset!r} in {place} ({errors.one_line(error)}). "
-            f"{_MEND}."
+            f"{_FIX}."
         ) from None
 
 

@@ -172,7 +172,7 @@ def of_dataset(manifest: manifest_lib.Manifest, directory: str | pathlib.Path) -
     if found != record.sha256:
         raise errors.UsageError(
             f"{path}: expected sha256 {record.sha256}, found {found}, so this is not the tokenizer "
-            "that made the dataset. Copy it back."
+            "that made the dataset. Restore it."
         )
     eos_token = tokenizers.Tokenizer.from_str(content.decode()).id_to_token(record.eos_id)
     tokenizer = Tokenizer(content, eos_token=eos_token or "", name=str(path))
