@@ -238,6 +238,16 @@ def _validation(dataset, **options):
     )
 
 
+def test_another_validation_shard_of_the_same_size_is_refused(copy):
+    directory, manifest = copy
+    path = directory / manifest.splits["validation"].shards[-1].file
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    batches = pipeline.read_validation(directory, manifest, num_tokens=0, sequences_per_batch=2)
+    with pytest.raises(errors.UsageError, match=rf"^{path}: expected sha256 \w+, found"):
+        next(batches)
+
+
 def test_validation_is_read_in_order_and_padded(dataset):
     batches = _validation(dataset)
     assert [batch.mask.tolist() for batch in batches] == [[True, True]] * 2 + [[True, False]]

@@ -174,13 +174,23 @@ def verify_digests(
     Raises:
         UsageError: names the first file that is missing or differs.
     """
-    folder = pathlib.Path(directory)
-    foreign = verify_files(manifest, folder)
+    foreign = verify_files(manifest, directory)
     expected = {manifest.tokenizer.file: manifest.tokenizer.sha256}
     if tables:
         expected |= {record.file: record.sha256 for record in manifest.documents.values()}
-    for split in manifest.splits.values():
-        expected |= {shard.file: shard.sha256 for shard in split.shards}
+    for split in manifest.splits:
+        verify_split(manifest, directory, split)
+    _compare(pathlib.Path(directory), expected)
+    return foreign
+
+
+def verify_split(manifest: Manifest, directory: str | pathlib.Path, split: str) -> None:
+    """Checks the sha256 of every shard of one split; UsageError that names the first that differs."""
+    shards = manifest.splits[split].shards
+    _compare(pathlib.Path(directory), {shard.file: shard.sha256 for shard in shards})
+
+
+def _compare(folder: pathlib.Path, expected: dict[str, str]) -> None:
     for name, digest in expected.items():
         path = folder / name
         if not path.is_file():
@@ -188,7 +198,6 @@ def verify_digests(
         found = files.sha256(path)
         if found != digest:
             raise errors.UsageError(f"{path}: expected sha256 {digest}, found {found}. {_REBUILD}")
-    return foreign
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:

@@ -175,11 +175,13 @@ def read_validation(
         sequences_per_batch: rows of the global batch; the last one is padded to it.
         process_index, process_count: process i has the i-th block of rows of every batch.
     Raises:
-        UsageError: as `TrainLoader`.
+        UsageError: as `TrainLoader`; and shards of other bytes than the manifest's, because their
+            losses could not be compared with anything.
     """
     rows = _share("sequences_per_batch", sequences_per_batch, process_count)
     total = num_validation_sequences(manifest, num_tokens)
     shards = _Shards(pathlib.Path(directory), manifest, "validation")
+    manifest_lib.verify_split(manifest, directory, "validation")
     try:
         for first in range(process_index * rows, process_index * rows + total, sequences_per_batch):
             ids = range(first, min(first + rows, total))
