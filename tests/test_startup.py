@@ -134,7 +134,8 @@ def test_a_plugin_without_its_device_changes_nothing(bare, tmp_path, plugin, dev
 
 
 def test_cpus_are_counted_where_the_system_cannot_say_which(monkeypatch):
-    assert startup.cpu_count() == len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 5}, raising=False)
+    assert startup.cpu_count() == 3
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     assert startup.cpu_count() == 7
