@@ -259,6 +259,21 @@ def test_paths_are_checked_and_completed_at_the_door(call):
     assert done.stderr.startswith("ERROR: --workdir: caf\\xe9 holds bytes that are not UTF-8.")
 
 
+@pytest.mark.skipif(pathlib.Path("/dev/nvidia0").exists(), reason="here is a GPU")
+@pytest.mark.parametrize("platform", ["rocm", "cuda"])
+def test_a_platform_that_is_not_here_is_one_line(platform, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "qkjax.main", CONFIG, "--dry_run"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": platform},
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"ERROR: JAX_PLATFORMS: jax finds no device of '{platform}' here")
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
 PRINT = "from absl import flags; from qkjax.cli import command_line; command_line.run("
 
 

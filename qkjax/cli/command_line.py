@@ -18,6 +18,8 @@ from qkjax import errors
 from qkjax.cli import arguments, startup
 
 _BROKEN_PIPE = 141  # as of a program that SIGPIPE has ended
+_FIXABLE = (flags.Error, errors.QkjaxError, OSError, KeyboardInterrupt)
+_NO_DEVICE = (RuntimeError, AssertionError)  # of jax, where the wanted platform is not here
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 
 
@@ -123,12 +125,20 @@ def exit_code(work: Callable[[], int | None], debug: Callable[[], bool] = lambda
     except BrokenPipeError:  # the reader has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return _BROKEN_PIPE
-    except (flags.Error, errors.QkjaxError, OSError, KeyboardInterrupt) as error:
+    except (*_FIXABLE, *_NO_DEVICE) as error:
+        if isinstance(error, _NO_DEVICE) and not _is_of_jax_start(error):
+            raise
         if "--debug" in sys.argv or debug():
             traceback.print_exc()
         code, text = _describe(error)
         print(f"ERROR: {text}", file=sys.stderr, flush=True)
         return code
+
+
+def _is_of_jax_start(error: BaseException) -> bool:
+    """Whether jax raised it while it looked for devices, where it says so or fails an assertion."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return last.name == "backends" and last.filename.endswith("xla_bridge.py")
 
 
 def _describe(error: BaseException) -> tuple[int, str]:
@@ -138,4 +148,10 @@ def _describe(error: BaseException) -> tuple[int, str]:
         return errors.UsageError.exit_code, f"{' '.join(str(error).split())} See --help."
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped by SIGINT"
+    if isinstance(error, _NO_DEVICE):
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        return errors.UsageError.exit_code, (
+            f"JAX_PLATFORMS: jax finds no device of {wanted!r} here ({errors.one_line(error)}). "
+            "Unset it, or install the jax of that device."
+        )
     return errors.StorageError.exit_code, f"{type(error).__name__}: {error}"
