@@ -109,24 +109,30 @@ def decompose(statistics: probes.Statistics, params: model.Params) -> Spectra:
     # jaxlib's batched LAPACK calls wait on XLA's thread pool for parts of themselves: as many of
     # them at a time as the pool has threads, and none goes on. So all stages go into one call, and
     # each call comes after the one before; many devices of one host would break that order.
-    factors = probes.factor(statistics.vectors)
-    centred = spectral.singular_values(factors, centred=True)
-    raw = spectral.singular_values(_after(factors, centred), centred=False)
+    attention = params["blocks"]["attention"]
+    factors = _by_stage(statistics, attention)
+    triangles = spectral.triangles(spectral.concatenate(tuple(factors.values())))
+    sigma = spectral.singular_values_of(triangles)  # [centred and raw, N, heads of all, K]
     metrics: dict[str, jax.Array] = {}
     arrays: dict[str, jax.Array] = {}
-    slices = probes.slices_of(statistics)
-    for stage, heads in slices.items():
+    triangles_of: dict[str, jax.Array] = {}
+    start = 0
+    for stage, factor in factors.items():
+        heads = slice(start, start := start + factor.count.shape[1])
+        triangles_of[stage] = triangles[:, :, heads]
+        centred, raw = sigma[:, :, heads]
         where = stage.replace("_", "/", 1)
-        for centring, sigma in (("raw", raw[:, heads]), ("centred", centred[:, heads])):
-            arrays[f"{stage}_{centring}"] = sigma
+        for centring, values in (("raw", raw), ("centred", centred)):
+            arrays[f"{stage}_{centring}"] = values
             for name, measure in ranks.MEASURES.items():
-                metrics[f"{name}/{where}/{centring}"] = _over_heads(measure(sigma))
-        arrays[f"{stage}_mean"] = factors.mean[:, heads]
+                metrics[f"{name}/{where}/{centring}"] = _over_heads(measure(values))
+        arrays[f"{stage}_mean"] = factor.mean
+        metrics[f"mean_share/{where}"] = _over_heads(ranks.mean_share(raw, centred))
 
     pr = ranks.participation_ratio(arrays["key_post_rope_raw"])
     metrics["pr/undefined_heads"] = jnp.isnan(pr).sum(dtype=jnp.float32)
-    keys = jax.tree.map(lambda leaf: leaf[:, slices["key_pre_rope"]], factors)
-    ratio, arrays["aa"] = spectral.axis_alignment(_after(keys, raw))
+    keys = factors["key_pre_rope"]
+    ratio, arrays["aa"] = spectral.axis_alignment(_after(keys, sigma))
     arrays["aa_ratio"] = ratio
     arrays["overlap"] = overlap = spectral.subspace_overlap(_after(keys, ratio))
     metrics["aa/key"] = jnp.nanmean(arrays["aa"])
@@ -136,14 +142,41 @@ def decompose(statistics: probes.Statistics, params: model.Params) -> Spectra:
         arrays[f"{name}_norm_p99"] = probes.norm_quantile(norms)
         arrays[f"{name}_norm_max"] = norms.largest
         metrics[f"norm/{name}"] = _over_heads(norms.mean)
+        metrics[f"norm/{name}_largest_layer"] = norms.mean.mean(axis=1).max()
     arrays["max_logit"] = statistics.attention.max_logit
     arrays["entropy"] = statistics.attention.entropy
+    arrays["sink_mass"] = statistics.attention.sink_mass
     metrics["attention/max_logit"] = arrays["max_logit"].max()
     metrics["attention/entropy"] = _over_heads(arrays["entropy"])
-    of_weights = _of_weights(params["blocks"]["attention"], keys.r.shape[-1], overlap)
-    metrics["wqk/pr"] = _over_heads(ranks.participation_ratio(of_weights["wqk_singular_values"]))
+    metrics["sink/mass"] = _over_heads(arrays["sink_mass"])
     arrays["num_tokens"] = keys.count[0, 0].astype(jnp.float32)
-    return Spectra(metrics, arrays | of_weights)
+    of_products = _of_products(triangles_of, attention, overlap)
+    for name, metric in _PR_OF_PRODUCTS.items():
+        metrics[metric] = _over_heads(ranks.participation_ratio(of_products[name]))
+    of_gammas = _of_gammas(attention)
+    return Spectra(metrics | of_gammas.metrics, arrays | of_products | of_gammas.arrays)
+
+
+_KERNELS = ("query", "key", "value", "output")
+_PR_OF_PRODUCTS = {  # array -> the metric that is its pr
+    "wqk_singular_values": "wqk/pr",
+    "qk_pre_rope_raw": "pr/qk/pre_rope/raw",
+    "qk_pre_rope_centred": "pr/qk/pre_rope/centred",
+    **{f"weight_{name}": f"weight/pr/{name}" for name in _KERNELS},
+}
+
+
+def _by_stage(statistics: probes.Statistics, attention: model.Params) -> dict[str, spectral.Factor]:
+    """The factors of every stage, [N, heads]; with QK-Norm pre_rope is made of post_norm."""
+    factors = probes.factor(statistics.vectors)
+    found = {}
+    for stage, heads in probes.slices_of(statistics, "key_norm" in attention).items():
+        found[stage] = jax.tree.map(lambda leaf, heads=heads: leaf[:, heads], factors)
+        side, _, place = stage.partition("_")
+        if place == "post_norm":
+            gamma_NK = attention[f"{side}_norm"]["gamma"]
+            found[f"{side}_pre_rope"] = spectral.scaled(found[stage], gamma_NK[:, None])
+    return found
 
 
 def _after(factor: spectral.Factor, done: jax.Array) -> spectral.Factor:
@@ -155,28 +188,64 @@ def _wait(x: jax.Array, done: jax.Array) -> jax.Array:
     return jnp.where(done.ravel()[0] < 0, 0.0, x)
 
 
-def _of_weights(attention: model.Params, head_dim: int, done: jax.Array) -> dict[str, jax.Array]:
-    """Gammas, where there are any, and the spectrum of W_q^T W_k of every query head.
-
-    In the [in, out] layout of the kernels that product is W_q W_k^T. The gammas of QK-Norm are
-    folded in; the normalisation itself, which depends on the input, is not.
-    """
-    arrays = {}
-    kernels = {}
+def _of_gammas(attention: model.Params) -> Spectra:
+    """The gammas of QK-Norm, and how even they are; nothing without it."""
+    metrics, arrays = {}, {}
     for name in ("query", "key"):
-        kernel = attention[name]["kernel"]
-        kernel = kernel.reshape(*kernel.shape[:2], -1, head_dim).swapaxes(1, 2)  # [N, heads, D, K]
-        if f"{name}_norm" in attention:
-            gamma = attention[f"{name}_norm"]["gamma"]
-            arrays[f"gamma_{name[0]}"] = gamma
-            kernel = kernel * gamma[:, None, None, :]
-        kernels[name] = kernel
-    sharing = kernels["query"].shape[1] // kernels["key"].shape[1]
-    key = jnp.repeat(kernels["key"], sharing, axis=1)
-    arrays["wqk_singular_values"] = spectral.product_singular_values(
-        _wait(kernels["query"], done), key
-    )
-    return arrays
+        if f"{name}_norm" not in attention:
+            continue
+        arrays[f"gamma_{name[0]}"] = gamma_NK = attention[f"{name}_norm"]["gamma"]
+        size = jnp.abs(gamma_NK)
+        low, high = jnp.quantile(size, jnp.array([0.1, 0.9]), axis=-1)
+        spread = jnp.where(low > 0, high / low, jnp.nan)
+        metrics[f"gamma/{name}_pr"] = ranks.participation_ratio(size).mean()
+        metrics[f"gamma/{name}_spread"] = jnp.nanmedian(spread)
+        metrics[f"gamma/{name}_negative"] = (gamma_NK < 0).mean()
+    return Spectra(metrics, arrays)
+
+
+def _of_products(
+    triangles: dict[str, jax.Array], attention: model.Params, done: jax.Array
+) -> dict[str, jax.Array]:
+    """Singular values, [N, heads, K], of kernels and of what queries and keys make together.
+
+    Of every head's slice of the kernels (gamma not in it), of W_q^T W_k (in the [in, out] layout of
+    the kernels W_q W_k^T), with the gammas of QK-Norm, and of the [n, n] matrix of q.k over all
+    tokens before RoPE, of which the triangles of queries and keys have the singular values.
+    """
+    head_dim = triangles["key_pre_rope"].shape[-1]
+    slices = []
+    for name in _KERNELS:
+        kernel = attention[name]["kernel"].astype(jnp.float32)
+        kernel = kernel.mT if name == "output" else kernel  # [N, D, heads K]
+        slices.append(kernel.reshape(*kernel.shape[:2], -1, head_dim).swapaxes(1, 2))
+    of_slices = spectral.triangular(_wait(jnp.concatenate(slices, axis=1), done))
+    by_kernel = dict(zip(_KERNELS, _split_like(of_slices, slices), strict=True))
+
+    def together(query_NHKK: jax.Array, key_NGKK: jax.Array) -> jax.Array:
+        sharing = query_NHKK.shape[1] // key_NGKK.shape[1]
+        return spectral.product(query_NHKK, jnp.repeat(key_NGKK, sharing, axis=1))
+
+    with_gamma = [
+        by_kernel[name] * attention[f"{name}_norm"]["gamma"][:, None, None]
+        if f"{name}_norm" in attention
+        else by_kernel[name]
+        for name in ("query", "key")
+    ]
+    matrices = {f"weight_{name}": triangle for name, triangle in by_kernel.items()}
+    matrices["wqk_singular_values"] = together(*with_gamma)
+    for i, centring in enumerate(("centred", "raw")):
+        matrices[f"qk_pre_rope_{centring}"] = together(
+            triangles["query_pre_rope"][i], triangles["key_pre_rope"][i]
+        )
+    parts = list(matrices.values())
+    sigma = spectral.singular_values_of(jnp.concatenate(parts, axis=1))
+    return dict(zip(matrices, _split_like(sigma, parts), strict=True))
+
+
+def _split_like(joined: jax.Array, parts: list[jax.Array]) -> list[jax.Array]:
+    """The heads, axis 1, of each of the parts that were joined."""
+    return jnp.split(joined, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
 
 
 def _over_heads(values_NH: jax.Array) -> jax.Array:
@@ -255,6 +324,7 @@ class Evaluator:
             "val/loss": loss,
             "val/perplexity": float(np.exp(loss)),
             **{name: np.float32(value) for name, value in spectra.metrics.items()},
+            "sink/uniform": probes.uniform_sink(length),
             "perf/eval_seconds": time.monotonic() - begun,
             "perf/eval_probe_fraction": self._probe_fraction,
         }

@@ -29,6 +29,11 @@ class HeadVectors(NamedTuple):
     key_pre_BTGK: jax.Array
     key_post_BTGK: jax.Array
     value_BTGK: jax.Array
+    # Of models with QK-Norm: before it, and after its division, before gamma.
+    query_pre_norm_BTHK: jax.Array | None = None
+    query_post_norm_BTHK: jax.Array | None = None
+    key_pre_norm_BTGK: jax.Array | None = None
+    key_post_norm_BTGK: jax.Array | None = None
 
 
 Probe = Callable[[HeadVectors], Any]
@@ -128,8 +133,7 @@ class _RMSNorm(nn.Module):
         gamma = self.param("gamma", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         if not self.trained:  # no gradient: a frozen gamma also stays out of the clip norm
             gamma = jax.lax.stop_gradient(gamma)
-        x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * gamma
+        return _divided_by_rms(x, self.eps) * gamma
 
 
 class _Linear(nn.Module):
@@ -177,13 +181,22 @@ class _Attention(nn.Module):
             key_norm = _RMSNorm(c.norm_eps, trained, name="key_norm")
 
         def vectors(out_dtype: Any) -> HeadVectors:
-            q = query_norm(_split_heads(query(x_BTD, out_dtype), c.head_dim))
-            k = key_norm(_split_heads(key(x_BTD, out_dtype), c.head_dim))
-            k = _project(k, projection.pre_rope)
+            projected_q = _split_heads(query(x_BTD, out_dtype), c.head_dim)
+            projected_k = _split_heads(key(x_BTD, out_dtype), c.head_dim)
+            q = query_norm(projected_q)
+            k = _project(key_norm(projected_k), projection.pre_rope)
             v = _split_heads(value(x_BTD, out_dtype), c.head_dim)
             q_post = attention.apply_rotary(q, *rotary)
             k_post = _project(attention.apply_rotary(k, *rotary), projection.post_rope)
-            return HeadVectors(q, q_post, k, k_post, v)
+            seen = HeadVectors(q, q_post, k, k_post, v)
+            if c.qk_norm == "none":
+                return seen
+            return seen._replace(
+                query_pre_norm_BTHK=_to_float32(projected_q),
+                query_post_norm_BTHK=_divided_by_rms(projected_q, c.norm_eps),
+                key_pre_norm_BTGK=_to_float32(projected_k),
+                key_post_norm_BTGK=_divided_by_rms(projected_k, c.norm_eps),
+            )
 
         seen = vectors(dtype)
         attend = functools.partial(
@@ -285,6 +298,11 @@ def _project(key_BTGK: jax.Array, affine: _Affine | None) -> jax.Array:
         return key_BTGK
     highest = jax.lax.Precision.HIGHEST
     return jnp.einsum("btgk,gkj->btgj", key_BTGK, affine.matrix, precision=highest) + affine.shift
+
+
+def _divided_by_rms(x: jax.Array, eps: float) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
 def _to_float32(x: jax.Array) -> jax.Array:

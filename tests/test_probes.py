@@ -26,7 +26,13 @@ ARMS = {
     "muon_qk": ("muon", "learned", "tiny"),
     "muon_noqk": ("muon", "none", "tiny"),
 }
-STAGES = ("key_pre_rope", "key_post_rope", "query_pre_rope", "query_post_rope", "value")
+PLACES = {"none": ("pre_rope", "post_rope")}
+PLACES["learned"] = ("pre_norm", "post_norm", *PLACES["none"])
+KERNELS = {"query": H, "key": G, "value": G, "output": H}  # and their heads
+
+
+def stages(qk_norm):
+    return [f"{side}_{place}" for side in ("key", "query") for place in PLACES[qk_norm]] + ["value"]
 
 
 def heads_of(stage):
@@ -36,13 +42,15 @@ def heads_of(stage):
 def array_shapes(qk_norm):
     """Every array of docs/run_directory.md, with its shape."""
     shapes = {"num_tokens": (), "wqk_singular_values": (N, H, K)}
-    for stage in STAGES:
+    shapes |= {f"qk_pre_rope_{centring}": (N, H, K) for centring in ("raw", "centred")}
+    shapes |= {f"weight_{name}": (N, heads, K) for name, heads in KERNELS.items()}
+    for stage in stages(qk_norm):
         for what in ("raw", "centred", "mean"):
             shapes[f"{stage}_{what}"] = (N, heads_of(stage), K)
     for side in ("key", "query"):
         for what in ("mean", "p99", "max"):
             shapes[f"{side}_norm_{what}"] = (N, heads_of(side))
-    shapes |= {name: (N, H) for name in ("max_logit", "entropy")}
+    shapes |= {name: (N, H) for name in ("max_logit", "entropy", "sink_mass")}
     shapes |= {name: (N, G) for name in ("aa", "aa_ratio", "overlap")}
     if qk_norm != "none":
         shapes |= {"gamma_q": (N, K), "gamma_k": (N, K)}
@@ -84,7 +92,7 @@ def runs(dataset, tmp_path_factory):
 
 
 def dumped(params, tokens_BT, c):
-    """Queries, keys (before and after RoPE) and values, float64 [N, B, heads, T, K]."""
+    """Queries and keys of every stage, and values, float64 [N, B, heads, T, K]."""
     layers = []
     x = params["embedding"][tokens_BT] * np.sqrt(c.d_model)
     for layer in range(N):
@@ -98,21 +106,22 @@ def dumped(params, tokens_BT, c):
             heads = normed @ p[name]["kernel"]
             heads = heads.reshape(*tokens_BT.shape, -1, K)
             if f"{name}_norm" in p:
+                split[f"{name}_pre_norm"] = heads.swapaxes(1, 2)
+                ones = np.ones(K)
+                split[f"{name}_post_norm"] = reference_model.rms_norm(
+                    heads, ones, c.norm_eps
+                ).swapaxes(1, 2)
                 heads = reference_model.rms_norm(heads, p[f"{name}_norm"]["gamma"], c.norm_eps)
-            split[name] = heads.swapaxes(1, 2)
-        layers.append(
-            {
-                "query_pre_rope": split["query"],
-                "query_post_rope": rotated(split["query"], c.rope_base),
-                "key_pre_rope": split["key"],
-                "key_post_rope": rotated(split["key"], c.rope_base),
-                "value": split["value"],
-            }
-        )
+            if name == "value":
+                split["value"] = heads.swapaxes(1, 2)
+            else:
+                split[f"{name}_pre_rope"] = heads.swapaxes(1, 2)
+                split[f"{name}_post_rope"] = rotated(heads.swapaxes(1, 2), c.rope_base)
+        layers.append(split)
         x = x + np.stack([reference_model._attention(p, row, c)[0] for row in normed])
         normed = reference_model.rms_norm(x, block["mlp_norm"]["gamma"], c.norm_eps)
         x = x + reference_model._mlp(block["mlp"], normed, c)
-    return {name: np.stack([layer[name] for layer in layers]) for name in STAGES}
+    return {name: np.stack([layer[name] for layer in layers]) for name in stages(c.qk_norm)}
 
 
 def rotated(vectors, base):
@@ -121,15 +130,15 @@ def rotated(vectors, base):
     ).reshape(vectors.shape)
 
 
-def logits_and_entropy(q, k):
-    """[..., H] largest causal logit, mean entropy in nats; q [..., H, T, K], k [..., G, T, K]."""
+def of_attention(q, k):
+    """[..., H] largest causal logit, entropy in nats, sink; q [..., H, T, K], k [..., G, T, K]."""
     k = np.repeat(k, q.shape[-3] // k.shape[-3], axis=-3)
     scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
     causal = np.tri(q.shape[-2], dtype=bool)
     scores = np.where(causal, scores, -np.inf)
     p = reference_model.softmax(scores)
     entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
-    return scores.max(axis=(-2, -1)), entropy.mean(-1)
+    return scores.max(axis=(-2, -1)), entropy.mean(-1), p[..., 1:, 0].mean(-1)
 
 
 def pr_cov(values):
@@ -154,10 +163,18 @@ def offline(params, tokens_BT, c):
             found[f"{side}_norm_p99"] = np.quantile(norms, 0.99, axis=-1, method="inverted_cdf")
             found[f"{side}_norm_max"] = norms.max(-1)
     chosen = slice(0, probes.ATTENTION_SEQUENCES)
-    largest, entropy = logits_and_entropy(
+    largest, entropy, sink = of_attention(
         by_sequence["query_post_rope"][:, chosen], by_sequence["key_post_rope"][:, chosen]
     )
     found["max_logit"], found["entropy"] = largest.max(axis=1), entropy.mean(axis=1)
+    found["sink_mass"] = sink.mean(axis=1)
+    for centring in ("raw", "centred"):  # of the whole [n, n] matrix
+        q, k = (
+            merged[name] + (found[f"{name}_mean"][:, :, None] if centring == "raw" else 0)
+            for name in ("query_pre_rope", "key_pre_rope")
+        )
+        products = q @ np.repeat(k, H // G, axis=1).swapaxes(-1, -2)
+        found[f"qk_pre_rope_{centring}"] = np.linalg.svd(products, compute_uv=False)[..., :K]
 
     keys = merged["key_pre_rope"]
     covariance = np.einsum("ngta,ngtb->ngab", keys, keys)
@@ -170,6 +187,11 @@ def offline(params, tokens_BT, c):
     found["overlap"] = np.stack([overlap, overlap], axis=1)
 
     p = params["blocks"]["attention"]
+    for name, heads in KERNELS.items():
+        kernel = p[name]["kernel"]  # output: [N, heads K, D]
+        kernel = kernel.swapaxes(1, 2) if name == "output" else kernel
+        cut = [kernel[:, :, head * K : (head + 1) * K] for head in range(heads)]
+        found[f"weight_{name}"] = np.linalg.svd(np.stack(cut, axis=1), compute_uv=False)
     kernels = {}
     for name, heads in (("query", H), ("key", G)):
         kernel = p[name]["kernel"].reshape(N, c.d_model, heads, K)
@@ -182,9 +204,12 @@ def offline(params, tokens_BT, c):
     return found
 
 
-def offline_metrics(arrays):
+def offline_metrics(arrays, qk_norm):
     found = {}
-    for stage in STAGES:
+    for stage in stages(qk_norm):
+        of_mean = arrays["num_tokens"] * (arrays[f"{stage}_mean"] ** 2).sum(-1)
+        of_all = (arrays[f"{stage}_raw"] ** 2).sum(-1)
+        found[f"mean_share/{stage.replace('_', '/', 1)}"] = of_mean / of_all
         for centring in ("raw", "centred"):
             sigma = arrays[f"{stage}_{centring}"]
             for layer_head in np.ndindex(sigma.shape[:2]):
@@ -199,8 +224,22 @@ def offline_metrics(arrays):
         "attention/entropy": arrays["entropy"],
         "norm/key": arrays["key_norm_mean"],
         "norm/query": arrays["query_norm_mean"],
+        "norm/key_largest_layer": arrays["key_norm_mean"].mean(axis=1).max(),
+        "norm/query_largest_layer": arrays["query_norm_mean"].mean(axis=1).max(),
+        "sink/mass": arrays["sink_mass"],
+        "sink/uniform": (1 / np.arange(2, T + 1)).mean(),
         "wqk/pr": pr_cov(arrays["wqk_singular_values"]),  # of sigma, not of sigma^2: pr
     }
+    for centring in ("raw", "centred"):
+        found[f"pr/qk/pre_rope/{centring}"] = pr_cov(arrays[f"qk_pre_rope_{centring}"])
+    for name in KERNELS:
+        found[f"weight/pr/{name}"] = pr_cov(arrays[f"weight_{name}"])
+    for side in ("query", "key") if qk_norm != "none" else ():
+        gamma = arrays[f"gamma_{side[0]}"]
+        low, high = np.quantile(np.abs(gamma), [0.1, 0.9], axis=1)
+        found[f"gamma/{side}_pr"] = pr_cov(np.abs(gamma))
+        found[f"gamma/{side}_spread"] = np.median(high / low)
+        found[f"gamma/{side}_negative"] = gamma < 0
     return {name: np.mean(values) for name, values in found.items()}
 
 
@@ -236,12 +275,16 @@ def test_every_array_and_metric_of_a_run_equals_float64(runs, arm):
     assert found["aa_ratio"].max() <= 1 + 1e-5
 
     row = RunDirectory(workdir).read_metrics()[-1]
-    for name, value in offline_metrics(expected).items():
+    metrics = offline_metrics(expected, c.qk_norm)
+    families = ("mean_share/", "gamma/", "weight/", "sink/", "pr/", "norm/", "attention/")
+    measured = {name for name in row if name.startswith(families)} - {"pr/undefined_heads"}
+    assert measured <= metrics.keys()
+    for name, value in metrics.items():
         if name.startswith("r90"):  # a count: one head may sit on the limit
             assert row[name] == pytest.approx(value, abs=0.5), name
         else:
             assert row[name] == pytest.approx(value, rel=2e-3 if "overlap" in name else 1e-4), name
-    for stage in STAGES:
+    for stage in stages(c.qk_norm):
         for name in ranks.MEASURES:
             assert 1 <= row[f"{name}/{stage.replace('_', '/', 1)}/raw"] <= K
     assert row["perf/eval_probe_fraction"] < 1
@@ -386,14 +429,28 @@ def test_attention_in_blocks_equals_the_whole_square():
     q, k = 4 * rng.standard_normal((3, 600, 4, 8)), 4 * rng.standard_normal((3, 600, 2, 8))
     q[1] *= 100  # would have the largest logits
     found = _statistics(q, k, [True, False, True])
-    largest, entropy = logits_and_entropy(q.swapaxes(1, 2), k.swapaxes(1, 2))
+    largest, entropy, sink = of_attention(q.swapaxes(1, 2), k.swapaxes(1, 2))
     np.testing.assert_allclose(found.max_logit, largest[[0, 2]].max(axis=0), rtol=1e-5)
     np.testing.assert_allclose(found.entropy, entropy[[0, 2]].mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(found.sink_mass, sink[[0, 2]].mean(axis=0), rtol=1e-5)
     assert found.sequences == 2
     uniform = _statistics(np.zeros((1, 600, 2, 8)), np.ones((1, 600, 1, 8)), [True])
     exact = np.log(np.arange(1, 601)).mean()
     np.testing.assert_allclose(uniform.entropy, [exact] * 2, rtol=1e-5)
     np.testing.assert_array_equal(uniform.max_logit, [0, 0])
+    np.testing.assert_allclose(uniform.sink_mass, [probes.uniform_sink(600)] * 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "share"), [(2048, 0.0035), (512, 0.0114), (256, 0.0201)])
+def test_uniform_attention_has_a_sink_of_its_own(length, share):
+    assert probes.uniform_sink(length) == pytest.approx(share, abs=5e-5)
+
+
+def test_attention_on_the_first_position_alone_is_all_sink():
+    k = np.zeros((1, 40, 1, 8))
+    k[:, 0] = 100
+    found = _statistics(np.ones((1, 40, 2, 8)), k, [True])
+    np.testing.assert_array_equal(found.sink_mass, [1, 1])
 
 
 def test_attention_never_holds_a_whole_square():
@@ -456,11 +513,63 @@ def test_product_spectrum_without_the_product():
     for rows in (40, 5):  # more and fewer than K
         a, b = rng.standard_normal((2, 3, rows, 8))
         expected = np.linalg.svd(a @ b.swapaxes(-1, -2), compute_uv=False)[..., :8]
-        found = spectral.product_singular_values(a, b)
+        triangles = (spectral.triangular(jnp.asarray(x, jnp.float32)) for x in (a, b))
+        found = spectral.singular_values_of(spectral.product(*triangles))
         assert found.shape == (3, 8) and found.dtype == jnp.float32
         top = expected.max()
         np.testing.assert_allclose(found[..., : expected.shape[-1]], expected, atol=1e-6 * top)
         assert (found[..., rows:] < 1e-5 * top).all()
+
+
+def _with_gammas(params, key, query):
+    params = jax.tree.map(np.copy, params)
+    attention = params["blocks"]["attention"]
+    attention["key_norm"]["gamma"] = np.float32(key)
+    attention["query_norm"]["gamma"] = np.float32(query)
+    return params
+
+
+def test_a_scale_that_queries_give_keys_changes_no_logit_and_no_product():
+    """gamma_k *= c, gamma_q /= c: the keys' PR moves as one likes, that of q.k stays."""
+    _, measure, params = test_evaluation.learned()
+    sequences = test_evaluation.skewed_sequences(5)
+    gammas = [
+        params["blocks"]["attention"][f"{side}_norm"]["gamma"].astype(np.float64)
+        for side in ("key", "query")
+    ]
+    c = np.tile(10.0 ** np.linspace(-2, 0, 4), 2)  # equal in the pairs that RoPE turns
+    before = measure(params, sequences)
+    after = measure(_with_gammas(params, gammas[0] * c, gammas[1] / c), sequences)
+    kept = ["pr/qk/pre_rope/raw", "pr/qk/pre_rope/centred", "wqk/pr", "val/loss", "sink/mass"]
+    kept += [f"weight/pr/{name}" for name in KERNELS] + ["attention/max_logit"]
+    for place in ("pre_norm", "post_norm"):
+        for side in ("key", "query"):
+            kept += [f"pr/{side}/{place}/{centring}" for centring in ("raw", "centred")]
+    for name in kept:
+        assert after.metrics[name] == pytest.approx(before.metrics[name], rel=2e-5), name
+    for name in ("pr/key/pre_rope/raw", "pr/key/post_rope/raw", "gamma/key_pr"):
+        assert after.metrics[name] < 0.7 * before.metrics[name], name
+    assert before.metrics["pr/qk/pre_rope/raw"] != before.metrics["pr/qk/pre_rope/centred"]
+
+
+def test_gammas_of_zero_have_no_spread_and_negative_ones_are_counted():
+    c, measure, params = test_evaluation.learned()
+    key = np.ones((2, c.model.head_dim))
+    key[0, :2] = 0  # a quarter: the 10% quantile of layer 0
+    key[1, :4] = [-3, -1, -1, -1]
+    query = np.ones_like(key)
+    sequences = test_evaluation.skewed_sequences(3)
+    found = measure(_with_gammas(params, key, query), sequences).metrics
+    assert found["gamma/key_negative"] == pytest.approx(4 / 16)
+    assert found["gamma/query_negative"] == 0
+    low, high = np.quantile([1] * 7 + [3], [0.1, 0.9])
+    assert found["gamma/key_spread"] == pytest.approx(high / low)  # of layer 1 alone
+    assert found["gamma/query_spread"] == 1
+    assert found["gamma/query_pr"] == pytest.approx(8)
+    assert found["gamma/key_pr"] == pytest.approx((6 + 10**2 / 16) / 2)
+    key[1, :2] = 0
+    found = measure(_with_gammas(params, key, query), sequences)
+    assert np.isnan(found.metrics["gamma/key_spread"])
 
 
 def test_qr_factors_give_what_moments_give():

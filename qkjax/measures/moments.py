@@ -49,18 +49,36 @@ def moments(vectors: jax.Array, valid_B: jax.Array) -> Moments:
     num_rows = vectors.shape[-2]
     with jax.enable_x64(True):
         valid = valid_B.reshape(-1, *(1,) * (vectors.ndim - 1))
-        vectors = jnp.where(valid, vectors, 0).astype(jnp.float64)
-        means = vectors.sum(axis=-2) / num_rows  # [B, ..., K]
-        residues = vectors - means[..., None, :]
-        # One product per sequence: contracting over b and n at once takes three times as long.
-        scatters = jnp.einsum("...na,...nc->...ac", residues, residues, precision="highest")
+        means, scatter = _by_sequence(jnp.where(valid, vectors, 0))
         # Between the sequences: each stands for n vectors at its mean.
         sequences = valid_B.sum(dtype=jnp.float64)
         mean = means.sum(axis=0) / jnp.maximum(sequences, 1)
         apart = jnp.where(valid[..., 0], means - mean, 0)
         between = jnp.einsum("b...a,b...c->...ac", apart, apart, precision="highest")
         count = jnp.broadcast_to(valid_B.sum(dtype=jnp.int32) * num_rows, mean.shape[:-1])
-        return Moments(count.astype(jnp.int32), mean, scatters.sum(axis=0) + num_rows * between)
+        return Moments(count.astype(jnp.int32), mean, scatter + num_rows * between)
+
+
+def _by_sequence(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean of every sequence [B, ..., K], scatter around these means summed over B [..., K, K].
+
+    A CPU takes one head at a time, whose float64 copies stay in its cache; in float64 already.
+    """
+    batch, *leading, num_rows, dim = vectors.shape
+    heads = vectors.reshape(batch, -1, num_rows, dim).swapaxes(0, 1)  # [heads, B, n, K]
+
+    def of_head(rows_BnK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows_BnK = rows_BnK.astype(jnp.float64)
+        mean_BK = rows_BnK.sum(axis=-2) / num_rows
+        residues = rows_BnK - mean_BK[..., None, :]
+        # One product per sequence: contracting over b and n at once takes three times as long.
+        products = jnp.einsum("bna,bnc->bac", residues, residues, precision="highest")
+        return mean_BK, products.sum(axis=0)
+
+    mean, scatter = jax.lax.platform_dependent(
+        heads, cpu=lambda x: jax.lax.map(of_head, x), default=jax.vmap(of_head)
+    )
+    return mean.swapaxes(0, 1).reshape(batch, *leading, dim), scatter.reshape(*leading, dim, dim)
 
 
 def merge(a: Moments, b: Moments) -> Moments:

@@ -1,8 +1,8 @@
 """What an evaluation gathers of a model's heads, layer by layer, without keeping a single vector.
 
 The spectra of queries, keys and values come from all tokens. So do the norms; they need one stage
-only, because RoPE turns a vector and keeps its length. Logits and entropy of the attention come
-from the first sequences of each evaluation, always the same ones.
+only, because RoPE turns a vector and keeps its length. Logits, entropy and sink of the attention
+come from the first sequences of each evaluation, always the same ones.
 """
 
 from typing import NamedTuple
@@ -14,15 +14,26 @@ from qkjax import model
 from qkjax.config import Config, ModelConfig
 from qkjax.measures import moments, spectral
 
-STAGES = {  # name in arrays -> its field of model.HeadVectors
+# What is streamed: name in arrays -> its field of model.HeadVectors.
+_WITHOUT_NORM = {
     "key_pre_rope": "key_pre_BTGK",
     "key_post_rope": "key_post_BTGK",
     "query_pre_rope": "query_pre_BTHK",
     "query_post_rope": "query_post_BTHK",
     "value": "value_BTGK",
 }
-NORMS = {"key": "key_pre_rope", "query": "query_pre_rope"}
-ATTENTION_SEQUENCES = 4  # that logits and entropy are taken from: the first of an evaluation
+# With QK-Norm, pre_rope is post_norm times gamma and costs no stream (`spectral.scaled`).
+_WITH_NORM = {
+    "key_pre_norm": "key_pre_norm_BTGK",
+    "key_post_norm": "key_post_norm_BTGK",
+    "key_post_rope": "key_post_BTGK",
+    "query_pre_norm": "query_pre_norm_BTHK",
+    "query_post_norm": "query_post_norm_BTHK",
+    "query_post_rope": "query_post_BTHK",
+    "value": "value_BTGK",
+}
+NORMS = {"key": "key_pre_BTGK", "query": "query_pre_BTHK"}  # fields of model.HeadVectors
+ATTENTION_SEQUENCES = 4  # that the attention is looked at in: the first of an evaluation
 QUERY_BLOCK = 256  # queries whose logits exist at one time
 
 # Norms are counted in bins that split every power of two into 2^7 equal parts: a bin is at most
@@ -51,6 +62,7 @@ class Attention(NamedTuple):
 
     max_logit: jax.Array  # [..., H] float32, -inf where none was
     entropy_sum: jax.Array  # [..., H] float32: over sequences of the mean over queries, nats
+    sink_sum: jax.Array  # [..., H] float32: over sequences of the mean probability of position 0
     sequences: jax.Array  # [...] int32
 
     @property
@@ -58,11 +70,16 @@ class Attention(NamedTuple):
         """[..., H] mean over queries, in nats."""
         return self.entropy_sum / self.sequences[..., None].astype(jnp.float32)
 
+    @property
+    def sink_mass(self) -> jax.Array:
+        """[..., H] probability of position 0, mean over the queries after it."""
+        return self.sink_sum / self.sequences[..., None].astype(jnp.float32)
+
 
 class Statistics(NamedTuple):
     """All of it; leading axes [N, heads], or [heads] for one layer."""
 
-    vectors: Stream  # the heads of all STAGES one after another, see `slices_of`
+    vectors: Stream  # the heads of all stages one after another, see `slices_of`
     norms: dict[str, Norms]  # by NORMS
     attention: Attention
 
@@ -83,10 +100,10 @@ def empty_statistics(config: Config, platform: str) -> Statistics:
     """
     c = config.model
     empty = spectral.empty_factor if platform == "tpu" else moments.empty_moments
-    heads = {name: _heads(c, name) for name in STAGES}
+    streamed = _WITHOUT_NORM if c.qk_norm == "none" else _WITH_NORM
     return Statistics(
-        empty((c.num_layers, sum(heads.values())), c.head_dim),
-        {name: _empty_norms((c.num_layers, heads[stage])) for name, stage in NORMS.items()},
+        empty((c.num_layers, sum(_heads(c, name) for name in streamed)), c.head_dim),
+        {name: _empty_norms((c.num_layers, _heads(c, name))) for name in NORMS},
         _no_attention((c.num_layers, c.num_heads)),
     )
 
@@ -106,9 +123,10 @@ def look(vectors: model.HeadVectors, rows: Rows, exact: bool) -> Statistics:
     Args:
         exact: float64 moments; otherwise QR factors.
     """
-    by_stage = {name: getattr(vectors, field) for name, field in STAGES.items()}
-    stream = _stream([x.swapaxes(1, 2) for x in by_stage.values()], rows.valid_B, exact)
-    norms = {name: _norms(by_stage[stage], rows.valid_B) for name, stage in NORMS.items()}
+    streamed = _WITHOUT_NORM if vectors.key_post_norm_BTGK is None else _WITH_NORM
+    by_stage = [getattr(vectors, field).swapaxes(1, 2) for field in streamed.values()]
+    stream = _stream(by_stage, rows.valid_B, exact)
+    norms = {name: _norms(getattr(vectors, field), rows.valid_B) for name, field in NORMS.items()}
     q, k = vectors.query_post_BTHK, vectors.key_post_BTGK
 
     def of_rows() -> Attention:
@@ -124,18 +142,19 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
     attention = Attention(
         jnp.maximum(a.attention.max_logit, b.attention.max_logit),
         a.attention.entropy_sum + b.attention.entropy_sum,
+        a.attention.sink_sum + b.attention.sink_sum,
         a.attention.sequences + b.attention.sequences,
     )
     norms = {name: _merge_norms(one, b.norms[name]) for name, one in a.norms.items()}
     return Statistics(_merge_streams(a.vectors, b.vectors), norms, attention)
 
 
-def slices_of(statistics: Statistics) -> dict[str, slice]:
-    """Where the heads of every stage are among those of `vectors`."""
+def slices_of(statistics: Statistics, qk_norm: bool) -> dict[str, slice]:
+    """Where the heads of every streamed stage are among those of `vectors`."""
     num_heads = statistics.norms["query"].count.shape[-1]
     num_kv_heads = statistics.norms["key"].count.shape[-1]
     slices, start = {}, 0
-    for name in STAGES:
+    for name in _WITH_NORM if qk_norm else _WITHOUT_NORM:
         stop = start + (num_heads if name.startswith("query") else num_kv_heads)
         slices[name] = slice(start, stop)
         start = stop
@@ -148,7 +167,7 @@ def factor(stream: Stream) -> spectral.Factor:
 
 
 def attention_statistics(q_ATHK: jax.Array, k_ATGK: jax.Array, valid_A: jax.Array) -> Attention:
-    """Largest causal logit and summed mean entropy per query head, over the valid sequences.
+    """Largest causal logit, mean entropy and sink per query head, over the valid sequences.
 
     Args:
         q_ATHK, k_ATGK: float32, after RoPE. The logits of one kv head's queries exist at a
@@ -162,20 +181,25 @@ def attention_statistics(q_ATHK: jax.Array, k_ATGK: jax.Array, valid_A: jax.Arra
     q = q_ATHK.reshape(A, T, G, H // G, K).transpose(0, 2, 3, 1, 4) * K**-0.5
     k = k_ATGK.transpose(0, 2, 1, 3)
     pairs = q.reshape(A * G, H // G, T, K), k.reshape(A * G, T, K)
-    largest, entropy = jax.lax.map(lambda pair: _one_kv_head(*pair), pairs)
-    max_AH, entropy_AH = largest.reshape(A, H), entropy.reshape(A, H)
+    largest, entropy, sink = jax.lax.map(lambda pair: _one_kv_head(*pair), pairs)
     valid = valid_A[:, None]
     return Attention(
-        jnp.where(valid, max_AH, -jnp.inf).max(axis=0),
-        jnp.where(valid, entropy_AH, 0).sum(axis=0),
+        jnp.where(valid, largest.reshape(A, H), -jnp.inf).max(axis=0),
+        jnp.where(valid, entropy.reshape(A, H), 0).sum(axis=0),
+        jnp.where(valid, sink.reshape(A, H), 0).sum(axis=0),
         valid_A.sum(dtype=jnp.int32),
     )
 
 
-def _one_kv_head(q_RTK: jax.Array, k_TK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Largest logit [R], and entropy [R] averaged over the queries, of R query heads."""
+def uniform_sink(length: int) -> float:
+    """The sink of attention that weighs all earlier positions alike, in sequences of `length`."""
+    return sum(1 / (t + 1) for t in range(1, length)) / max(length - 1, 1)
+
+
+def _one_kv_head(q_RTK: jax.Array, k_TK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Largest logit, mean entropy over the queries, and sink, each [R], of R query heads."""
     T = len(k_TK)
-    largest, entropy = [], []
+    largest, entropy, sink = [], [], []
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
         logits = jnp.einsum(
@@ -190,7 +214,15 @@ def _one_kv_head(q_RTK: jax.Array, k_TK: jax.Array) -> tuple[jax.Array, jax.Arra
         entropies = jnp.log(total) - (weights * below).sum(axis=-1) / total
         largest.append(top.max(axis=-1))
         entropy.append(entropies.sum(axis=-1))
-    return jnp.stack(largest).max(axis=0), jnp.stack(entropy).sum(axis=0) / T
+        on_first = jnp.exp(logits[..., 0] - top) / total
+        if start == 0:  # the first query sees nothing else
+            on_first = on_first[:, 1:]
+        sink.append(on_first.sum(axis=-1))
+    return (
+        jnp.stack(largest).max(axis=0),
+        jnp.stack(entropy).sum(axis=0) / T,
+        jnp.stack(sink).sum(axis=0) / max(T - 1, 1),
+    )
 
 
 def norm_quantile(norms: Norms) -> jax.Array:
@@ -256,6 +288,7 @@ def _empty_norms(batch_shape: tuple[int, ...]) -> Norms:
 def _no_attention(batch_shape: tuple[int, ...]) -> Attention:
     return Attention(
         jnp.full(batch_shape, -jnp.inf, jnp.float32),
+        jnp.zeros(batch_shape, jnp.float32),
         jnp.zeros(batch_shape, jnp.float32),
         jnp.zeros(batch_shape[:-1], jnp.int32),
     )

@@ -63,6 +63,16 @@ def r90(sigma_S: Array) -> Array:
     return xp.where(xp.isfinite(total[..., 0]), short + 1, xp.nan)
 
 
+def mean_share(raw_S: Array, centred_S: Array) -> Array:
+    """Share of the energy that is the mean vector's: 1 - sum centred^2 / sum raw^2, 0 to 1.
+
+    Args:
+        raw_S, centred_S: singular values [..., S] of vectors, and of the vectors minus their mean.
+    """
+    largest = raw_S.max(axis=-1, keepdims=True)
+    return 1 - ((centred_S / largest) ** 2).sum(axis=-1) / ((raw_S / largest) ** 2).sum(axis=-1)
+
+
 MEASURES: dict[str, Callable[[Any], Any]] = {
     "pr": participation_ratio,
     "pr_cov": participation_ratio_cov,

@@ -7,6 +7,7 @@ of the sum of squares), in float32, without loss where a Gram matrix or a downda
 lose half of the digits. Everything is pure, jit- and vmap-able, and needs no float64.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -79,7 +80,7 @@ def factor(vectors: jax.Array, mask: jax.Array | None = None) -> Factor:
     anchor = jax.lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=12)
     residues = masked(vectors - anchor[..., None, :])
     offset = residues.sum(axis=-2) / divisor
-    return Factor(count, anchor, offset, _triangular(masked(residues - offset[..., None, :])))
+    return Factor(count, anchor, offset, triangular(masked(residues - offset[..., None, :])))
 
 
 def merge(a: Factor, b: Factor) -> Factor:
@@ -93,7 +94,7 @@ def merge(a: Factor, b: Factor) -> Factor:
     difference = (b.anchor - a.anchor) + (b.offset - a.offset)
     # count_a * count_b would overflow int32 and waste float32's exactness.
     between = jnp.sqrt(count_a * share_b)[..., None] * difference
-    r = _triangular(jnp.concatenate([a.r, b.r, between[..., None, :]], axis=-2))
+    r = triangular(jnp.concatenate([a.r, b.r, between[..., None, :]], axis=-2))
     merged = Factor(a.count + b.count, a.anchor, a.offset + difference * share_b[..., None], r)
     return _where(b.count == 0, a, _where(a.count == 0, b, merged))
 
@@ -132,6 +133,27 @@ def merge_leading_axis(factors: Factor) -> Factor:
     return jax.tree.map(lambda leaf: leaf[0], factors)
 
 
+def scaled(f: Factor, gamma_K: jax.Array) -> Factor:
+    """The factor of the vectors with each coordinate multiplied by its gamma [..., K]."""
+    return Factor(f.count, f.anchor * gamma_K, f.offset * gamma_K, f.r * gamma_K[..., None, :])
+
+
+def concatenate(factors: Sequence[Factor]) -> Factor:
+    """Factors of heads [N, heads] one after another, of one K."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *factors)
+
+
+def triangles(f: Factor) -> jax.Array:
+    """R of the centred vectors, then R of the vectors as they are: [2, ..., K, K] float32.
+
+    Their singular values are those of the [n, K] matrices; of two sets of vectors of equal count,
+    those of R_a R_b^T are the singular values of the [n, n] matrix A B^T.
+    """
+    root = jnp.sqrt(f.count.astype(jnp.float32))
+    row = (root[..., None] * f.mean)[..., None, :]
+    return jnp.stack([f.r, triangular(jnp.concatenate([f.r, row], axis=-2))])
+
+
 def singular_values(f: Factor, centred: bool) -> jax.Array:
     """Singular values of the [n, K] matrix of all vectors seen, or of the vectors minus their mean.
 
@@ -141,35 +163,21 @@ def singular_values(f: Factor, centred: bool) -> jax.Array:
     Returns:
         [..., K] float32, descending; zeros fill up where n < K. NaN where a vector was not finite.
     """
-    return _svd(f.r if centred else _raw_triangular(f))
+    return singular_values_of(f.r if centred else triangles(f)[1])
 
 
-def _raw_triangular(f: Factor) -> jax.Array:
-    root = jnp.sqrt(f.count.astype(jnp.float32))
-    row = (root[..., None] * f.mean)[..., None, :]
-    return _triangular(jnp.concatenate([f.r, row], axis=-2))
-
-
-def _svd(r: jax.Array) -> jax.Array:
+def singular_values_of(matrices: jax.Array) -> jax.Array:
+    """Singular values of [..., K, K], [..., K] float32, descending."""
     with jax.default_matmul_precision("highest"):
-        return jnp.linalg.svd(r, full_matrices=False, compute_uv=False)
+        return jnp.linalg.svd(matrices, full_matrices=False, compute_uv=False)
 
 
-def product_singular_values(a_DK: jax.Array, b_DK: jax.Array) -> jax.Array:
-    """Singular values of A B^T through the thin QR factors: no [D, D] matrix.
-
-    Args:
-        a_DK, b_DK: [..., D, K].
-    Returns:
-        [..., K] float32, descending; the other D - K are 0. NaN where something is not finite.
-    """
-    r_a, r_b = _triangular(jnp.stack([a_DK, b_DK]).astype(jnp.float32))  # one LAPACK call
-    with jax.default_matmul_precision("highest"):
-        product = jnp.einsum("...ak,...bk->...ab", r_a, r_b)
-        return jnp.linalg.svd(product, full_matrices=False, compute_uv=False)
+def product(a_RK: jax.Array, b_SK: jax.Array) -> jax.Array:
+    """A B^T [..., R, S], in full float32 everywhere."""
+    return jnp.einsum("...rk,...sk->...rs", a_RK, b_SK, precision=jax.lax.Precision.HIGHEST)
 
 
-def _triangular(rows: jax.Array) -> jax.Array:
+def triangular(rows: jax.Array) -> jax.Array:
     """R [..., K, K] of the QR factorisation of [..., n, K]; zero rows fill up where n < K."""
     num_rows, dim = rows.shape[-2:]
     if num_rows < dim:
