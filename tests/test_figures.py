@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import small_run
 
-from qkjax import train
+from qkjax import errors, train
 from qkjax.measures import ranks
 from qkjax.report import drawing, figures, quantities, run_spectra
 from qkjax.trained import rank_curves
@@ -437,6 +437,54 @@ def test_any_quantity_can_be_compared(name, run, copy):
     np.testing.assert_allclose(other.values, expected[1], rtol=1e-12)
     np.testing.assert_allclose(other.difference, expected[1] - expected[0], atol=1e-12)
     assert np.abs(other.difference).min() > 0.5 and not base.difference.any()
+
+
+def test_quantities_of_newer_evaluations_are_absent_in_older_ones():
+    rng = np.random.default_rng(1)
+    stages = ("key_pre_norm", "query_post_norm", "key_pre_rope", "qk_pre_rope")
+    names = [f"{stage}_{centring}" for stage in stages for centring in ("raw", "centred")]
+    names += ["value_raw", "value_centred", "weight_key", "weight_output"]
+    saved = {name: rng.uniform(1, 2, (2, 3, 8)) for name in names}
+    saved |= {name: rng.uniform(0, 1, (2, 3)) for name in ("sink_mass", "query_norm_mean")}
+
+    def share(name):
+        raw, centred = saved[f"{name}_raw"], saved[f"{name}_centred"]
+        return 1 - (centred**2).sum(-1) / (raw**2).sum(-1)
+
+    expected = {
+        ("pr", "key", "pre_norm"): ("before QK-Norm, raw", ratio(saved["key_pre_norm_raw"])),
+        ("pr", "query", "post_norm", "centred"): (
+            "query, normalised, before gamma, centred",
+            ratio(saved["query_post_norm_centred"]),
+        ),
+        ("pr", "qk"): ("q.k, pre-RoPE, raw", ratio(saved["qk_pre_rope_raw"])),
+        ("pr", "weight_key"): ("W_k", ratio(saved["weight_key"])),
+        ("erank", "weight_output"): ("W_o", effective_rank(saved["weight_output"])),
+        ("mean_share", None, "pre_rope"): ("key, pre-RoPE, raw", share("key_pre_rope")),
+        ("mean_share", "value"): ("value, raw", share("value")),
+        ("sink_mass",): ("", saved["sink_mass"]),
+        ("query_norm_mean",): ("", saved["query_norm_mean"]),
+    }
+    for asked, (words, values) in expected.items():
+        shown = quantities.quantity(*asked)
+        np.testing.assert_allclose(shown.values(saved), values, rtol=1e-12, err_msg=str(asked))
+        assert shown.source.endswith(words) and shown.title and shown.unit(8), asked
+        assert shown.values({}) is None
+    assert quantities.quantity("mean_share").name == "mean_share_key_post_rope_raw"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("pr", "qk", "post_rope"), "--stage: qk is measured at pre_rope alone"),
+        (("pr", "weight_key", None, "raw"), "--centring: weight_key has no centring"),
+        (("mean_share", "wqk"), "--vectors: mean_share has no vectors"),
+        (("mean_share", None, None, "raw"), "--centring: mean_share has no centring"),
+    ],
+)
+def test_choices_that_a_newer_quantity_does_not_have_are_refused(asked, message):
+    with pytest.raises(errors.UsageError, match=message):
+        quantities.quantity(*asked)
 
 
 def test_flags_choose_what_is_compared(run, call, tmp_path):

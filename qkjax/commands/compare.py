@@ -17,7 +17,7 @@ FLAGS = flags.FlagValues()
 _MEASURE = flags.DEFINE_enum(
     "measure",
     "pr",
-    [*quantities.MEASURES, *quantities.SAVED],
+    quantities.NAMES,
     "Of singular values, or an array that is saved per head.",
     flag_values=FLAGS,
 )
@@ -25,7 +25,7 @@ _VECTORS = flags.DEFINE_enum(
     "vectors",
     None,
     quantities.VECTORS,
-    "Whose singular values; wqk is W_q^T W_k. Default: key.",
+    "Whose singular values; wqk is W_q^T W_k, qk the products q.k. Default: key.",
     flag_values=FLAGS,
 )
 _STAGE = flags.DEFINE_enum(

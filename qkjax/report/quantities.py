@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qkjax import errors
+from qkjax.measures import ranks
 from qkjax.measures.ranks import MEASURES
 
 # Of `ranks.MEASURES`, in words.
@@ -26,18 +27,37 @@ SAVED: dict[str, tuple[str, str]] = {
     "aa": ("axis alignment of keys", "0 random, 1 axes"),
     "aa_ratio": ("axis alignment ratio r of keys", "dimensionless"),
     "overlap": ("overlap of key subspaces between heads", "0 to 1"),
+    "sink_mass": ("attention on the first position", "share; see sink/uniform"),
+    "key_norm_mean": ("mean length of keys", "dimensionless"),
+    "query_norm_mean": ("mean length of queries", "dimensionless"),
 }
-VECTORS = ("key", "query", "value", "wqk")
-STAGES = ("pre_rope", "post_rope")
+MEAN_SHARE = "mean_share"  # of two arrays: raw and centred singular values
+NAMES = (*MEASURES, MEAN_SHARE, *SAVED)
+# Vectors that have no stage and no centring -> their array and words.
+_PRODUCTS: dict[str, tuple[str, str]] = {
+    "wqk": ("wqk_singular_values", "W_q^T W_k"),
+    "weight_query": ("weight_query", "W_q"),
+    "weight_key": ("weight_key", "W_k"),
+    "weight_value": ("weight_value", "W_v"),
+    "weight_output": ("weight_output", "W_o"),
+}
+VECTORS = ("key", "query", "value", "qk", *_PRODUCTS)
+# The first two of models with QK-Norm alone.
+STAGES = ("pre_norm", "post_norm", "pre_rope", "post_rope")
 CENTRINGS = ("raw", "centred")
-_WQK = "wqk_singular_values"
+_IN_WORDS = {
+    "pre_norm_": "before QK-Norm, ",
+    "post_norm_": "normalised, before gamma, ",
+    "pre_rope_": "pre-RoPE, ",
+    "post_rope_": "post-RoPE, ",
+}
 
 
 class Quantity(NamedTuple):
     """One number per layer and head: a measure of the singular values in an array, or an array."""
 
-    measure: str  # of MEASURES, or of SAVED
-    array: str  # name in spectra/step_*.npz
+    measure: str  # of NAMES
+    array: str  # name in spectra/step_*.npz; of MEAN_SHARE that of the raw singular values
 
     @property
     def name(self) -> str:
@@ -49,15 +69,19 @@ class Quantity(NamedTuple):
         """What is measured, in words: "key, post-RoPE, raw"; empty for an array of SAVED."""
         if self.measure in SAVED:
             return ""
-        if self.array == _WQK:
-            return "W_q^T W_k"
+        for array, words in _PRODUCTS.values():
+            if self.array == array:
+                return words
         vectors, _, rest = self.array.partition("_")
-        rest = rest.replace("pre_rope_", "pre-RoPE, ").replace("post_rope_", "post-RoPE, ")
-        return f"{vectors}, {rest}"
+        for place, words in _IN_WORDS.items():
+            rest = rest.replace(place, words)
+        return f"{'q.k' if vectors == 'qk' else vectors}, {rest}"
 
     @property
     def title(self) -> str:
         """The measure in words."""
+        if self.measure == MEAN_SHARE:
+            return "energy of the mean vector"
         return SAVED[self.measure][0] if self.measure in SAVED else TITLES[self.measure]
 
     @property
@@ -67,6 +91,8 @@ class Quantity(NamedTuple):
 
     def unit(self, head_dim: int) -> str:
         """Unit of the values; counts of directions name how many there are."""
+        if self.measure == MEAN_SHARE:
+            return "share of all energy"
         return f"directions of {head_dim}" if self.counts_directions else SAVED[self.measure][1]
 
     def values(self, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
@@ -76,6 +102,9 @@ class Quantity(NamedTuple):
         if self.measure in SAVED:
             return np.asarray(array, np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):  # of keys that are all zero
+            if self.measure == MEAN_SHARE:
+                centred = arrays[f"{self.array.removesuffix('raw')}centred"]
+                return ranks.mean_share(np.asarray(array, float), np.asarray(centred, float))
             return MEASURES[self.measure](np.asarray(array, np.float64))
 
 
@@ -90,17 +119,21 @@ def quantity(
     chosen = {"vectors": vectors, "stage": stage, "centring": centring}
     known = {"vectors": VECTORS, "stage": STAGES, "centring": CENTRINGS}
     for field, value in {**chosen, "measure": measure}.items():
-        names = known.get(field, (*MEASURES, *SAVED))
+        names = known.get(field, NAMES)
         if value is not None and value not in names:
             raise errors.UsageError(f"--{field}: {value!r} is unknown. Known: {', '.join(names)}.")
     vectors = vectors or "key"
     without: dict[str, str] = {}
     if measure in SAVED:
         without = dict.fromkeys(chosen, measure)
-    elif vectors == "wqk":
-        without = dict.fromkeys(("stage", "centring"), "wqk")
+    elif vectors in _PRODUCTS:
+        without = dict.fromkeys(("stage", "centring"), vectors)
     elif vectors == "value":
         without = {"stage": "value"}
+    if measure == MEAN_SHARE:
+        without["centring"] = measure
+        if vectors in ("qk", *_PRODUCTS):
+            without["vectors"] = measure
     for field, owner in without.items():
         if chosen[field] is not None:
             raise errors.UsageError(
@@ -109,7 +142,12 @@ def quantity(
             )
     if measure in SAVED:
         return Quantity(measure, measure)
-    if vectors == "wqk":
-        return Quantity(measure, _WQK)
-    stages = () if vectors == "value" else (stage or "post_rope",)
+    if vectors in _PRODUCTS:
+        return Quantity(measure, _PRODUCTS[vectors][0])
+    if vectors == "qk" and stage not in (None, "pre_rope"):
+        raise errors.UsageError(
+            f"--stage: qk is measured at pre_rope alone, found {stage}. Leave --stage out."
+        )
+    usual = "pre_rope" if vectors == "qk" else "post_rope"
+    stages = () if vectors == "value" else (stage or usual,)
     return Quantity(measure, "_".join((vectors, *stages, centring or "raw")))
