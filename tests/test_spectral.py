@@ -1,5 +1,6 @@
 """Streaming spectra against float64 numpy: factors, merges, masks, measures."""
 
+import doctest
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qkjax import measures
 from qkjax.measures import ranks, spectral
 
 K = 64
@@ -339,3 +341,31 @@ def test_overlap_is_undefined_without_other_heads_or_without_keys():
     # The other two are compared with each other alone, in the first row with the third head too.
     pair = _overlap(_factor_of(roots[[0, 2]]))
     np.testing.assert_allclose(found[1, [0, 2]], pair, rtol=1e-5)
+
+
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_participation_ratios_of_ones_own_vectors_are_float64(convert):
+    """Collapsed vectors a hundred spreads from 0: float32 products would lose the small ones."""
+    rows = _vectors(SPECTRA["collapsed"], 100, 19)[:5].reshape(-1, K)
+    found = measures.participation_ratio_of(convert(rows))
+    expected = [_float64_pr(rows, centred)[0] for centred in (False, True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert found.raw < 2 < 3 < found.centred
+    half = jnp.asarray(rows, jnp.bfloat16)
+    exact = _float64_pr(np.asarray(half.astype(jnp.float32)), True)[0]
+    assert measures.participation_ratio_of(half).centred == pytest.approx(exact, rel=1e-12)
+    counts = measures.participation_ratio_of([[1, 0], [0, 1], [0, 0]])
+    assert counts.raw == pytest.approx(2) and np.isnan(measures.participation_ratio_of([[0]]).raw)
+
+
+@pytest.mark.parametrize(
+    "vectors", [np.ones(3), np.ones((0, 3)), np.ones((2, 2, 2)), [[np.nan]], [["a"]], [[1j]]]
+)
+def test_what_is_no_matrix_of_vectors_is_refused(vectors):
+    with pytest.raises(ValueError, match=r"vectors: expected finite real numbers \[n, d\], found"):
+        measures.participation_ratio_of(vectors)
+
+
+def test_the_two_lines_of_the_documentation():
+    results = doctest.testmod(measures)
+    assert results.attempted >= 4 and results.failed == 0

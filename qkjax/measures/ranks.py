@@ -6,7 +6,7 @@ a run saved. Every function takes [..., S] singular values, any order, non-negat
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -71,6 +71,40 @@ def mean_share(raw_S: Array, centred_S: Array) -> Array:
     """
     largest = raw_S.max(axis=-1, keepdims=True)
     return 1 - ((centred_S / largest) ** 2).sum(axis=-1) / ((raw_S / largest) ** 2).sum(axis=-1)
+
+
+class ParticipationRatios(NamedTuple):
+    """Of one set of vectors, 1 .. d; NaN where nothing is left of them."""
+
+    raw: float  # of the vectors as they are: `pr/key/pre_rope/raw` of a run, before RoPE
+    centred: float  # of the vectors minus their mean
+
+
+def participation_ratio_of(vectors: np.typing.ArrayLike) -> ParticipationRatios:
+    """The participation ratio of vectors of one's own, for instance the keys of a head.
+
+    Args:
+        vectors: [n, d], one vector a row, an array of numpy, jax or torch (on the CPU).
+    Returns:
+        (sum s)^2 / sum s^2 of their singular values s, computed in float64 throughout; raw, and
+        with the mean vector removed.
+    Raises:
+        ValueError: not a matrix of finite real numbers with a row and a column.
+    """
+    rows = np.asarray(vectors)
+    if rows.dtype.kind == "V" or rows.dtype.kind in "fiub":  # bfloat16 is numpy's "V" by ml_dtypes
+        rows = rows.astype(np.float64)
+    if rows.dtype != np.float64 or rows.ndim != 2 or not rows.size or not np.isfinite(rows).all():
+        raise ValueError(
+            f"vectors: expected finite real numbers [n, d], found {rows.dtype} of shape "
+            f"{rows.shape}. Give one vector a row, and no inf or NaN."
+        )
+    with np.errstate(invalid="ignore"):  # nothing is left: 0 / 0
+        raw, centred = (
+            float(participation_ratio(np.linalg.svd(x, compute_uv=False)))
+            for x in (rows, rows - rows.mean(axis=0))
+        )
+    return ParticipationRatios(raw, centred)
 
 
 MEASURES: dict[str, Callable[[Any], Any]] = {
