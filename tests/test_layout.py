@@ -18,7 +18,7 @@ STREET = (
     "errors muon attention losses",
     "files presets sharding",
     "config",
-    "model optimizer flops cli data __init__",
+    "model optimizer flops audit cli data __init__",
     "measures train_step",
     "evaluation runs",
     "train main trained export tasks study verdicts report commands",

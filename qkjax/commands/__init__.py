@@ -22,6 +22,7 @@ VERBS = {
     "generate": "continue a text",
     "export": "write a run as a Hugging Face directory",
     "evaluate": "score HellaSwag and LAMBADA",
+    "audit": "sum the decay of gammas over a run or a public recipe",
     "determinism": "repeat and resume a run, and compare to the bit",
 }
 
