@@ -185,7 +185,11 @@ def verify_digests(
 
 
 def verify_split(manifest: Manifest, directory: str | pathlib.Path, split: str) -> None:
-    """Checks the sha256 of every shard of one split; UsageError that names the first that differs."""
+    """Checks the sha256 of every shard of one split.
+
+    Raises:
+        UsageError: names the first shard that differs.
+    """
     shards = manifest.splits[split].shards
     _compare(pathlib.Path(directory), {shard.file: shard.sha256 for shard in shards})
 
