@@ -107,7 +107,7 @@ def decompose(statistics: probes.Statistics, params: model.Params) -> Spectra:
     under jit, on one device.
     """
     # jaxlib's batched LAPACK calls wait on XLA's thread pool for parts of themselves: as many of
-    # them at a time as the pool has threads, and none goes on. So all stages go into one call, and
+    # them at a time as the pool has threads, and none returns. So all stages go into one call, and
     # each call comes after the one before; many devices of one host would break that order.
     attention = params["blocks"]["attention"]
     factors = _by_stage(statistics, attention)
@@ -279,7 +279,7 @@ class Evaluator:
         self._probe_fraction: float | None = None
 
     def sequences_per_batch(self, num_sequences: int) -> int:
-        """Rows of a batch for a pass over so many: few sequences are not padded to a full one."""
+        """Rows of a batch for a pass over `num_sequences`: few are not padded to a full batch."""
         most = self._config.eval.batch_sequences * self._mesh.size
         return min(most, sharding.round_up_to_devices(self._mesh, num_sequences))
 
@@ -296,7 +296,7 @@ class Evaluator:
         Returns:
             None when it was given up.
         """
-        begun = time.monotonic()
+        started = time.monotonic()
         statistics = empty_statistics(self._config, self._mesh)
         clock = _Clock(self._probe_fraction is None)
         sums, masks, length = [], [], self._config.model.sequence_length
@@ -325,13 +325,13 @@ class Evaluator:
             "val/perplexity": float(np.exp(loss)),
             **{name: np.float32(value) for name, value in spectra.metrics.items()},
             "sink/uniform": probes.uniform_sink(length),
-            "perf/eval_seconds": time.monotonic() - begun,
+            "perf/eval_seconds": time.monotonic() - started,
             "perf/eval_probe_fraction": self._probe_fraction,
         }
         return Evaluation(metrics, spectra.arrays, {"loss_sum": loss_sum, "count": count})
 
     def _program(self, name: str, rows: int, *arguments: Any) -> Any:
-        """The program compiled for batches of so many rows, apart from its first use."""
+        """The program compiled for batches of `rows` rows, before its first use."""
         if (name, rows) not in self._compiled:
             self._compiled[name, rows] = self._compile(self._jitted[name], arguments)
         return self._compiled[name, rows]
@@ -351,9 +351,9 @@ class _Clock:
         """The program's result."""
         if not self.wanted:
             return program(*arguments)
-        begun = time.monotonic()
+        started = time.monotonic()
         result = jax.block_until_ready(program(*arguments))
-        self._seconds += time.monotonic() - begun
+        self._seconds += time.monotonic() - started
         return result
 
     def probe_fraction(
@@ -364,6 +364,6 @@ class _Clock:
         The loss alone is measured on one batch, the second time it runs.
         """
         jax.block_until_ready(loss_step(*arguments))
-        begun = time.monotonic()
+        started = time.monotonic()
         jax.block_until_ready(loss_step(*arguments))
-        return 1 - num_batches * (time.monotonic() - begun) / self._seconds
+        return 1 - num_batches * (time.monotonic() - started) / self._seconds

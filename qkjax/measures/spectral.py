@@ -75,7 +75,7 @@ def factor(vectors: jax.Array, mask: jax.Array | None = None) -> Factor:
         return jnp.where(valid[..., None], values, 0.0)
 
     mean = masked(vectors).sum(axis=-2) / divisor
-    # Rounded to 12 bits, the anchor is one number wherever the compiler computes it anew: a full
+    # Rounded to 12 bits, the anchor is one number wherever the compiler computes it again: a full
     # float would differ from fusion to fusion in its last bit (a * b + c contracted or not).
     anchor = jax.lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=12)
     residues = masked(vectors - anchor[..., None, :])
