@@ -329,7 +329,7 @@ def test_a_damaged_record_is_refused_with_path_and_remedy(copy):
     content = bytearray(path.read_bytes())
     content[content.index(_ids("train", 12).astype("<u2").tobytes()) + 4] ^= 1
     path.write_bytes(content)
-    with pytest.raises(errors.UsageError, match=r"record 2: damaged \(.+\)\. Restore") as caught:
+    with pytest.raises(errors.UsageError, match=r"record 2: unreadable \(.+\)\. Restore") as caught:
         _batches((directory, manifest), 6)
     assert str(caught.value).startswith(str(path))
     assert "tools/prepare_data.py" in str(caught.value) and "\n" not in str(caught.value)

@@ -228,7 +228,7 @@ class _Shards:
         try:
             (record,) = self._readers[shard].read([number])
         except RuntimeError as error:
-            raise self._error(shard, number, f"damaged ({errors.one_line(error)})") from None
+            raise self._error(shard, number, f"unreadable ({errors.one_line(error)})") from None
         return self._decode(record, shard, number), np.int64(record_id)
 
     def close(self) -> None:

@@ -63,8 +63,8 @@ class TfdsText(documents.Source):
                 rows = self._records.__getitems__(list(numbers))
             except Exception as error:
                 raise errors.UsageError(
-                    f"{self._place} record {first}: damaged ({errors.one_line(error)}). "
-                    "Download the file again."
+                    f"{self._place} record {first}: cannot be read ({errors.one_line(error)}). "
+                    "Check its files, or make them again."
                 ) from None
             for number, row in zip(numbers, rows, strict=True):
                 self.fraction = number / count
