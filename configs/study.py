@@ -43,7 +43,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.arms = ARMS
     config.controls = () if quick else controls(scale, recipe)
     config.optional_controls = DECAYED if "adamw_qk_to_one" in config.controls else ()
-    config.seeds = (42,) if quick else (42, 137)
+    config.seeds = (42,) if quick else plan_config.SEEDS[scale]
     tokens = 200_000 if scale == "tiny" else presets.TOKENS[scale, recipe][0]
     config.tokens = tokens // 2 if quick else tokens
     config.sweep = ml_collections.ConfigDict()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import synthetic_study
+import test_plan
 
 from qkjax import errors, files
 from qkjax.cli import config_flag
@@ -684,3 +685,21 @@ def test_a_study_recorded_before_surgery_continues_without_it(world):
     with pytest.raises(errors.UsageError, match="surgery"):
         run.execute(study, workdir)
     assert states.as_recorded(study, workdir.parent / "new") == (study, "")
+
+
+def test_a_study_recorded_with_earlier_default_seeds_continues_with_them(tmp_path):
+    study = test_plan.make("pilot,original")
+    assert study.study.seeds == (42, 137, 256)
+    recorded = plan.with_seeds(study, (42, 137))
+    states.settle_plan(recorded, tmp_path)
+    continued, said = states.as_recorded(study, tmp_path)
+    assert continued == recorded
+    assert said == (
+        f"{tmp_path / 'study.json'}: recorded with the seeds 42, 137, and continues with them; "
+        "studies of this scale now have 42, 137, 256"
+    )
+    states.check_plan(continued, tmp_path)
+    with pytest.raises(errors.UsageError, match="seeds"):  # seeds of one's own are no default
+        other = plan.with_seeds(study, (42, 137, 9))
+        assert states.as_recorded(other, tmp_path) == (other, "")
+        states.check_plan(other, tmp_path)

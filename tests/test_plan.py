@@ -41,17 +41,17 @@ def refusal(words: str, **fields) -> str:
     return str(refused.value)
 
 
-def test_full_is_twenty_sweep_runs_eight_runs_and_the_controls():
+def test_full_is_twenty_sweep_runs_twelve_runs_and_the_controls():
     study = make("full")
     assert counts(study) == {
         "dataset": 1,
         "sweep": 20,
         "extension": 4,
         "choice": 4,
-        "run": 8 + 2 * 9,
-        "export": 26,
-        "downstream": 26,
-        "surgery": 26,
+        "run": 3 * (4 + 9),
+        "export": 39,
+        "downstream": 39,
+        "surgery": 39,
         "report": 1,
     }
     assert list(study.arms) == [
@@ -66,7 +66,7 @@ def test_full_is_twenty_sweep_runs_eight_runs_and_the_controls():
         "adamw_qk_decayed",
         "muon_qk_decayed",
     ]
-    assert study.study.seeds == (42, 137)
+    assert study.study.seeds == (42, 137, 256)
     assert study.grid("muon_qk") == (0.003, 0.006, 0.012, 0.024, 0.048)
     assert study.grid("adamw_noqk") == (0.0003, 0.0006, 0.0012, 0.0024, 0.0048)
     run = study.run_config(study.step("runs/muon_qk_frozen/seed_137"), 0.024)
@@ -100,10 +100,10 @@ def test_recipe_original_has_its_own_controls_and_no_sweep():
     study = make("full,original")
     assert counts(study) == {
         "dataset": 1,
-        "run": 2 * 12,
-        "export": 24,
-        "downstream": 24,
-        "surgery": 24,
+        "run": 3 * 12,
+        "export": 36,
+        "downstream": 36,
+        "surgery": 36,
         "report": 1,
     }
     assert set(study.arms) - set(ARMS) == {
@@ -158,26 +158,26 @@ def test_the_pilots_arms_in_recipe_original_are_their_own_decayed_controls():
                 "sweep": 20,
                 "extension": 4,
                 "choice": 4,
-                **dict.fromkeys(("run", "export", "downstream", "surgery"), 14),
+                **dict.fromkeys(("run", "export", "downstream", "surgery"), 21),
             },
             25_000_000,
-            2,
+            3,
         ),
         (
             "small",
             {
                 "sweep": 20,
                 "choice": 4,
-                **dict.fromkeys(("run", "export", "downstream", "surgery"), 26),
+                **dict.fromkeys(("run", "export", "downstream", "surgery"), 39),
             },
             768_000,
-            2,
+            3,
         ),
         (
             "small,original",
-            dict.fromkeys(("run", "export", "downstream", "surgery"), 20),
+            dict.fromkeys(("run", "export", "downstream", "surgery"), 30),
             3_123_200,
-            2,
+            3,
         ),
     ],
 )

@@ -47,7 +47,7 @@ def test_a_stored_config_is_that_of_today(tmp_path, file, words, tokens):
 )
 def test_a_stored_study_has_the_fingerprints_of_today(tmp_path, file, words, fields):
     shutil.copy(STORED / file, tmp_path / "study.json")
-    plan = test_plan.make(words, **fields)
+    plan, _ = states.as_recorded(test_plan.make(words, **fields), tmp_path)
     states.check_plan(plan, tmp_path)
     study = results.load_study(tmp_path)
     assert study.plan["recipe"] == plan.study.recipe

@@ -16,6 +16,7 @@ from absl import flags
 from qkjax import errors
 from qkjax.cli import command_line, config_flag
 from qkjax.study import plan, plan_cost, run, states, table
+from qkjax.verdicts import power, results
 
 FLAGS = flags.FlagValues()
 _EXAMPLE = "configs/study.py:tiny,quick"
@@ -55,6 +56,12 @@ _RATE = flags.DEFINE_float(
     lower_bound=1e-9,
     flag_values=FLAGS,
 )
+_POWER_FROM = flags.DEFINE_string(
+    "power_from",
+    None,
+    "For the power of --dry_run: a finished study whose spreads replace the assumed ones.",
+    flag_values=FLAGS,
+)
 _PRINT_COMMANDS = flags.DEFINE_bool(
     "print_commands",
     False,
@@ -74,6 +81,8 @@ def _study() -> None:
     if _DRY_RUN.value:
         rates = {} if workdir is None else plan_cost.measured_rates(workdir)
         print(plan_cost.describe(study, {"": _RATE.value} if _RATE.value else rates))
+        finished = results.load_study(_POWER_FROM.value) if _POWER_FROM.value else None
+        print("\n".join(["", *power.describe(study, finished)]))
         return
     if workdir is None:
         raise errors.UsageError("--workdir: missing. Name the directory, --workdir=studies/NAME.")

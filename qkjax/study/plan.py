@@ -188,6 +188,12 @@ def without_surgery(plan: Plan) -> Plan:
     return dataclasses.replace(bare, steps=tuple(_steps(bare)))
 
 
+def with_seeds(plan: Plan, seeds: tuple[int, ...]) -> Plan:
+    """The plan with other seeds, of which the first stays."""
+    bare = dataclasses.replace(plan, study=dataclasses.replace(plan.study, seeds=seeds))
+    return dataclasses.replace(bare, steps=tuple(_steps(bare)))
+
+
 def _steps(plan: Plan) -> Iterator[Step]:
     study = plan.study
     made: dict[str, Step] = {}

@@ -8,6 +8,14 @@ import ml_collections
 from qkjax import errors, presets
 
 SCALES = ("tiny", "small", "pilot", "full")
+# Two seeds rehearse; three decide what --dry_run prints. The original's design is two.
+SEEDS = {
+    "tiny": (42, 137),
+    "small": (42, 137, 256),
+    "pilot": (42, 137, 256),
+    "full": (42, 137, 256),
+}
+EARLIER_SEEDS = (42, 137)  # at every scale, of studies recorded before 2026-11-28
 _NAMES = ("arms", "controls", "optional_controls")  # on the command line separated by commas
 # What the plan itself sets in every run: an override would make the plan untrue.
 _OWN_FIELDS = (

@@ -16,7 +16,7 @@ from qkjax import errors, files, presets
 from qkjax.runs import directory as run_directory
 from qkjax.runs.directory import RunDirectory
 from qkjax.runs.results import LOSS, PR, newest_input
-from qkjax.study import plan_arms, study_files, sweep
+from qkjax.study import plan_arms, plan_config, study_files, sweep
 from qkjax.study.plan import (
     CHOICE,
     DATASET,
@@ -28,6 +28,7 @@ from qkjax.study.plan import (
     TRAINING,
     Plan,
     Step,
+    with_seeds,
     without_surgery,
 )
 from qkjax.trained import rank_curves
@@ -218,15 +219,25 @@ def _check_config(
 def as_recorded(plan: Plan, workdir: pathlib.Path) -> tuple[Plan, str]:
     """The plan that a used study directory continues with, and what to say of it; "" is nothing.
 
-    A study whose study.json was written before rank surgery was a step goes without it.
+    A study whose study.json was written before rank surgery was a step goes without it; one with
+    the default seeds of its time keeps them.
     """
-    recorded = study_files.read_object(workdir / "study.json")
-    if recorded is None or "surgery" in recorded or not plan.study.surgery.tokens:
+    path = workdir / "study.json"
+    recorded = study_files.read_object(path)
+    if recorded is None:
         return plan, ""
-    return without_surgery(plan), (
-        f"{workdir / 'study.json'}: recorded before rank surgery was a step of a study, and "
-        "continues without it"
-    )
+    said = []
+    if "surgery" not in recorded and plan.study.surgery.tokens:
+        plan = without_surgery(plan)
+        said.append("recorded before rank surgery was a step of a study, and continues without it")
+    earlier, now = plan_config.EARLIER_SEEDS, plan_config.SEEDS[plan.study.scale]
+    if recorded.get("seeds") == list(earlier) and plan.study.seeds == now != earlier:
+        plan = with_seeds(plan, earlier)
+        said.append(
+            f"recorded with the seeds {', '.join(map(str, earlier))}, and continues with them; "
+            f"studies of this scale now have {', '.join(map(str, now))}"
+        )
+    return plan, "\n".join(f"{path}: {line}" for line in said)
 
 
 def settle_plan(plan: Plan, workdir: pathlib.Path) -> None:
