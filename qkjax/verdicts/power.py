@@ -365,6 +365,9 @@ def describe(plan: Plan, finished: Study | None = None) -> Iterator[str]:
     yield "what seeds can decide (simulated studies, judged and corrected as real ones):"
     for name, why in plan.unanswerable().items():
         yield f"  {name}: left out, {why}"
+    if not (design.family or design.attributed or design.scores):
+        yield "  this plan answers none of H1 to H5"
+        return
     yield f"  {_spreads(deviations, known, finished)}"
     yield (
         "  effects: the original's pilot (PR 16.2, 32.8, 30.0, 51.2 of 64); where it measured "
