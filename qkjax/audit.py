@@ -1,7 +1,7 @@
 """What an optimiser's weight decay does to each parameter over a run, and what public recipes do.
 
 Decay is found by doing it: a transformation is given gradients of zero, and what still moves the
-parameters is its decay, whatever its form, masks and schedule. With p <- p - k_t (p - target) at
+parameters is its decay, in any form, with any masks and schedule. With p <- p - k_t (p - target) at
 step t, tau = sum of k_t, for AdamW the sum of learning rate x decay. A parameter that no gradient
 holds keeps e^-tau of its distance from the target.
 """

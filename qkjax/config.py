@@ -85,7 +85,7 @@ class Stored(typing.NamedTuple):
 
     kind: Any
     free: bool  # cannot change a result: a resumed run may have another
-    fixed: bool  # no checkpoint goes on with another: its batches or its arrays would be others
+    fixed: bool  # no checkpoint resumes with another: its batches or its arrays would be others
     since: str  # the date from which config.json has it; "" from the beginning
     absent: Any  # what runs from before that date were made with
 

@@ -523,7 +523,7 @@ def test_gamma_controls_against_float64(name, word):
 
 
 def test_frozen_gammas_stay_out_of_the_clip_norm():
-    """Whoever calls make_optimizer may hand in gradients of theirs."""
+    """Callers of make_optimizer may hand in gradients of theirs."""
     for name in ("adamw", "muon"):
         c = small(name, "learned", "tiny,frozen")
         params, gradients = random_tree(c, 0, offset=1.0), random_tree(c, 1)
