@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -504,6 +505,31 @@ def test_divergence_is_recorded_and_stays(datasets, tmp_path, capsys):
     assert kept[0] == summary["params_sha256"]
     with pytest.raises(errors.NonFiniteError, match=f"diverged at step {bad}"):
         train.train_and_evaluate(config, tmp_path / "run")
+
+
+@pytest.mark.usefixtures("programs_built_once")
+def test_a_disk_that_fills_up_at_a_checkpoint_is_one_error_and_the_run_resumes(datasets, tmp_path):
+    """The disk is large enough by the estimate at the start, and then is not."""
+    config = arm_config(datasets, "muon_noqk_accumulated")
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here (it takes root)")
+    try:
+        with pytest.raises(errors.StorageError, match="Make room") as caught:
+            train.train_and_evaluate(config, place / "run")
+        assert caught.value.exit_code == 4
+        kept = checkpoint.Checkpoints(place / "run" / "checkpoints", read_only=True).steps()
+        assert kept and max(kept) < small_run.STEPS
+        remount = ["mount", "-o", "remount,size=20m", str(place)]
+        subprocess.run(remount, check=True)
+        assert train.train_and_evaluate(config, place / "run")["step"] == small_run.STEPS
+        unbroken = train.train_and_evaluate(config, tmp_path / "unbroken")
+        resumed = json.loads((place / "run" / "summary.json").read_text())
+        assert resumed["params_sha256"] == unbroken["params_sha256"]
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.mark.usefixtures("programs_built_once")

@@ -6,12 +6,15 @@ or that is not finite.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
+import logging as std_logging
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -89,6 +92,7 @@ class Checkpoints:
         )
         if not read_only:
             self._set_incomplete_aside()
+            _quieten()
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -193,8 +197,13 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Releases Orbax's threads; call after `wait`."""
-        self._manager.close()
+        """Releases Orbax's threads; call after `wait`.
+
+        Raises:
+            StorageError: a checkpoint that was still being written could not be.
+        """
+        with self._storage_errors():
+            self._manager.close()
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON record of a step: digests and what `save` was given, such as the config."""
@@ -326,6 +335,29 @@ def _is_record(meta: Any) -> bool:
         )
     except (AttributeError, KeyError, TypeError):
         return False
+
+
+def _quieten() -> None:
+    """Leaves failures of Orbax's threads to the one error that `save`, `wait` or `close` raises.
+
+    Its threads log each failure several times, with tracebacks; tensorstore prints another one for
+    every write that ends after the event loop was closed.
+    """
+    absl_logger = std_logging.getLogger("absl")
+    if _drop_orbax_errors not in absl_logger.filters:
+        absl_logger.addFilter(_drop_orbax_errors)
+        sys.excepthook = functools.partial(_drop_closed_loop, sys.excepthook)
+
+
+def _drop_orbax_errors(record: std_logging.LogRecord) -> bool:
+    return not (record.levelno >= std_logging.ERROR and "orbax" in record.pathname)
+
+
+def _drop_closed_loop(
+    hook: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any
+) -> None:
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        hook(kind, error, trace)
 
 
 def _own_digest(record: Mapping[str, Any]) -> str:
