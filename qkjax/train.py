@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 import zlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qkjax import errors, evaluation, files, model, optimizer, sharding, train_step
+from qkjax import after_update, errors, evaluation, files, model, optimizer, sharding, train_step
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import pipeline
@@ -66,6 +67,7 @@ class Programs(NamedTuple):
 
     transformation: optax.GradientTransformation
     train_step: jax.stages.Wrapped
+    hooks: after_update.Programs
     evaluate: evaluation.Evaluator
 
 
@@ -79,8 +81,24 @@ def make_programs(config: Config, mesh: jax.sharding.Mesh) -> Programs:
     return Programs(
         transformation,
         train_step.make_train_step(config, transformation, mesh),
+        after_update.make_programs(config, mesh),
         evaluation.Evaluator(config, mesh),
     )
+
+
+def _first_not_finite(metrics: train_step.StepMetrics, names: list[str]) -> str:
+    """Where a step that is not finite went wrong first; `names` are those of the parameters."""
+
+    def first(finite: Iterable[Any]) -> str:
+        return next((name for name, ok in zip(names, finite, strict=True) if not ok), "")
+
+    if gradient := first(metrics.leaf_finite):
+        return f"the gradient of {gradient}"
+    if not np.isfinite(metrics.loss):
+        return "the loss"
+    if not np.isfinite(metrics.grad_norm):
+        return "the gradient's norm"
+    return f"the updated {first(metrics.updated_finite)}"
 
 
 def initialisation_key(seed: int) -> jax.Array:
@@ -116,6 +134,7 @@ class _Pending(NamedTuple):
 
     step: int  # updates done after it
     metrics: train_step.StepMetrics
+    rows: after_update.Rows
     batch: pipeline.Batch
     data_wait: float  # seconds
 
@@ -144,7 +163,9 @@ class _Run:
         self.dataset = dataset
         self.stop = stop
         self.mesh = sharding.make_mesh()
-        self.transformation, self.train_step, self.evaluate = make_programs(config, self.mesh)
+        self.transformation, self.train_step, self.hooks, self.evaluate = make_programs(
+            config, self.mesh
+        )
         self.rate = optimizer.learning_rate(config.schedule, config.optimizer.learning_rate)
         self.num_parameters = model.count_parameters(config.model)
         self.progress = progress.Progress(
@@ -272,10 +293,13 @@ class _Run:
                     batch = next(batches)
                     data_wait = time.monotonic() - waiting
                     tokens = sharding.put_batch(self.mesh, batch.tokens)
+                    measured = self.hooks.measure(state.params, tokens)
                     state, metrics = program(state, tokens)
+                    params, rows = self.hooks.apply(state.params, measured, state.finite)
+                    state = state._replace(params=params)
                     if pending is not None:  # one step late, so that the device never waits
                         self._write(self._read(pending))
-                    pending = _Pending(step, metrics, batch, data_wait)
+                    pending = _Pending(step, metrics, rows, batch, data_wait)
                     if self._is_boundary(step) or self.stop.signum is not None:
                         row, pending = self._read(pending), None
                         self._settle(state, step, row)
@@ -370,24 +394,23 @@ class _Run:
         """Waits for a step and makes its row.
 
         Raises:
-            _NonFiniteStep: its loss or gradient is not finite.
+            _NonFiniteStep: its loss, its gradient or the updated parameters are not finite.
         """
-        metrics = jax.device_get(pending.metrics)
+        metrics, rows = jax.device_get((pending.metrics, pending.rows))
         row = {
             "step": pending.step,
             "tokens": pending.step * self.config.train.tokens_per_step,
             "train/loss": np.float32(metrics.loss),
             "train/grad_norm": np.float32(metrics.grad_norm),
             "train/learning_rate": np.float32(self.rate(pending.step - 1)),
+            **{name: np.float32(value) for name, value in rows.items()},
             "train/epoch": pending.batch.epoch,
             **self.progress.rates(pending.step, pending.data_wait),
         }
         if not metrics.finite:
             self._write(row)
             names = checkpoint.leaf_names(model.parameter_shapes(self.config.model))
-            bad = [name for name, ok in zip(names, metrics.leaf_finite, strict=True) if not ok]
-            where = "the gradient's norm" if np.isfinite(metrics.loss) else "the loss"
-            raise _NonFiniteStep(pending, f"the gradient of {bad[0]}" if bad else where)
+            raise _NonFiniteStep(pending, _first_not_finite(metrics, names))
         self.progress.watch_loss(pending.step, float(metrics.loss))
         self.progress.show_step(pending.step, row)
         return row

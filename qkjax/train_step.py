@@ -26,8 +26,9 @@ class StepMetrics(NamedTuple):
 
     loss: jax.Array  # [] float32, nats per predicted token of this batch
     grad_norm: jax.Array  # [] float32, before clipping
-    finite: jax.Array  # [] bool: loss, gradient and norm of this step, and all steps before it
+    finite: jax.Array  # [] bool: this step's loss, gradient, norm and parameters, and all before
     leaf_finite: jax.Array  # [leaves] bool, gradients in the order of jax.tree.leaves
+    updated_finite: jax.Array  # [leaves] bool, the parameters after the update, likewise
 
 
 def init_state(
@@ -67,17 +68,23 @@ def make_train_step(
 
     def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, StepMetrics]:
         loss, gradients = _loss_and_gradients(state.params, tokens, config, passes, mesh)
-        leaf_finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradients)])
+        leaf_finite = _finite_leaves(gradients)
         # Squares overflow before gradients do: clipping would then make the update 0 unnoticed, and
         # Adam's second moment would stay infinite.
         grad_norm = optax.global_norm(gradients)
         finite = state.finite & jnp.isfinite(loss) & leaf_finite.all() & jnp.isfinite(grad_norm)
         updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
-        updated = TrainState(
-            state.step + 1, optax.apply_updates(state.params, updates), opt_state, finite
-        )
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-        return kept._replace(finite=finite), StepMetrics(loss, grad_norm, finite, leaf_finite)
+        params = optax.apply_updates(state.params, updates)
+        updated = TrainState(state.step + 1, params, opt_state, finite)
+        # Twice: the compiler fuses a check of the update with the update, which changes its bits;
+        # a check of what was chosen does not.
+        updated = _chosen(finite, updated, state)
+        # A rate or decay beyond float32 makes finite gradients into parameters that are not.
+        updated_finite = _finite_leaves(updated.params)
+        finite = finite & updated_finite.all()
+        kept = _chosen(finite, updated, state)
+        metrics = StepMetrics(loss, grad_norm, finite, leaf_finite, updated_finite)
+        return kept._replace(finite=finite), metrics
 
     replicated = sharding.replicated(mesh)
     return jax.jit(
@@ -86,6 +93,14 @@ def make_train_step(
         out_shardings=(replicated, replicated),
         donate_argnums=0,
     )
+
+
+def _chosen(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+
+def _finite_leaves(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
 
 
 def _loss_and_gradients(

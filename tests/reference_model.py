@@ -27,20 +27,30 @@ def softmax(x):
 
 def logits(params, tokens_T, config):
     """[T, V] logits of one sequence, and the post-RoPE keys [layers, T, kv_heads, head_dim]."""
+    return _decoder(params, tokens_T, config)[:2]
+
+
+def largest_logits(params, tokens_T, config):
+    """[layers, heads]: the largest causal attention logit of one sequence."""
+    return _decoder(params, tokens_T, config)[2]
+
+
+def _decoder(params, tokens_T, config):
     x = params["embedding"][tokens_T] * np.sqrt(config.d_model)
-    keys = []
+    keys, largest = [], []
     for layer in range(config.num_layers):
         block = {name: _layer(tree, layer) for name, tree in params["blocks"].items()}
-        attended, key = _attention(
+        attended, key, top = _attention(
             block["attention"],
             rms_norm(x, block["attention_norm"]["gamma"], config.norm_eps),
             config,
         )
         keys.append(key)
+        largest.append(top)
         x = x + attended
         x = x + _mlp(block["mlp"], rms_norm(x, block["mlp_norm"]["gamma"], config.norm_eps), config)
     x = rms_norm(x, params["final_norm"]["gamma"], config.norm_eps)
-    return x @ params["embedding"].T, np.stack(keys)
+    return x @ params["embedding"].T, np.stack(keys), np.stack(largest)
 
 
 def _layer(tree, layer):
@@ -58,13 +68,14 @@ def _attention(p, x_TD, config):
         q = rms_norm(q, p["query_norm"]["gamma"], config.norm_eps)
         k = rms_norm(k, p["key_norm"]["gamma"], config.norm_eps)
     k = np.stack([rotate(k[:, g], config.rope_base) for g in range(config.num_kv_heads)], axis=1)
-    heads = []
+    heads, largest = [], []
     for h in range(config.num_heads):
         shared = h // (config.num_heads // config.num_kv_heads)
         scores = rotate(q[:, h], config.rope_base) @ k[:, shared].T / np.sqrt(K)
         scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
+        largest.append(scores.max())
         heads.append(softmax(scores) @ v[:, shared])
-    return np.concatenate(heads, axis=-1) @ p["output"]["kernel"], k
+    return np.concatenate(heads, axis=-1) @ p["output"]["kernel"], k, np.array(largest)
 
 
 def _mlp(p, x_TD, config):

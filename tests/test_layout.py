@@ -19,7 +19,7 @@ STREET = (
     "files presets sharding",
     "config",
     "model optimizer flops audit cli data __init__",
-    "measures train_step",
+    "measures after_update train_step",
     "evaluation runs",
     "train main trained export tasks study verdicts report commands",
 )

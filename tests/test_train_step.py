@@ -10,8 +10,8 @@ import pytest
 import reference_model
 from compile_options import QUICK
 
+from qkjax import after_update, errors, model, optimizer, sharding, train_step
 from qkjax import config as config_lib
-from qkjax import errors, model, optimizer, sharding, train_step
 from qkjax.runs import checkpoint
 
 SMALL = {  # N 2, D 32, H 4, G 2, K 8, F 48, V 64, T 16; 16 sequences a step
@@ -70,6 +70,7 @@ class Trainer:
         self.config, self.mesh = c, sharding.make_mesh()
         self.transformation = transformation or optimizer.make_optimizer(c, shapes)
         step = train_step.make_train_step(c, self.transformation, self.mesh)
+        self.hooks = after_update.make_programs(c, self.mesh)
         tokens = jax.ShapeDtypeStruct(batch(c).shape, np.int32)
         state_shapes = train_step.state_shapes(c, self.transformation)
         self.compiled = step.lower(state_shapes, tokens).compile(compiler_options=QUICK)
@@ -82,7 +83,11 @@ class Trainer:
         return jax.device_put(state, sharding.replicated(self.mesh))
 
     def step(self, state, tokens):
-        return self.compiled(state, sharding.put_batch(self.mesh, tokens))
+        tokens = sharding.put_batch(self.mesh, tokens)
+        measured = self.hooks.measure(state.params, tokens)
+        state, metrics = self.compiled(state, tokens)
+        params, self.rows = self.hooks.apply(state.params, measured, state.finite)
+        return state._replace(params=params), metrics
 
     def run(self, params, steps, repeated=False):
         """The state after `steps` updates, and the metrics of each."""
@@ -239,8 +244,12 @@ def test_frozen_gammas_stay_1_and_out_of_the_norm(name):
     [
         (("adamw", "learned"), "fixed", "decayed", QK_GAMMAS),
         (("muon", "learned"), "fixed", "decayed", QK_GAMMAS),
-        (("adamw", "learned"), "seed", "undecayed", QK_GAMMAS),
+        (("muon", "learned"), "fixed", "to_one", QK_GAMMAS),
+        (("adamw", "learned"), "original", "undecayed", QK_GAMMAS),
+        (("adamw", "learned"), "fixed", "undecayed", QK_GAMMAS),
         (("muon", "none"), "fixed", "merged", ATTENTION),
+        (("muon", "none"), "original", "separate", ATTENTION),
+        (("muon", "none"), "fixed", "per_head", ATTENTION - {"blocks/attention/output/kernel"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -254,14 +263,19 @@ def test_a_control_changes_its_own_parameters_and_no_others(arm, recipe, control
     assert one.keys() == other.keys()
     # Two programs may round differently; a control moves its parameters by a hundred times more.
     assert {name for name in one if np.abs(one[name] - other[name]).max() > 1e-5} == leaves
-    if control.endswith("decayed"):  # new = old - rate x (Adam's direction + decay x old)
-        o, undecayed = child.config.optimizer, parent.config.optimizer
-        rate = o.auxiliary_learning_rate * child.config.schedule.factor(0)
-        decay = o.gamma_weight_decay - undecayed.gamma_weight_decay
-        assert abs(decay) > 0.1
+    if leaves == QK_GAMMAS:  # new = 1 - rate x (Adam's direction + decay x (1 - target))
+        rates, pulls = [], []
+        for c in (parent.config, child.config):
+            o = c.optimizer
+            rates.append(o.rate_of_gamma * c.schedule.factor(0))
+            pulls.append(o.gamma_weight_decay * (1 - o.gamma_decay_target))
+        assert rates[0] != rates[1]
         for name in leaves:
-            moved = other[name] - one[name]  # near 1, each is rounded by up to 2^-24
-            np.testing.assert_allclose(moved, -rate * decay, rtol=0, atol=2 * 2**-24)
+            direction = (1 - one[name]) / rates[0] - pulls[0]
+            expected = 1 - rates[1] * (direction + pulls[1])
+            # Near 1 each value is rounded by up to 2^-24; the parent's also becomes a direction.
+            atol = (1 + rates[1] / rates[0]) * 2**-24
+            np.testing.assert_allclose(other[name], expected, rtol=0, atol=atol)
 
 
 def test_gamma_decay_reaches_nothing_else_in_later_steps():
@@ -319,6 +333,21 @@ def test_a_norm_that_overflows_is_a_non_finite_step():
     after, metrics = jax.device_get(t.step(t.state(params), batch(t.config)))
     assert np.isfinite(metrics.loss) and metrics.leaf_finite.all()
     assert np.isinf(metrics.grad_norm) and not metrics.finite
+    jax.tree.map(np.testing.assert_array_equal, after, before._replace(finite=np.bool_(False)))
+
+
+@pytest.mark.parametrize("fields", [{"learning_rate": 1e300}, {"weight_decay": 1e300}])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_update_beyond_float32_is_a_non_finite_step(name, fields):
+    """Loss and gradients are finite; what the optimiser makes of them is not."""
+    c = small(name, "none", **{f"optimizer__{field}": value for field, value in fields.items()})
+    t = Trainer(c)
+    params = initial_params(c)
+    before = jax.device_get(t.state(params))
+    after, metrics = jax.device_get(t.step(t.state(params), batch(c)))
+    assert metrics.leaf_finite.all() and np.isfinite(metrics.grad_norm) and not metrics.finite
+    names = np.array(checkpoint.leaf_names(params))
+    assert "blocks/attention/query/kernel" in names[~metrics.updated_finite]
     jax.tree.map(np.testing.assert_array_equal, after, before._replace(finite=np.bool_(False)))
 
 

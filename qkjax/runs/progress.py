@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from qkjax import flops
-from qkjax.config import Config
+from qkjax.config import Config, gamma_exposure
 from qkjax.data import manifest as manifest_lib
 
 PR = "pr/key/post_rope/raw"  # the number that the original study published
@@ -43,7 +43,8 @@ def banner(
     return "\n".join(
         (
             f"arm        {config.arm}",
-            f"qk_norm    {config.model.qk_norm}, decay of gamma {o.gamma_weight_decay:.4g}",
+            f"qk_norm    {config.model.qk_norm}",
+            f"gamma      {_gamma(config)}",
             f"recipe     {config.recipe}, scale {config.scale}, seed {config.seed}",
             f"optimiser  {o.name}, learning rate {o.learning_rate:g}{auxiliary}",
             f"model      {num_parameters:,} parameters, {config.model.mlp}, {config.model.dtype}",
@@ -54,6 +55,21 @@ def banner(
             f"start      {f'resumed after step {start}' if start else 'from scratch'}",
             f"workdir    {workdir}",
         )
+    )
+
+
+def _gamma(config: Config) -> str:
+    """What the run does to gamma_q and gamma_k."""
+    found = gamma_exposure(config)
+    if found is None:
+        return "none is learned"
+    words = f"learning rate {found.learning_rate:.4g}, summed {found.summed_rate:.4g}"
+    if not found.weight_decay:
+        return f"{words}; no decay (tau 0)"
+    return (
+        f"{words}; decay W = {found.weight_decay:.4g} to {found.target:g}: tau {found.tau:.3g}, "
+        f"1/W {found.largest:.3g}, sqrt(head_dim)/W^2 {found.largest_logit:.3g}, "
+        f"noise {found.noise:.2g}"
     )
 
 
