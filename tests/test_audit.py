@@ -71,6 +71,7 @@ def test_other_forms_of_decay():
     [
         ("adamw", "learned", "pilot,original"),
         ("adamw", "learned", "tiny,fixed"),
+        ("adamw", "learned", "tiny,original,to_one"),
         ("adamw", "none", "tiny,original"),
         ("muon", "learned", "tiny,original"),
         ("muon", "none", "tiny,fixed"),
@@ -90,7 +91,8 @@ def test_our_arms_decay_as_their_routing_table_says(name, qk_norm, words):
         route = routes[row.name]
         expected = factors * route.learning_rate * route.weight_decay
         assert row.tau == pytest.approx(expected, rel=1e-3), row.name
-        assert row.target == (0.0 if expected else None), row.name
+        to_one = "to_one" in words and row.name.endswith(("query_norm/gamma", "key_norm/gamma"))
+        assert row.target == (float(to_one) if expected else None), row.name
 
 
 def test_a_gamma_that_no_gradient_holds_keeps_what_tau_says():
