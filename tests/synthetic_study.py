@@ -55,7 +55,8 @@ def _scaled(numbers: Mapping[str, float], head_dim: int) -> dict[str, float]:
 
 def make_config(arm: str, seed: int, scale: str = "pilot", recipe: str = "fixed", **fields: Any):
     """The resolved config of an arm by its name; fields are dotted names with '__' for the dot."""
-    optimizer, qk, *controls = arm.split("_")
+    optimizer, qk, *controls = arm.replace("to_one", "to-one").split("_")
+    controls = [word.replace("-", "_") for word in controls]
     words = ",".join([scale, recipe, *controls])
     values = config_lib.base(optimizer, "none" if qk == "noqk" else "learned", words)
     values.seed = seed

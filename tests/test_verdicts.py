@@ -14,7 +14,9 @@ import synthetic_study
 from synthetic_study import AA, LOGIT, LOSS, PR, PR_BEFORE
 
 from qkjax import config as config_lib
+from qkjax import errors
 from qkjax.measures import probes
+from qkjax.trained import rank_curves
 from qkjax.verdicts import clauses, hypotheses, items, judgement, results, rules, stability
 from qkjax.verdicts import judge as verdicts
 
@@ -696,22 +698,25 @@ def test_a_clause_refuted_at_95_alone_does_not_refute(judge: Judge):
 # Attribution.
 
 
+# 1,220 steps: enough for gamma's steps not to dominate at tau 7.3 and force 0.2.
+ATTRIBUTED = {"scale": "full", "fields": {"train__tokens": 80_000_000}}
+
+
 def with_controls(
     frozen: float,
     decayed: float,
     recipe: str = "fixed",
     optimizers: tuple[str, ...] = ("adamw", "muon"),
 ) -> synthetic_study.Arms:
-    """None 50, learned gamma without decay 46."""
-    undecayed = "" if recipe == "fixed" else "_undecayed"
-    pr = {"noqk": 50.0, "qk_frozen": frozen, f"qk{undecayed}": 46.0}
+    """None 50, learned gamma without decay 46, the same pulled to one 45."""
+    pr = {"noqk": 50.0, "qk_frozen": frozen, "qk_undecayed": 46.0, "qk_to_one": 45.0}
     pr["qk_decayed" if recipe == "fixed" else "qk"] = decayed
     names = {f"{o}_{name}": {PR: x} for o in optimizers for name, x in pr.items()}
     return synthetic_study.arms(**names)
 
 
 def test_what_decay_explains(judge: Judge):
-    judged = judge(with_controls(frozen=47.0, decayed=20.0))
+    judged = judge(with_controls(frozen=47.0, decayed=20.0), **ATTRIBUTED)
     for found, optimizer in zip(judged.attributions, ("adamw", "muon"), strict=True):
         assert found.optimizer == optimizer and found.status == SUPPORTED
         assert found.share == "decay explains more than half" and found.share in found.reason
@@ -721,28 +726,65 @@ def test_what_decay_explains(judge: Judge):
         assert whole == pytest.approx(found.total.estimate)
         half = found.parts[2].estimate - found.total.estimate / 2
         assert found.half.estimate == pytest.approx(half) and found.half.deciding[0] > 0
-        assert set(found.total.family) == {arm for arm in found.roles.values() if arm}
+        assert set(found.total.family) == set(found.roles.values()) and len(found.roles) == 5
+        assert [clause.estimate for clause in found.beside] == pytest.approx([1], abs=1.5)
+        assert found.exposure == "tau 7.3, force 0.2" and found.exposure in found.total.text
+        assert 0.2 < found.step_noise < 0.3
 
 
 def test_the_arms_that_serve_are_named(judge: Judge):
-    fixed = judge(with_controls(frozen=47.0, decayed=20.0)).attributions[1]
+    fixed = judge(with_controls(frozen=47.0, decayed=20.0), **ATTRIBUTED).attributions[1]
     assert fixed.roles == {
         "none": "muon_noqk",
         "frozen": "muon_qk_frozen",
-        "undecayed": "muon_qk",
+        "undecayed": "muon_qk_undecayed",
         "decayed": "muon_qk_decayed",
-        "to_one": "",
+        "to_one": "muon_qk_to_one",
     }
     arms = with_controls(47.0, 20.0, "original", ("adamw",))
-    original = judge(arms, recipe="original", seeds=(42, 43)).attributions[0]
-    assert (original.roles["undecayed"], original.roles["decayed"]) == (
-        "adamw_qk_undecayed",
-        "adamw_qk",
-    )
+    found = judge(arms, recipe="original", seeds=(42, 43)).attributions[0]
+    assert (found.roles["undecayed"], found.roles["decayed"]) == ("adamw_qk_undecayed", "adamw_qk")
+
+
+def test_a_parent_of_another_rate_is_no_twin(judge: Judge):
+    """It does not decay its gammas either, but moves them a fifth as fast as the controls do."""
+    arms = with_controls(frozen=47.0, decayed=20.0)
+    del arms["adamw_qk_undecayed"]
+    found = judge(arms, **ATTRIBUTED).attributions[0]
+    assert found.roles["undecayed"] == ""
+    assert found.share == "" and "the plan has no arm adamw_qk_undecayed" in found.reason
+
+
+def test_steps_of_gamma_that_dominate_attribute_nothing(judge: Judge):
+    """At the 381 steps of pilot in recipe fixed, rate 0.1: |gamma| wanders by 0.5."""
+    found = judge(with_controls(frozen=47.0, decayed=20.0)).attributions[0]
+    assert found.total.word == SUPPORTED and found.step_noise > 0.3 and found.share == ""
+    assert found.reason.startswith("dominated by step noise (sd of gamma 0.5")
+
+
+def test_a_control_decayed_of_before_is_shown_by_another_name(judge: Judge, tmp_path: pathlib.Path):
+    """Its decay was stronger and its rate the parent's, which is then its twin; never pooled."""
+    arms = with_controls(frozen=47.0, decayed=20.0)
+    judge(arms, **ATTRIBUTED)
+    paths = sorted((tmp_path / "study" / "runs" / "adamw_qk_decayed").glob("*/config.json"))
+    for path in paths:
+        values = json.loads(path.read_text())
+        values["optimizer"].update(gamma_weight_decay=5.7, gamma_learning_rate=0.0)
+        path.write_text(json.dumps(values))
+    study = results.load_study(tmp_path / "study")
+    assert "adamw_qk_decayed_1" in study.arms and "adamw_qk_decayed" not in study.arms
+    assert study.plan["parents"]["adamw_qk_decayed_1"] == "adamw_qk"
+    found = verdicts.judge(study).attributions[0]
+    assert found.roles["decayed"] == "adamw_qk_decayed_1"
+    assert "force 5.7" in found.exposure and found.exposure in found.parts[2].text
+    values["optimizer"]["gamma_learning_rate"] = 0.03  # one seed of the new kind
+    paths[1].write_text(json.dumps({**values, "seed": 43}))
+    with pytest.raises(errors.UsageError, match="expected adamw_qk_decayed_1 with seed 43"):
+        results.load_study(tmp_path / "study")
 
 
 def test_pairs_that_disagree_in_the_attribution_are_said(judge: Judge):
-    judged = judge(with_controls(frozen=46.5, decayed=20.0), noise={**QUIET, PR: 3.0})
+    judged = judge(with_controls(frozen=46.5, decayed=20.0), noise={**QUIET, PR: 3.0}, **ATTRIBUTED)
     parts = [part for found in judged.attributions for part in found.parts]
     said = [(part.name, note) for part in parts for note in part.notes]
     assert any("the seeds disagree in sign" in note for _, note in said)
@@ -751,7 +793,7 @@ def test_pairs_that_disagree_in_the_attribution_are_said(judge: Judge):
 
 def test_parts_may_cancel(judge: Judge):
     """Normalisation costs 20, the learned gamma wins back 16, decay costs 16 of the 20."""
-    judged = judge(with_controls(frozen=30.0, decayed=30.0))
+    judged = judge(with_controls(frozen=30.0, decayed=30.0), **ATTRIBUTED)
     parts = [part.estimate for part in judged.attributions[0].parts]
     assert parts == pytest.approx([20, -16, 16], abs=1.5)
     words = [part.word for part in judged.attributions[0].parts]
@@ -770,13 +812,15 @@ def test_parts_may_cancel(judge: Judge):
 def test_half_is_the_border_of_the_explanation(
     judge: Judge, decayed: float, noise: float, share: str
 ):
-    judged = judge(with_controls(frozen=47.0, decayed=decayed), noise={**QUIET, PR: noise})
+    judged = judge(
+        with_controls(frozen=47.0, decayed=decayed), noise={**QUIET, PR: noise}, **ATTRIBUTED
+    )
     assert re.fullmatch(share, judged.attributions[0].share)
     assert judged.attributions[0].reason.startswith(judged.attributions[0].share)
 
 
 def test_nothing_is_attributed_where_nothing_is_lost(judge: Judge):
-    judged = judge(with_controls(frozen=50.0, decayed=50.0))
+    judged = judge(with_controls(frozen=50.0, decayed=50.0), **ATTRIBUTED)
     assert judged.attributions[0].status == REFUTED
     assert judged.attributions[0].share == ""
     assert judged.attributions[0].reason.startswith("not attributed, A is refuted: negligible")
@@ -788,7 +832,7 @@ def test_attribution_without_its_arms(judge: Judge):
     assert "the plan has no arm adamw_qk_decayed" in judged.attributions[0].reason
     arms = with_controls(frozen=47.0, decayed=20.0)
     del arms["muon_qk_frozen"]
-    judged = judge(arms)
+    judged = judge(arms, **ATTRIBUTED)
     assert judged.attributions[1].status == SUPPORTED  # decay needs no frozen arm
     assert "muon_qk_frozen" in judged.attributions[1].parts[0].reason
 
@@ -807,6 +851,56 @@ def test_elsewhere_in_recipe_original_the_parent_is_not(judge: Judge):
     judged = judge(with_controls(47.0, 20.0, "original"), scale="tiny", recipe="original")
     assert judged.attributions[0].status == INCONCLUSIVE
     assert "the plan has no arm adamw_qk_decayed" in judged.attributions[0].reason
+
+
+# --------------------------------------------------------------------------------------------
+# Functional rank; a control that never acted.
+
+
+def write_surgery(study: pathlib.Path, used: dict[str, int], seeds: tuple[int, ...]) -> None:
+    """surgery/: by arm the fewest directions within 0.01 nat, one more or less by seed."""
+    for arm, rank in used.items():
+        for number, seed in enumerate(seeds):
+            least = rank + number % 2
+            measured = rank_curves.Row(
+                "all", "pre_rope", "centred", "top", least, None, 4096, f"{arm}-{seed}", 3.5, 0.01
+            )
+            rows = [
+                measured._replace(rank=least - 1, delta=0.0101),
+                measured,
+                measured._replace(rank=1, centring="raw", delta=0.0),
+                measured._replace(rank=1, params_sha256="earlier parameters", delta=0.0),
+            ]
+            path = study / "surgery" / arm / f"seed_{seed}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(rank_curves.to_csv(rows))
+
+
+def test_functional_rank_is_shown_beside_h1_and_h4(judge: Judge, tmp_path: pathlib.Path):
+    judged = judge(CLAIMED, **LONG)
+    assert not [c for v in judged.verdicts for c in v.shown if "functional" in c.name]
+    used = {"adamw_qk": 10, "adamw_noqk": 20, "muon_qk": 14, "muon_noqk": 30}
+    write_surgery(tmp_path / "study", used, (42, 43, 44))
+    found = verdicts.judge(results.load_study(tmp_path / "study"))
+    trap = clause(found, "H1 functional rank")
+    assert trap.estimate == pytest.approx((20 - 10 + 30 - 14) / 2) and trap.unit == "directions"
+    assert trap in found.verdict("H1").shown and trap.sesoi == pytest.approx(3.2)
+    against = clause(found, "H4 functional rank against AdamW+QK")
+    assert against.estimate == pytest.approx(20) and against in found.verdict("H4").shown
+    assert found.verdict("H1").word == judged.verdict("H1").word  # shown, it decides nothing
+
+
+def test_a_control_that_is_its_parent_bit_for_bit_has_no_contrast(judge: Judge, tmp_path):
+    arms = {**CLAIMED, "muon_noqk_merged": MUON_BEST}
+    assert "bit for bit" not in judge(arms, **LONG).controls[0].reason
+    for path in (tmp_path / "study" / "runs" / "muon_noqk_merged").glob("*/summary.json"):
+        values = json.loads(path.read_text())
+        seed = values["seed"]
+        path.write_text(json.dumps({**values, "params_sha256": f"muon_noqk-{seed}"}))
+    for found in verdicts.judge(results.load_study(tmp_path / "study")).controls:
+        assert found.word == INCONCLUSIVE
+        assert found.reason.startswith("equal to muon_noqk bit for bit: it never acted")
+        assert found.estimate is None and found.deciding is None
 
 
 # --------------------------------------------------------------------------------------------

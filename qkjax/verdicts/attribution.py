@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from qkjax.verdicts import exposure
 from qkjax.verdicts.clauses import Panel, by_contrast
 from qkjax.verdicts.judgement import (
-    INCONCLUSIVE,
     OPPOSITE,
     SUPPORTED,
     Attribution,
     Clause,
 )
-from qkjax.verdicts.predictions import Prediction
+from qkjax.verdicts.predictions import QUANTITIES, Prediction
 from qkjax.verdicts.results import Study
 
 LABELS = {"adamw": "AdamW", "muon": "Muon"}
@@ -127,8 +126,10 @@ def _roles(study: Study, optimizer: str) -> dict[str, str]:
         "none": f"{optimizer}_noqk",
         **{role: f"{parent}_{role}" for role in ("frozen", "undecayed", "decayed", "to_one")},
     }
-    if roles["decayed"] not in study.arms and exposure.is_pilot(own):
-        roles["decayed"] = parent
+    if roles["decayed"] not in study.arms:
+        earlier = f"{parent}_decayed_1"  # at another force, which the words name
+        roles["decayed"] = earlier if earlier in study.arms else roles["decayed"]
+        roles["decayed"] = parent if exposure.is_pilot(own) else roles["decayed"]
     decayed = exposure.of_runs(study.of_arm(roles["decayed"]))
     undecayed = own is not None and not own.force and exposure.same_rate(own, decayed)
     if roles["undecayed"] not in study.arms and undecayed:
@@ -163,8 +164,19 @@ def controls(study: Study, attributed: Sequence[Attribution]) -> Iterator[Clause
                 quantity,
                 {control: 1.0, parent: -1.0},
             )
-            clause = dataclasses.replace(by_contrast(panel, prediction), level=_OUTSIDE)
             if same:
-                reason = f"equal to {parent} bit for bit: it never acted, and there is no contrast"
-                clause = dataclasses.replace(clause, word=INCONCLUSIVE, reason=reason)
-            yield clause
+                yield _never_acted(prediction, parent)
+            else:
+                yield dataclasses.replace(by_contrast(panel, prediction), level=_OUTSIDE)
+
+
+def _never_acted(prediction: Prediction, parent: str) -> Clause:
+    return Clause(
+        name=prediction.name,
+        text=prediction.text,
+        kind=prediction.kind,
+        unit=QUANTITIES[prediction.quantity].unit,
+        sesoi=None,
+        reason=f"equal to {parent} bit for bit: it never acted, and there is no contrast",
+        level=_OUTSIDE,
+    )

@@ -13,7 +13,6 @@ from qkjax import presets
 from qkjax.config import Config
 from qkjax.runs.results import RunResult
 
-FORCE = 0.2  # of the gamma controls, the original's
 SAME = 0.01  # relative: rates and decays closer than this make twins
 MOST_NOISE = 0.3  # above it the steps of gamma dominate and nothing is attributed
 
@@ -57,5 +56,5 @@ def is_pilot(found: Exposure | None) -> bool:
     return bool(
         found
         and math.isclose(found.tau, presets.PILOT_TAU, rel_tol=SAME)
-        and math.isclose(found.force, FORCE, rel_tol=SAME)
+        and math.isclose(found.force, presets.PILOT_FORCE, rel_tol=SAME)
     )

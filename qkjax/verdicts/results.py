@@ -7,7 +7,7 @@ files alone. What cannot be compared is refused; what is missing is named and le
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from qkjax import errors, files, presets
 from qkjax.runs.results import RunResult, load_run
@@ -25,6 +25,9 @@ _RATE_FIELDS: dict[str, files.Types] = {
     "runs": list,
     "sensitivity": (float, type(None)),
 }
+
+
+Value = TypeVar("Value")
 
 
 class Missing(NamedTuple):
@@ -86,6 +89,7 @@ def load_study(workdir: str | pathlib.Path) -> Study:
     plan = presets.with_present_recipe(plan)
     runs: dict[tuple[str, int], RunResult] = {}
     missing = []
+    names: dict[str, str] = {}  # of the arms of the plan, as they are shown
     for arm in (*plan["arms"], *plan["controls"]):
         for seed in plan["seeds"]:
             directory = path / "runs" / arm / f"seed_{seed}"
@@ -93,13 +97,14 @@ def load_study(workdir: str | pathlib.Path) -> Study:
             if isinstance(result, str):
                 missing.append(Missing(arm, seed, result))
                 continue
-            if (result.arm, result.seed) != (arm, seed):
+            shown = names.setdefault(arm, result.arm if result.arm == _earlier(arm) else arm)
+            if (result.arm, result.seed) != (shown, seed):
                 raise errors.UsageError(
                     f"{directory / 'config.json'}: is {result.arm} with seed {result.seed}, "
-                    f"expected {arm} with seed {seed}. Move the run to where it belongs."
+                    f"expected {shown} with seed {seed}. Move the run to where it belongs."
                 )
             surgery = path / "surgery" / arm / f"seed_{seed}.csv"
-            rank = rank_curves.dimensions_used(rank_curves.read_csv(surgery))
+            rank = _functional_rank(surgery, str(result.summary["params_sha256"]))
             runs[arm, seed] = dataclasses.replace(result, functional_rank=rank)
     _check_comparable(list(runs.values()))
     rates = study_files.read_object(path / "sweep" / "learning_rates.json")
@@ -115,14 +120,42 @@ def load_study(workdir: str | pathlib.Path) -> Study:
     scored = scores.read(path / "downstream", trained)
     return Study(
         workdir=path,
-        plan=plan,
-        runs=runs,
-        missing=tuple(missing),
+        plan=_renamed_plan(plan, names),
+        runs=_renamed(runs, names),
+        missing=tuple(run._replace(arm=names.get(run.arm, run.arm)) for run in missing),
         learning_rates=rates,
-        downstream=scored.results,
-        items=scored.items,
+        downstream=_renamed(scored.results, names),
+        items=_renamed(scored.items, names),
         notes=(*notes, *scored.notes),
     )
+
+
+def _functional_rank(surgery: pathlib.Path, parameters: str) -> int | None:
+    """Fewest directions of the centred pre-RoPE keys within 0.01 nat, of these parameters."""
+    rows = [
+        row
+        for row in rank_curves.read_csv(surgery)
+        if row.params_sha256 == parameters and (row.stage, row.centring) == ("pre_rope", "centred")
+    ]
+    return rank_curves.dimensions_used(rows)
+
+
+def _earlier(arm: str) -> str:
+    """The name of a control `decayed` that was trained before gamma had a rate of its own."""
+    return f"{arm}_1" if arm.endswith("_decayed") else arm
+
+
+def _renamed(
+    by_run: Mapping[tuple[str, int], Value], names: Mapping[str, str]
+) -> dict[tuple[str, int], Value]:
+    return {(names.get(arm, arm), seed): value for (arm, seed), value in by_run.items()}
+
+
+def _renamed_plan(plan: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The plan with the arms' present names: controls of the same word are never pooled."""
+    controls = [names.get(arm, arm) for arm in plan["controls"]]
+    parents = {names.get(arm, arm): parent for arm, parent in (plan.get("parents") or {}).items()}
+    return {**plan, "controls": controls, "parents": parents}
 
 
 def _other_plan(path: pathlib.Path, plan: Mapping[str, Any]) -> str:
