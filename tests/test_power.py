@@ -57,6 +57,13 @@ def test_the_original_design_of_two_seeds_says_what_it_can_decide():
     )
 
 
+def test_in_the_original_pilot_the_parent_is_the_decayed_arm():
+    design = power.Design.of(test_plan.make("pilot,original"))
+    assert design.attributed["muon"][:2] == ("muon_noqk", "muon_qk")
+    assert "muon_qk_frozen" in design.attributed["muon"] and design.pilot
+    assert power.Design.of(test_plan.make("tiny")).attributed == {}
+
+
 def test_a_rehearsal_and_one_seed_say_so():
     tiny = lines(test_plan.make("tiny"))
     assert tiny[-1] == "  this plan, 2 seeds (42, 137): a rehearsal, nothing is decided"

@@ -203,7 +203,7 @@ class Design:
     """What a plan lets studies decide: the questions that it can answer, and its families."""
 
     family: tuple[str, ...]  # of H1 to H4
-    attributed: dict[str, tuple[str, ...]]  # by optimiser the arms of an attribution
+    attributed: dict[str, tuple[str, ...]]  # by optimiser: none, decayed, the rest of the family
     scores: bool  # H5
     head_dim: int
     pilot: bool
@@ -214,9 +214,11 @@ class Design:
         config = next(iter(plan.arms.values())).config
         attributed = {}
         for optimizer in _ORIGINAL_COST:
-            arms = tuple(arm for arm in plan.arms if arm in _gamma_arms(optimizer))
-            if f"{optimizer}_qk_decayed" in arms and f"{optimizer}_noqk" in arms:
-                attributed[optimizer] = arms
+            none, decayed, *others = _gamma_arms(optimizer)
+            decayed = plan.left_out.get(decayed, decayed)  # its parent, where that is its twin
+            if none in plan.arms and decayed in plan.arms:
+                rest = (arm for arm in others if arm in plan.arms)
+                attributed[optimizer] = (none, decayed, *rest)
         unanswerable = plan.unanswerable()
         return cls(
             family=tuple(name for name in DECIDING if name not in unanswerable),
@@ -245,7 +247,7 @@ class Design:
             judged = judge(values, self.family, self.head_dim, self.pilot)
             found |= {name: Shares.of(codes) for name, codes in judged.words.items()}
         for optimizer, arms in self.attributed.items():
-            none, decayed = f"{optimizer}_noqk", f"{optimizer}_qk_decayed"
+            none, decayed, *_ = arms
             cost = _ORIGINAL_COST[optimizer] * self.head_dim / 64 if effects else 0.0
             values = {"PR": draw("PR", arms, {"PR": {none: cost}}, spread, seeds, chance)}
             prediction = Prediction("A", "", "PR", {none: 1.0, decayed: -1.0})
@@ -257,7 +259,7 @@ class Design:
 
 
 def _gamma_arms(optimizer: str) -> tuple[str, ...]:
-    controls = ("frozen", "undecayed", "decayed", "to_one")
+    controls = ("decayed", "frozen", "undecayed", "to_one")
     return (f"{optimizer}_noqk", *(f"{optimizer}_qk_{control}" for control in controls))
 
 
