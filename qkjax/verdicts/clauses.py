@@ -101,7 +101,8 @@ def spoken(estimate: float, interval: Interval | None, unit: str) -> str:
         ends = [f"{math.exp(end):.3g}" for end in interval or ()]
     else:
         form = "+.4f" if unit == "nat" else "+.3g"
-        said = f"{estimate:{form}} {unit}".rstrip()
+        number = f"{estimate:{form}}"
+        said = f"{number} {unit.removesuffix('s') if number in ('+1', '-1') else unit}".rstrip()
         ends = [f"{end:{form}}" for end in interval or ()]
     return f"{said}, 95% {ends[0]} to {ends[1]}" if ends else said
 
