@@ -147,7 +147,7 @@ def interval(ends: tuple[float, float] | None) -> str:
 
 def amount(value: str, unit: str) -> str:
     """ "3.2 PR", "1 point"."""
-    return f"{value} {unit.removesuffix('s') if value == '1' else unit}".rstrip()
+    return f"{value} {unit.removesuffix('s') if value.lstrip('+-') == '1' else unit}".rstrip()
 
 
 def p_value(p: float | None) -> str:

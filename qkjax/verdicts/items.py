@@ -197,7 +197,8 @@ def _notes(
     for seed, ours, theirs in zip(seeds, first, second, strict=True):
         by_item = statistics.paired_bootstrap(ours, theirs)
         low, high = (question.factor * end for end in by_item.interval)
-        said = f"seed {seed}: over {len(ours):,} items, in {question.unit}, 95% {low:+.3g} to {high:+.3g}"
+        said = f"seed {seed}: over {len(ours):,} items, in {question.unit}, "
+        said += f"95% {low:+.3g} to {high:+.3g}"
         if question.unit == "points":
             test = statistics.mcnemar(ours, theirs)
             shares.append(test.discordant / len(ours))
