@@ -113,6 +113,35 @@ def test_the_folder_of_the_embedded_corpus_says_what_it_holds(vocab_size, end_of
     assert dataset_lib.embedded_directory(vocab_size, end_of_text).name == name
 
 
+@pytest.mark.parametrize(
+    ("words", "vocab_size", "name"),
+    [
+        ("tiny", 4096, "embedded-v2"),
+        ("small", 8192, "embedded-v2-8192"),
+        ("small,original", 8192, "embedded-v2-8192-without-end-of-text"),
+    ],
+)
+def test_small_scales_take_the_embedded_corpus_of_their_vocabulary(
+    monkeypatch, words, vocab_size, name
+):
+    asked = {}
+
+    def prepare_embedded(directory, **options):
+        asked.update(options, name=directory.name)
+        raise errors.UsageError("far enough")
+
+    monkeypatch.setattr(prepare, "prepare_embedded", prepare_embedded)
+    config = config_lib.resolve(config_lib.base("muon", "none", words))
+    with pytest.raises(errors.UsageError, match="far enough"):
+        dataset_lib.open_dataset(config)
+    assert asked == {
+        "name": name,
+        "vocab_size": vocab_size,
+        "end_of_text": "original" not in words,
+    }
+    assert config.model.sequence_length == 256  # as the corpus is cut
+
+
 def test_a_run_on_an_earlier_embedded_corpus_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setattr(places, "data", lambda: tmp_path)
     old = small_run.make_dataset(tmp_path / "embedded", seed=1)

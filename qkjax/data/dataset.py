@@ -12,6 +12,7 @@ from qkjax.config import Config
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import prepare, request, staging
 
+EMBEDDED_SCALES = ("tiny", "small")  # need no data.dir
 # The version stands for what `prepare_embedded` makes; raise it with any change of that.
 _EMBEDDED_VERSION = "embedded-v2"
 _EMBEDDED_VOCABULARY = 4096  # needs no word in the folder's name
@@ -31,7 +32,7 @@ def require_directory(config: Config) -> None:
     Raises:
         UsageError: names the command that makes a dataset.
     """
-    if not config.data.dir and config.scale != "tiny":
+    if not config.data.dir and config.scale not in EMBEDDED_SCALES:
         options = ["--preset=pilot" if config.scale == "pilot" else "--preset=study"]
         if config.model.sequence_length != request.PRESETS["study"]["sequence_length"]:
             options.append(f"--sequence_length={config.model.sequence_length}")

@@ -90,7 +90,7 @@ def _settle(plan: Plan, directory: pathlib.Path, steps: Sequence[Step]) -> None:
 
 def _settle_dataset(plan: Plan, directory: pathlib.Path) -> None:
     """Opens the dataset that every run will take, and records it; refuses another one later."""
-    if not plan.study.data_dir and plan.study.scale == "tiny":
+    if not plan.study.data_dir and plan.study.scale in dataset_lib.EMBEDDED_SCALES:
         print("dataset: the embedded corpus; made now where it is missing", flush=True)
     first = next(step for step in plan.steps if step.kind == RUN)
     try:
