@@ -234,3 +234,38 @@ def test_interval_figure_of_too_little():
         "sesoi",
         "estimate",
     ]
+
+
+# --------------------------------------------------------------------------------------------
+# Gamma, rank surgery, loss against PR.
+
+
+def test_a_scale_around_a_level_reaches_as_far_above_as_below():
+    groups = [{"muon_qk": [curve(1.0, 0.9, 0.4, 0.6)]}, {"adamw_qk": [curve(1.0, 1.1)]}]
+    scale = charts.around("gamma", groups, 1.0)
+    assert scale.low < 0.4 and scale.high > 1.1
+    assert scale.high - 1.0 == pytest.approx(1.0 - scale.low)
+    assert scale.reference == (1.0, "start: 1")
+    alike = charts.around("gamma", [{"muon_qk": [curve(1.0, 1.0)]}], 1.0)
+    assert alike.low < 1.0 < alike.high
+
+
+def test_added_loss_is_the_mean_of_the_seeds_at_the_ranks_of_all():
+    runs = [[(1, 0.5), (4, 0.02), (8, 0.0)], [(1, 0.7), (8, 0.002)]]
+    figure = charts.added_loss({"muon_qk": runs}, 0.01, 8, LOOKS)
+    (line,) = lines_of(figure, "muon_qk")
+    assert list(line.get_xdata()) == [1, 8]
+    assert line.get_ydata() == pytest.approx([0.6, 0.001])
+    axes = figure.axes[0]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "symlog")
+    assert "0.01 nat" in [text.get_text() for text in axes.texts]
+
+
+def test_loss_against_pr_has_a_point_a_run():
+    points = {"muon_qk": [(20.0, 3.5), (21.0, 3.4)], "muon_noqk": [(30.0, 3.6)]}
+    figure = charts.scatter(points, "PR", "loss", LOOKS)
+    drawn = {line.get_label(): line for line in figure.axes[0].lines}
+    assert drawn["Muon + QK"].get_xdata() == pytest.approx([20.0, 21.0])
+    assert drawn["Muon + QK"].get_ydata() == pytest.approx([3.5, 3.4])
+    assert drawn["Muon + QK"].get_linestyle() == "None"
+    assert drawn["Muon, no QK"].get_marker() == LOOKS["muon_noqk"].marker
