@@ -780,7 +780,7 @@ def test_confounds_are_named_with_their_numbers(tmp_path: pathlib.Path):
         config = results.load_study(study).runs[arm, 42].config
         found = exposure.of_config(config)
         cap = math.sqrt(32) / found.force**2
-        row = f"{arms.label(arm)}learned{found.rate:g}{found.force:g}"
+        row = f"{arms.label(arm)}decayed to 0{found.rate:g}{found.force:g}"
         assert f"{row}{found.tau:.4g}{found.step_noise:.2f}{cap:.4g}" in said
     assert "AdamW + QK-Norm0.320.50–" in said and "AdamW + QK-Norm1.214.25–" in said
     assert {"pr_over_rate_adamw-title", "pr_against_loss-title"} <= set(page.ids)

@@ -159,12 +159,13 @@ def _exposure(material: Material) -> Iterator[Table]:
         if found is None or not learned:
             rows.append((arms.label(arm), "frozen at 1", *[ABSENT] * 5))
             continue
-        force = found.force
-        cap = math.sqrt(material.head_dim) / force**2 if force else None
+        force, target = found.force, runs[0].config.optimizer.gamma_decay_target
+        # Decay towards 1 has another bound: gamma may reach 1 + 1/W.
+        cap = math.sqrt(material.head_dim) / force**2 if force and target == 0 else None
         rows.append(
             (
                 arms.label(arm),
-                "learned",
+                f"decayed to {target:g}" if force else "not decayed",
                 f"{found.rate:g}",
                 short(force),
                 short(found.tau),
@@ -188,10 +189,10 @@ def _exposure(material: Material) -> Iterator[Table]:
                 tuple(rows),
                 words=2,
                 notes=(
-                    "tau is the sum over steps of rate × W: decay alone multiplies gamma by "
-                    "exp(-tau). Against Adam's normalised step |gamma| stays below 1/W, which caps "
-                    f"the logits. Noise above {exposure.MOST_NOISE:g} dominates gamma, and nothing "
-                    "is attributed then.",
+                    "tau is the sum over steps of rate × W: decay to 0 alone multiplies gamma by "
+                    "exp(-tau), and against Adam's normalised step |gamma| stays below 1/W, which "
+                    f"caps the logits. Noise above {exposure.MOST_NOISE:g} dominates gamma, and "
+                    "nothing is attributed then.",
                 ),
             )
         )
