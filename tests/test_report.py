@@ -727,7 +727,7 @@ def test_the_first_screen_is_the_result(built: tuple[pathlib.Path, Report]):
     rows = {row[0]: row[1:] for row in table.rows}
     assert list(rows) == [arms.label(arm) for arm in study.arms]
     muon = ends["muon_noqk"]
-    assert rows["Muon, no QK-Norm"][0] == f"{muon.mean():.1f} ± {muon.std(ddof=1):.1f}"
+    assert rows["Muon, no QK-Norm"][0] == f"{muon.mean():.1f} ±\u00a0{muon.std(ddof=1):.1f}"
     assert rows["AdamW, no QK-Norm"][-1] == "–" and "±" in rows["AdamW + QK-Norm"][-1]
     assert [chart.name for chart in charts.charts] == ["result_pr", "result_loss"]
 

@@ -106,10 +106,10 @@ def _name(material: Material, arm: str) -> str:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    """ "25.3 ± 0.2"; of one seed no spread."""
+    """ "25.3 ± 0.2", which may wrap before the sign alone; of one seed no spread."""
     if not values or not all(map(math.isfinite, values)):
         return ABSENT
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    spread = f" ±\u00a0{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return number(_mean(values), digits) + spread
 
 
