@@ -1,7 +1,9 @@
 """A run directory without training: random parameters of some size, and numpy's losses of them."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
@@ -109,6 +111,45 @@ def make(
         }
     )
     return directory
+
+
+def save_again(
+    directory: pathlib.Path,
+    step: int | None = None,
+    params: model.Params | None = None,
+    **fields: Any,
+) -> None:
+    """The run's latest parameters, or `params`, as its only checkpoint, with a changed config.
+
+    Args:
+        step: of the new checkpoint; that of the latest unless given.
+        fields: of the config, in config.json and in the checkpoint; '__' stands for the dot.
+    """
+    run_directory = RunDirectory(directory)
+    values = files.read_object(run_directory.config, "")
+    for name, value in fields.items():
+        section, _, field = name.partition("__")
+        values[section][field] = value
+    files.write_json(run_directory.config, values)
+    old = checkpoint.Checkpoints(run_directory.checkpoints, read_only=True)
+    latest = old.steps()[-1]
+    meta = old.meta(latest)
+    if params is None:
+        shapes = model.parameter_shapes(small_model(values))
+        params = old.restore_params(latest, shapes)
+    old.close()
+    shutil.rmtree(run_directory.checkpoints)
+    new = checkpoint.Checkpoints(run_directory.checkpoints)
+    facts = {name: meta[name] for name in ("data_order", "dataset_fingerprint", "wall_seconds")}
+    step = latest if step is None else step
+    new.save(step, params, {"count": np.zeros(1, np.float32)}, {**facts, "config": values})
+    new.wait()
+    new.close()
+
+
+def small_model(values: dict[str, Any]) -> config_lib.ModelConfig:
+    """The model of a stored config, with attention that every machine has."""
+    return dataclasses.replace(config_lib.from_dict(values).model, attention="xla")
 
 
 def write_losses(directory: pathlib.Path, loss_sum: np.ndarray) -> None:

@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import random_run
 import reference_model
 import small_run
 
@@ -70,11 +71,7 @@ def copied(case: Case, directory: pathlib.Path, params: model.Params | None = No
     """The run elsewhere, without results; with `params` as its only checkpoint, of step 3."""
     shutil.copytree(case[0], directory, ignore=shutil.ignore_patterns("rank_surgery"))
     if params is not None:
-        shutil.rmtree(directory / "checkpoints")
-        checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
-        checkpoints.save(3, params, {"count": np.zeros(1, np.float32)}, {})
-        checkpoints.wait()
-        checkpoints.close()
+        random_run.save_again(directory, 3, params)
     return directory
 
 
@@ -426,9 +423,7 @@ def test_a_damaged_csv_is_refused(tmp_path, text):
 
 def test_a_run_of_another_machine_needs_no_cudnn_here(case, measured, tmp_path):
     workdir = copied(case, tmp_path / "run")
-    values = json.loads((workdir / "config.json").read_text())
-    values["model"]["attention"] = "cudnn"
-    (workdir / "config.json").write_text(json.dumps(values))
+    random_run.save_again(workdir, model__attention="cudnn")
     rows = measure(workdir, rank_surgery.Request(ranks=(4,), layers=("all",), tokens=0))
     expected = only(measured["pre_rope"], "all", "top", 4)
     assert only(rows, "all", "top", 4).val_loss == pytest.approx(expected.val_loss, rel=1e-6)

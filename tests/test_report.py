@@ -18,7 +18,7 @@ import pytest
 import synthetic_study
 from synthetic_study import LOSS, PR
 
-from qkjax import errors
+from qkjax import errors, presets
 from qkjax.report import arms, material, original, report, sections_record, sections_verdicts
 from qkjax.report.blocks import Box, Charts, Lead, Report, Table
 from qkjax.report.csv import COLUMNS, results_csv
@@ -499,8 +499,11 @@ def test_what_decides_beside_the_intervals(write: Callable[..., pathlib.Path]):
     assert "divergences" not in page and "Every run finished." in page
 
 
-def test_a_study_without_sweep_spectra_and_scores_says_so(write: Callable[..., pathlib.Path]):
+def test_a_study_without_sweep_spectra_and_scores_says_so(
+    write: Callable[..., pathlib.Path], monkeypatch: pytest.MonkeyPatch
+):
     study = write()
+    monkeypatch.setitem(presets.OPTIMIZERS, "lion", presets.OPTIMIZERS["muon"])
     for path in study.glob("runs/muon_noqk/*/config.json"):  # somebody's own optimiser
         path.write_text(path.read_text().replace('"name": "muon"', '"name": "lion"'))
     page = sections(study)

@@ -158,7 +158,7 @@ def cut(run: pathlib.Path, data: Callable[[bytes], bytes]) -> None:
             "no evaluation in it, expected val/loss",
         ),
         (lambda run: (run / "summary.json").write_text("{"), "summary.json: damaged"),
-        (lambda run: (run / "config.json").write_text("{}"), "config.json: damaged"),
+        (lambda run: (run / "config.json").write_text("{}"), "config.json: arm is missing"),
         (lambda run: edit(run / "environment.json", dataset_fingerprint=""), "names no dataset"),
         (
             lambda run: (run / "validation" / "step_00000195.npz").write_bytes(b"PK"),

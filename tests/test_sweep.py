@@ -9,6 +9,7 @@ import synthetic_study
 
 from qkjax import errors
 from qkjax.cli import config_flag
+from qkjax.runs.directory import RunDirectory
 from qkjax.study import plan, sweep
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -46,6 +47,9 @@ def halves(directory: pathlib.Path, first: float, second: float) -> None:
     count = np.full(16, 2048, np.float32)
     losses = np.repeat([first, second], 8).astype(np.float32)
     np.savez(directory / "validation" / "final.npz", loss_sum=losses * count, count=count)
+    summary = RunDirectory(directory).read_summary()
+    whole = float((losses * count).sum() / count.sum())
+    RunDirectory(directory).write_summary({**summary, "val_final/loss": whole})
 
 
 def test_the_lowest_final_loss_inside_the_grid_is_chosen(tmp_path):

@@ -165,7 +165,8 @@ def _download_tokenizer(spec: str, name: str) -> pathlib.Path:
     except Exception as error:
         reason = errors.one_line(offline or error)
         raise errors.UsageError(
-            f"--tokenizer={spec}: cannot be had from the hub ({reason}). Offline: run `hf download "
+            f"--tokenizer={spec}: cannot be downloaded from the hub ({reason}). Offline: run "
+            "`hf download "
             f"{name} tokenizer.json --local-dir DIR` on a machine with network, copy DIR here, "
             "and pass --tokenizer=DIR/tokenizer.json here."
         ) from None
