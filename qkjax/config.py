@@ -339,11 +339,20 @@ class Schedule:
     warmup_steps: int = derived()
     decay_steps: int = derived()
 
-    def factor(self, step: int) -> float:
-        """Factor of update `step`, counted from 0; in (0, 1], for the first never 0."""
-        warmup = (step + 1) / self.warmup_steps if self.warmup_steps else 1.0
-        decay = (self.num_steps - step) / self.decay_steps if self.decay_steps else 1.0
-        return min(1.0, warmup, decay)
+    def factor(
+        self, step: Any, minimum: Callable[..., Any] = min, maximum: Callable[..., Any] = max
+    ) -> Any:
+        """Factor of update `step`, counted from 0: in (0, 1], and 0 after the last.
+
+        Args:
+            step: an int, or a traced array with `jnp.minimum` and `jnp.maximum`.
+        """
+        factor = 1.0
+        if self.warmup_steps:
+            factor = minimum(factor, (step + 1) / self.warmup_steps)
+        if self.decay_steps:
+            factor = minimum(factor, maximum(self.num_steps - step, 0) / self.decay_steps)
+        return factor
 
     def total(self) -> float:
         """Sum of the factors over all updates: learning rate x this = summed learning rate."""

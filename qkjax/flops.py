@@ -22,7 +22,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Number of parameters, the tied embedding counted once; as `model.count_parameters`, by sum.
+    """Number of parameters, the tied embedding counted once.
 
     docs/science.md section 2: no biases, two gammas a layer and one at the end, with QK-Norm one
     gamma_q and one gamma_k of head_dim a layer.

@@ -70,11 +70,6 @@ def parameter_shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init(jax.random.key(0), config))
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Number of parameters, the tied embedding counted once."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
-
-
 def apply(params: Params, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
     """Final hidden states [B, T, D] in the compute dtype; logits are hidden @ embedding^T."""
     return _decoder(config).apply({"params": params}, tokens_BT)[0]

@@ -91,13 +91,8 @@ def learning_rate(schedule: Schedule, peak: float) -> optax.Schedule:
     """
 
     def rate(count: jax.typing.ArrayLike) -> jax.Array:
-        factor = jnp.ones((), jnp.float32)
-        if schedule.warmup_steps:
-            factor = jnp.minimum(factor, (count + 1) / schedule.warmup_steps)
-        if schedule.decay_steps:
-            left = jnp.maximum(schedule.num_steps - count, 0)
-            factor = jnp.minimum(factor, left / schedule.decay_steps)
-        return peak * factor
+        factor = schedule.factor(count, jnp.minimum, jnp.maximum)
+        return peak * jnp.asarray(factor, jnp.float32)
 
     return rate
 

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qkjax import after_update, errors, evaluation, files, model, optimizer, sharding, train_step
+from qkjax import (
+    after_update,
+    errors,
+    evaluation,
+    files,
+    flops,
+    model,
+    optimizer,
+    sharding,
+    train_step,
+)
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import pipeline
@@ -167,7 +177,7 @@ class _Run:
             config, self.mesh
         )
         self.rate = optimizer.learning_rate(config.schedule, config.optimizer.learning_rate)
-        self.num_parameters = model.count_parameters(config.model)
+        self.num_parameters = flops.num_parameters(config.model)
         self.progress = progress.Progress(
             config, self.num_parameters, jax.devices()[0].device_kind, jax.device_count()
         )

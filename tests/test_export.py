@@ -14,7 +14,7 @@ import random_run
 import small_run
 
 from qkjax import config as config_lib
-from qkjax import errors, model, train
+from qkjax import errors, flops, model, train
 from qkjax.data import prepare
 from qkjax.export import card, directory, hf, verify
 from qkjax.runs import checkpoint
@@ -152,7 +152,7 @@ def test_tensors_are_renamed_transposed_and_scaled(place):
         "model.layers.0.post_attention_layernorm.weight": blocks["mlp_norm"]["gamma"][0],
     }.items():
         np.testing.assert_array_equal(tensors[name], expected, name)
-    assert sum(x.size for x in tensors.values()) == model.count_parameters(run.config.model)
+    assert sum(x.size for x in tensors.values()) == flops.num_parameters(run.config.model)
     with safetensors.safe_open(place / "exports/qwen3/model.safetensors", framework="np") as file:
         assert file.metadata() == {"format": "pt"}  # without it, transformers 4 refuses the file
 
@@ -429,7 +429,7 @@ def test_stock_loading_needs_no_custom_code(torch, place, kind):
     assert type(pipe.tokenizer).__name__ in ("PreTrainedTokenizerFast", "TokenizersBackend")
     (out,) = pipe("The tone", max_new_tokens=4, do_sample=False)
     assert out["generated_text"].startswith("The tone")
-    assert pipe.model.num_parameters() == model.count_parameters(
+    assert pipe.model.num_parameters() == flops.num_parameters(
         hf.model_config(json.loads((place / "exports" / kind / "config.json").read_text()))
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference_model
 
-from qkjax import attention, model
+from qkjax import attention, flops, model
 from qkjax import config as config_lib
 
 SMALL = dataclasses.replace(
@@ -68,7 +68,7 @@ def tokens(c: config_lib.ModelConfig, batch: int, length: int) -> np.ndarray:
 )
 def test_parameter_counts(words: str, qk_norm: str, expected: int):
     resolved = config_lib.resolve(config_lib.base("adamw", qk_norm, words)).for_platform("cpu")
-    assert model.count_parameters(resolved.model) == expected
+    assert flops.num_parameters(resolved.model) == expected
 
 
 @pytest.mark.parametrize("mlp", ["swiglu", "relu2"])

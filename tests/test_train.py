@@ -18,7 +18,7 @@ import pytest
 import small_run
 from tensorboard.backend.event_processing import event_accumulator
 
-from qkjax import errors, evaluation, model, train
+from qkjax import errors, evaluation, flops, model, train
 from qkjax.config import Config
 from qkjax.data import pipeline
 from qkjax.runs import checkpoint, signals, writers
@@ -110,7 +110,7 @@ def test_orbax_restores_the_parameters_without_our_code(finished):
     restored = ocp.StandardCheckpointer().restore(path.absolute())
     shapes = model.parameter_shapes(config.for_platform("cpu").model)
     assert jax.tree.structure(restored) == jax.tree.structure(shapes)
-    assert sum(leaf.size for leaf in jax.tree.leaves(restored)) == model.count_parameters(
+    assert sum(leaf.size for leaf in jax.tree.leaves(restored)) == flops.num_parameters(
         config.for_platform("cpu").model
     )
 
@@ -233,7 +233,7 @@ def test_rows_are_on_disk_before_their_checkpoint(datasets, tmp_path, monkeypatc
 
 def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(datasets, tmp_path, monkeypatch):
     config = arm_config(datasets, "muon_noqk_accumulated")
-    state = 4 * model.count_parameters(config.for_platform("cpu").model)
+    state = 4 * flops.num_parameters(config.for_platform("cpu").model)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * state))
     with pytest.raises(errors.StorageError, match=r"checkpoints need .* GB are free"):
@@ -243,7 +243,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(datasets, tmp_path, 
 
 def test_what_was_set_aside_frees_no_room(datasets, tmp_path, monkeypatch):
     config = arm_config(datasets, "muon_noqk_accumulated")
-    state = 8 * model.count_parameters(config.for_platform("cpu").model)
+    state = 8 * flops.num_parameters(config.for_platform("cpu").model)
     aside = tmp_path / "run" / "checkpoints" / "set-aside-6-1" / "params"
     aside.mkdir(parents=True)
     (aside / "data").write_bytes(bytes(10 * state))

@@ -203,10 +203,9 @@ def test_p_of_a_hypothesis_is_the_largest_of_its_contrasts(judge: Judge):
     assert all(c.p is None and c.level == "by rule, no p" for c in rules_of_h4)
 
 
-def test_judgement_is_json(judge: Judge):
-    values = judge(CLAIMED, **LONG, missing=[("muon_noqk", 43)]).to_dict()
-    back = json.loads(json.dumps(values, allow_nan=False))
-    assert back["verdicts"][0]["clauses"][0]["per_seed"].keys() == {"42", "44"}
+def test_a_seed_without_an_arm_enters_no_contrast(judge: Judge):
+    judged = judge(CLAIMED, **LONG, missing=[("muon_noqk", 43)])
+    assert judged.verdicts[0].clauses[0].per_seed.keys() == {42, 44}
 
 
 def test_null_study(judge: Judge):
@@ -356,7 +355,6 @@ def test_a_study_without_any_run(judge: Judge):
     judged = judge(CLAIMED, missing=missing, **LONG)
     assert statuses(judged) == [INCONCLUSIVE] * 4
     assert clause(judged, "H1 post-RoPE").sesoi == pytest.approx(3.2)
-    json.dumps(judged.to_dict(), allow_nan=False)
 
 
 def test_an_arm_that_diverged_wholly_is_a_count_below_four_seeds(judge: Judge):

@@ -10,7 +10,7 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from qkjax import errors, flops, model, sharding, train_step
+from qkjax import errors, flops, sharding, train_step
 from qkjax.config import Config
 
 
@@ -115,7 +115,7 @@ def describe(
 
     memory_bytes is what XLA's compiled train step takes on one device, which this compiles.
     """
-    parameters = model.count_parameters(config.model)
+    parameters = flops.num_parameters(config.model)
     tokens = config.train.num_steps * config.train.tokens_per_step
     step = train_step.make_train_step(config, transformation, mesh)
     state = train_step.state_shapes(config, transformation)

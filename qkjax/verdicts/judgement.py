@@ -23,9 +23,6 @@ hypothesis of several clauses, corrected for the number of hypotheses. Words are
 """
 
 import dataclasses
-from typing import Any
-
-from qkjax import files
 
 SUPPORTED, REFUTED, INCONCLUSIVE = "supported", "refuted", "inconclusive"
 OPPOSITE = "refuted: the opposite"
@@ -130,10 +127,6 @@ class Judgement:
     warnings: tuple[str, ...]  # what a reader has to know first
     seeds_used: tuple[int, ...]  # seeds that have every one of the four arms
     rehearsal: bool  # scale tiny, or quick: words are computed, nothing is decided
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers, strings and None, as JSON has them."""
-        return files.plain(dataclasses.asdict(self))
 
     def verdict(self, name: str) -> Verdict:
         """By its name, "H1" to "H5"."""
