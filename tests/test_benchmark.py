@@ -16,6 +16,7 @@ from benchmarks import interleave, subjects, table
 from qkjax import config as config_lib
 from qkjax import errors
 
+pytestmark = pytest.mark.long  # outside the package
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {
     "model.num_layers": 2,
@@ -138,7 +139,6 @@ def run_spec(tmp_path_factory):
     return make_spec(settings, folder)
 
 
-@pytest.mark.long
 def test_a_run_and_its_bare_steps_begin_alike(run_spec):
     found = {}
     for variant in subjects.choose_variants("run", "cpu", []):
@@ -220,7 +220,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.long
 def test_the_command_measures_and_writes_a_table_and_json(tmp_path):
     pytest.importorskip("torch")
     out = tmp_path / "step.json"

@@ -97,6 +97,7 @@ def test_a_run_that_fails_is_named(tmp_path, capfd):
     assert f"ERROR: {tmp_path}/dataset.json: missing" in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_a_signal_to_the_check_stops_the_run_under_way(tmp_path):
     data = small_run.make_dataset(tmp_path / "data")
     process = subprocess.Popen(

@@ -661,6 +661,7 @@ def command(tmp_path: pathlib.Path, *flags: str, offline: bool = False):
     return done, log.read_text() if log.exists() else ""
 
 
+@pytest.mark.long
 def test_twenty_real_items_agree_and_share_their_shots(torch, real, shared, tmp_path):
     """Both commands, hub variables unset, no network: 1e-3 an item, a third of the tokens."""
     found = {}
@@ -689,6 +690,7 @@ def test_twenty_real_items_agree_and_share_their_shots(torch, real, shared, tmp_
     assert ours["tasks"]["lambada"]["metrics"]["acc"]["value"] == 0
 
 
+@pytest.mark.long
 def test_offline_variables_change_nothing(torch, place, tmp_path):
     """Set before the start; and without files of tasks the hub's refusal is one line."""
     done, attempts = command(
@@ -713,6 +715,7 @@ def test_offline_variables_change_nothing(torch, place, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("ERROR: --out: missing")
 
 
+@pytest.mark.long
 def test_random_weights_are_at_chance(real, shared, tmp_path):
     """100 questions of four endings: 25% within four standard errors; no last word."""
     found, _ = score(real, tmp_path / "out.json", data_dir=shared / "data", limit=100)

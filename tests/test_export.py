@@ -685,6 +685,7 @@ def command(*flags: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.long
 def test_command_exports_and_verifies_a_trained_run(torch, place, tmp_path):
     run_config = small_run.make_config(place / "dataset", "muon", "learned", "tiny,frozen")
     train.train_and_evaluate(run_config, tmp_path / "run")

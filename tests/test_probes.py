@@ -572,6 +572,7 @@ def test_gammas_of_zero_have_no_spread_and_negative_ones_are_counted():
     assert np.isnan(found.metrics["gamma/key_spread"])
 
 
+@pytest.mark.long
 def test_qr_factors_give_what_moments_give():
     """The way of TPUs, which have no float64: the same step with the other statistics."""
     c, measure, params = test_evaluation.learned()
