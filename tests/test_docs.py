@@ -114,3 +114,11 @@ def test_docstrings_name_errors_in_one_form():
                 odd = IN_PROSE.findall(ast.get_docstring(node) or "")
                 found += [f"{module.name}: {line}" for line in odd]
     assert len(modules) > 100 and not found, "\n".join(found)
+
+
+def test_the_tests_that_reliability_names_exist():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    found = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 30
+    assert not [name for name in named if f"def {name}(" not in found]
