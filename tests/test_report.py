@@ -19,11 +19,12 @@ import synthetic_study
 from synthetic_study import LOSS, PR
 
 from qkjax import errors, presets
+from qkjax.config import gamma_exposure
 from qkjax.report import arms, material, original, report, sections_record, sections_verdicts
 from qkjax.report.blocks import Box, Charts, Lead, Report, Table
 from qkjax.report.csv import COLUMNS, results_csv
 from qkjax.runs import environment
-from qkjax.verdicts import exposure, results
+from qkjax.verdicts import results
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -781,10 +782,10 @@ def test_confounds_are_named_with_their_numbers(tmp_path: pathlib.Path):
     said = page.sections["confounds"]
     for arm in ("adamw_qk", "muon_qk"):
         config = results.load_study(study).runs[arm, 42].config
-        found = exposure.of_config(config)
-        cap = math.sqrt(32) / found.force**2
-        row = f"{arms.label(arm)}decayed to 0{found.rate:g}{found.force:g}"
-        assert f"{row}{found.tau:.4g}{found.step_noise:.2f}{cap:.4g}" in said
+        found = gamma_exposure(config)
+        cap = math.sqrt(32) / found.weight_decay**2
+        row = f"{arms.label(arm)}decayed to 0{found.learning_rate:g}{found.weight_decay:g}"
+        assert f"{row}{found.tau:.4g}{found.noise:.2f}{cap:.4g}" in said
     assert "AdamW + QK-Norm0.320.50–" in said and "AdamW + QK-Norm1.214.25–" in said
     assert {"pr_over_rate_adamw-title", "pr_against_loss-title"} <= set(page.ids)
     assert page.sections["sweep"].count("TIE: 0.6 and 1.2 are within 0.01 nat") == 1

@@ -154,22 +154,21 @@ def _exposure(material: Material) -> Iterator[Table]:
         runs = material.study.of_arm(arm)
         if not runs or runs[0].config.model.qk_norm == "none":
             continue
-        learned = runs[0].config.model.qk_norm == "learned"
         found = exposure.of_runs(runs)
-        if found is None or not learned:
+        if found is None:
             rows.append((arms.label(arm), "frozen at 1", *[ABSENT] * 5))
             continue
-        force, target = found.force, runs[0].config.optimizer.gamma_decay_target
+        force, target = found.weight_decay, found.target
         # Decay towards 1 has another bound: gamma may reach 1 + 1/W.
-        cap = math.sqrt(material.head_dim) / force**2 if force and target == 0 else None
+        cap = found.largest_logit if force and target == 0 else None
         rows.append(
             (
                 arms.label(arm),
                 f"decayed to {target:g}" if force else "not decayed",
-                f"{found.rate:g}",
+                f"{found.learning_rate:g}",
                 short(force),
                 short(found.tau),
-                number(found.step_noise, 2),
+                number(found.noise, 2),
                 short(cap),
             )
         )

@@ -29,7 +29,7 @@ def attribute(study: Study, optimizer: str) -> Attribution:
     family = tuple(dict.fromkeys(arm for arm in roles.values() if arm in study.arms))
     panel = Panel.of(study, family)
     found = exposure.of_runs(study.of_arm(roles["decayed"]))
-    at = f"at {found}" if found else "at the original's exposure"
+    at = f"at {exposure.words(found)}" if found else "at the original's exposure"
 
     def clause(name: str, text: str, limit: float | None = None, **weights: float) -> Clause:
         arms = {roles[role]: weight for role, weight in weights.items()}
@@ -71,7 +71,7 @@ def attribute(study: Study, optimizer: str) -> Attribution:
         none=-0.5,
         decayed=-0.5,
     )
-    noise = found.step_noise if found else None
+    noise = found.noise if found else None
     share, reason = _share(total, parts[2], half, noise)
     return Attribution(
         optimizer=optimizer,
@@ -82,7 +82,7 @@ def attribute(study: Study, optimizer: str) -> Attribution:
         beside=(beside,) if roles["to_one"] in study.arms else (),
         half=half,
         share=share,
-        exposure=str(found) if found else "",
+        exposure=exposure.words(found) if found else "",
         step_noise=noise,
         roles={role: arm if arm in study.arms else "" for role, arm in roles.items()},
     )
@@ -131,7 +131,7 @@ def _roles(study: Study, optimizer: str) -> dict[str, str]:
         roles["decayed"] = earlier if earlier in study.arms else roles["decayed"]
         roles["decayed"] = parent if exposure.is_pilot(own) else roles["decayed"]
     decayed = exposure.of_runs(study.of_arm(roles["decayed"]))
-    undecayed = own is not None and not own.force and exposure.same_rate(own, decayed)
+    undecayed = own is not None and not own.weight_decay and exposure.same_rate(own, decayed)
     if roles["undecayed"] not in study.arms and undecayed:
         roles["undecayed"] = parent
     return roles
