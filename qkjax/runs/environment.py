@@ -34,7 +34,12 @@ _SECRET_NAME = re.compile(rf"(?:.*[-_.])?{_SECRET}", re.IGNORECASE)
 # What is kept before and after the secret is in groups 1 and 2.
 _SECRET_VALUES = (
     re.compile(r"()\b(?:hf|gh[pousr]|github_pat)_[A-Za-z0-9_]{8,}()"),
-    re.compile(r"()\bsk-[A-Za-z0-9_-]{8,}()"),
+    re.compile(r"()\b(?:sk|glpat|xox[abprs])-[A-Za-z0-9_-]{8,}()"),
+    re.compile(r"()\b(?:AKIA|ASIA)[A-Z0-9]{16}\b()"),  # access keys of AWS
+    re.compile(
+        r"()\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]*)?()"
+    ),  # JSON web tokens
+    re.compile(r"([?&;]sig(?:nature)?=)[^&;\s]+()", re.IGNORECASE),  # signed addresses of buckets
     re.compile(rf"([?&;](?:\w*[-_])?{_SECRET}=)[^&;\s]+()", re.IGNORECASE),
     re.compile(r"(://[^/\s:@]*:)[^/\s@]+(@)"),
 )
