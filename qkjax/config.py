@@ -764,6 +764,9 @@ def _arm_name(values: Mapping[str, Any]) -> str:
         name += f"_{granularity}"
         if granularity == "groups_of":
             name += f"_{values['muon.group_heads']}"
+    # "rms" is told by no name: runs recorded before "mup" was have it under the arm's own.
+    if optimizer == "muon" and values["muon.scale"] == "mup":
+        name += "_mup"
     return name
 
 

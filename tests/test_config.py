@@ -282,6 +282,9 @@ def test_controls_set_what_they_say():
     assert (undecayed.gamma_weight_decay, undecayed.auxiliary_weight_decay) == (0, 0.2)
     grouped = resolved("muon", "none", "tiny", muon__granularity="groups_of", muon__group_heads=2)
     assert grouped.arm == "muon_noqk_groups_of_2"
+    assert resolved("muon", "learned", "tiny", muon__scale="mup").arm == "muon_qk_mup"
+    assert resolved("muon", "none", "tiny,merged", muon__scale="mup").arm == "muon_noqk_merged_mup"
+    assert resolved("adamw", "none", "tiny", muon__scale="mup").arm == "adamw_noqk"
     merged = resolved("muon", "none", "tiny,merged")
     assert merged == dataclasses.replace(
         resolved("muon", "none", "tiny"),
