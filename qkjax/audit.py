@@ -22,6 +22,7 @@ from qkjax.config import Config
 # that is not proportional to the distance shows.
 _PLACES = (-1.0, 1.0, 2.0)
 _STRAIGHT = 1e-3  # relative difference of the two slopes that still counts as proportional
+_MOST_ELEMENTS = 2**20  # of parameters, of all updates that are made side by side
 
 
 class Decay(NamedTuple):
@@ -50,7 +51,7 @@ def decay_table(
         transformation: any optax transformation, schedules and masks included.
         params: the parameter tree, as arrays or jax.ShapeDtypeStruct; values are not read.
         steps: updates that tau is summed over, from the first; the length of the run. Each of them
-            is done, on three copies of the tree: large matrices make it slow, and small ones do.
+            is done, on three copies of the tree. Sizes do not matter to decay, so small ones do.
     Returns:
         One row a parameter, in the order of the tree's leaves.
 
@@ -66,24 +67,63 @@ def decay_table(
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
     places = [jax.tree.map(lambda leaf, at=at: jnp.full_like(leaf, at), zeros) for at in _PLACES]
 
-    def mean(update: jax.Array) -> jax.Array:
-        return jnp.mean(update.astype(jnp.float32))
-
-    def step(states: list[Any], _: None) -> tuple[list[Any], list[jax.Array]]:
+    def step(states: list[Any]) -> tuple[list[Any], list[jax.Array]]:
+        """The states after one update, and of each leaf its mean movement at each place."""
         done = [
             transformation.update(zeros, state, place)
             for place, state in zip(places, states, strict=True)
         ]
-        moves = [[mean(update) for update in jax.tree.leaves(updates)] for updates, _ in done]
+        moves = [[_mean(update) for update in jax.tree.leaves(updates)] for updates, _ in done]
         of_leaves = [jnp.stack(of_places) for of_places in zip(*moves, strict=True)]
         return [state for _, state in done], of_leaves
 
-    def every_step() -> list[jax.Array]:
-        states = [transformation.init(place) for place in places]
-        return jax.lax.scan(step, states, None, length=steps)[1]
+    def start() -> list[Any]:
+        return jax.tree.map(jnp.asarray, [transformation.init(place) for place in places])
 
-    moves = jax.device_get(jax.jit(every_step)())  # a leaf: [steps, places]
+    size = sum(math.prod(leaf.shape) for _, leaf in leaves)
+    chunk = max(1, _MOST_ELEMENTS // max(1, size))
+    moves, is_counted = jax.jit(lambda: _by_count(step, start(), steps, chunk))()
+    if not is_counted:
+        moves = jax.jit(lambda: jax.lax.scan(lambda s, _: step(s), start(), length=steps)[1])()
+    moves = jax.device_get(moves)  # a leaf: [steps, places]
     return [_decay(path, leaf, move) for (path, leaf), move in zip(leaves, moves, strict=True)]
+
+
+def _mean(update: jax.Array) -> jax.Array:
+    return jnp.mean(update.astype(jnp.float32))
+
+
+def _by_count(
+    step: Callable[[Any], tuple[Any, list[jax.Array]]], start: Any, steps: int, chunk: int
+) -> tuple[list[jax.Array], jax.Array]:
+    """All updates side by side, as if their states differed in counters alone.
+
+    Without gradients most states do: moments stay 0, and what is not a counter is then computed
+    once. Every update has to lead to the state from which the next one was made, so that the
+    states are, by induction, those of the updates one after the other.
+
+    Args:
+        chunk: updates at a time.
+    Returns:
+        The moves of every update, and whether the states were the right ones.
+    """
+    after, _ = step(start)
+
+    def state_of(t: jax.Array) -> Any:
+        def leaf(first: jax.Array, second: jax.Array) -> jax.Array:
+            if not jnp.issubdtype(first.dtype, jnp.integer):
+                return first
+            return first + t.astype(first.dtype) * (second - first)
+
+        return jax.tree.map(leaf, start, after)
+
+    def one(t: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        found, moves = step(state_of(t))
+        same = jax.tree.map(lambda x, y: jnp.all(x == y), found, state_of(t + 1))
+        return moves, jnp.all(jnp.stack([jnp.array(True), *jax.tree.leaves(same)]))
+
+    moves, right = jax.lax.map(one, jnp.arange(steps), batch_size=min(chunk, steps))
+    return moves, jnp.all(right)
 
 
 def _decay(path: Any, leaf: Any, moves: Any) -> Decay:

@@ -66,6 +66,39 @@ def test_other_forms_of_decay():
     assert table(optax.set_to_zero())["gamma"].target is None
 
 
+def test_decay_that_remembers_is_followed_step_by_step():
+    """States that are no counters, and a counter that starts again."""
+    momentum = optax.chain(optax.add_decayed_weights(0.5), optax.trace(0.9), optax.scale(-0.001))
+    row = table(momentum)["gamma"]
+    pulls = [0.0005 * (1 - 0.9 ** (step + 1)) / 0.1 for step in range(STEPS)]
+    assert row.tau == pytest.approx(sum(pulls), rel=1e-4)
+    assert (row.first, row.last) == pytest.approx((pulls[0], pulls[-1]), rel=1e-4)
+    every_fourth = optax.MultiSteps(optax.adamw(RATES, weight_decay=0.2), 4)
+    expected = 0.2 * sum(float(RATES(step)) for step in range(STEPS // 4))
+    assert table(every_fourth.gradient_transformation())["kernel"].tau == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("transformation", "at_a_time"),
+    [
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATES, weight_decay=0.2)), 1),
+        (optax.contrib.muon(RATES, weight_decay=0.1, adam_weight_decay=0.3), 7),
+        (optax.lion(RATES, weight_decay=0.2), STEPS),
+    ],
+)
+def test_updates_side_by_side_are_those_one_after_the_other(transformation, at_a_time, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "_by_count", lambda *_: (None, False))
+        one_by_one = table(transformation)
+    monkeypatch.setattr(audit, "_MOST_ELEMENTS", at_a_time * (4 + 4 * 8))
+    monkeypatch.setattr(jax.lax, "scan", None)  # they need no other way
+    side_by_side = table(transformation)
+    for name, row in one_by_one.items():
+        assert side_by_side[name][:2] == row[:2]
+        np.testing.assert_allclose(side_by_side[name][2:5], row[2:5], rtol=1e-6)
+        assert side_by_side[name][5:] == row[5:] == (0.0, True)
+
+
 @pytest.mark.parametrize(
     ("name", "qk_norm", "words"),
     [
