@@ -687,15 +687,19 @@ def command(*flags: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.long
 def test_command_exports_and_verifies_a_trained_run(torch, place, tmp_path):
-    run_config = small_run.make_config(place / "dataset", "muon", "learned", "tiny,frozen")
+    """One whose queries were clipped: nothing but its kernels differs."""
+    run_config = small_run.make_config(
+        place / "dataset", "muon", "none", "tiny,clip", optimizer__qk_clip=0.1
+    )
     train.train_and_evaluate(run_config, tmp_path / "run")
+    assert small_run.rows(tmp_path / "run")[-1]["train/clipped_heads"] > 0
     flags = (f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}")
     done = command(*flags, "--verify", "--verify_sequences=2")
     assert done.returncode == 0, done.stderr
-    assert "Qwen3ForCausalLM, float32, step 20" in done.stdout
+    assert "LlamaForCausalLM, float32, step 20" in done.stdout
     assert done.stdout.endswith("verified\n")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "Verified: this directory" in text and "| QK-Norm | frozen |" in text
+    assert "Verified: this directory" in text and "muon_noqk_clip" in text
     summary = RunDirectory(tmp_path / "run").read_summary()
     assert f"{summary['val/loss']:.5f}" in text and summary["params_sha256"] in text
     again = command(*flags)

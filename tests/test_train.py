@@ -27,10 +27,11 @@ from qkjax.trained import trained_run
 
 ARMS = {
     "adamw_qk": ("adamw", "learned", "tiny"),
-    "adamw_noqk_original": ("adamw", "none", "tiny,original"),
+    "adamw_noqk_clip_original": ("adamw", "none", "tiny,original,clip"),
     "muon_qk_decayed": ("muon", "learned", "tiny,decayed"),
     "muon_noqk_accumulated": ("muon", "none", "tiny"),
 }
+CLIP = 0.1  # largest logits
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,8 @@ def arm_config(datasets: dict[str, pathlib.Path], arm: str, **fields) -> Config:
         fields["train__microbatch_sequences"] = 2
     if arm == "adamw_qk":  # 60 steps of 4 sequences: a second pass over the data
         fields["train__tokens"] = 60 * small_run.TOKENS_PER_STEP
+    if "clip" in words:  # at first nothing is above it, at the end every head
+        fields["optimizer__qk_clip"] = CLIP
     if "decayed" in words:  # tau 7.3 within 20 steps would turn gamma's sign
         fields["optimizer__gamma_decay_tau"] = 0.5
     dataset = datasets["original" if "original" in words else "fixed"]
@@ -140,6 +143,10 @@ def test_any_number_of_stops_ends_in_the_same_bits(datasets, arm, tmp_path, monk
     if arm == "adamw_qk":
         assert small_run.rows(broken)[-1]["train/epoch"] == 1
         assert found["epochs"] == 1.5
+    if "clip" in arm:  # it acts, on some heads, on both sides of a stop
+        clipped = [row["train/clipped_heads"] for row in small_run.rows(broken)[1:]]
+        assert 0 in clipped and any(0 < heads < 4 for heads in clipped), clipped
+        assert any(clipped[: min(chosen)]) and any(clipped[max(chosen) + 1 :]), (chosen, clipped)
 
 
 def assert_same_run(unbroken: pathlib.Path, broken: pathlib.Path, last: int) -> None:
@@ -395,6 +402,29 @@ def test_a_longer_budget_may_be_allowed(datasets, finished, tmp_path):
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     changed = {change["field"] for change in environment["allowed_config_changes"]}
     assert changed == set(allowed)
+
+
+@pytest.mark.usefixtures("programs_built_once")
+def test_other_numerics_are_refused_and_may_be_allowed(finished, tmp_path):
+    """Recorded by this version, and by those that recorded none."""
+    config, unbroken, summary = finished
+    workdir = shutil.copytree(unbroken, tmp_path / "run")
+    newer = dataclasses.replace(config, numerics_version=config.numerics_version + 1)
+    with pytest.raises(errors.UsageError, match=r"numerics_version +\d+ +\d+\n"):
+        train.train_and_evaluate(newer, workdir, restore_step=18)
+    found = train.train_and_evaluate(
+        newer, workdir, restore_step=18, allow_config_change=("numerics_version",)
+    )
+    assert found["params_sha256"] == summary["params_sha256"]
+    environment = json.loads((workdir / "environment.json").read_text())
+    [change] = environment["allowed_config_changes"]
+    versions = (config.numerics_version, newer.numerics_version)
+    assert (change["field"], change["old"], change["new"]) == ("numerics_version", *versions)
+    stored = json.loads((unbroken / "config.json").read_text())
+    del stored["numerics_version"]
+    (workdir / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(errors.UsageError, match=rf"numerics_version +1 +{versions[1]}\n"):
+        train.train_and_evaluate(newer, workdir, restore_step=18)
 
 
 def everything(workdir: pathlib.Path) -> dict[str, bytes]:
