@@ -44,6 +44,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.controls = () if quick else controls(scale, recipe)
     config.optional_controls = DECAYED if "adamw_qk_to_one" in config.controls else ()
     config.seeds = (42,) if quick else plan_config.SEEDS[scale]
+    config.extra_seeds = ml_collections.ConfigDict()  # {"muon_qk_frozen": (7001,)}: of some arms
     tokens = 200_000 if scale == "tiny" else presets.TOKENS[scale, recipe][0]
     config.tokens = tokens // 2 if quick else tokens
     config.sweep = ml_collections.ConfigDict()

@@ -8,6 +8,7 @@ A number is where a metric ends; its course is linear from START. {step: value} 
 """
 
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -72,6 +73,7 @@ def write(
     arms: Mapping[str, Mapping[str, Course]],
     *,
     seeds: Sequence[int] = (42, 43, 44),
+    extra_seeds: Mapping[str, Sequence[int]] | None = None,
     noise: Mapping[str, float | Mapping[str, float]] | None = None,
     scale: str = "pilot",
     recipe: str = "fixed",
@@ -87,6 +89,7 @@ def write(
 
     Args:
         arms: by arm, by metric, its course; see `arms`.
+        extra_seeds: of some arms alone, by arm.
         noise: standard deviation between runs by metric, or by metric and arm; what a seed does
             to all arms alike is 3 times as large. It grows linearly from 0 over the run.
         missing: runs that are not there. diverged: the step after which the run has no more.
@@ -103,6 +106,7 @@ def write(
         "controls": [arm for arm in arms if arm not in ARMS],
         "parents": {arm: "_".join(arm.split("_")[:2]) for arm in arms if arm not in ARMS},
         "seeds": list(seeds),
+        "extra_seeds": {arm: list(extra) for arm, extra in (extra_seeds or {}).items()},
         "tuning_seed": 7,
         "sweep": None,
         "steps": [],
@@ -112,9 +116,12 @@ def write(
     }
     files.write_json(directory / "study.json", plan)
     random = np.random.default_rng(random_seed)
-    for seed in seeds:
+    of_arm = {arm: [*seeds, *(extra_seeds or {}).get(arm, ())] for arm in arms}
+    for seed in dict.fromkeys(itertools.chain(*of_arm.values())):
         common = {metric: random.standard_normal() for metric in DEFAULTS}
         for arm, courses in arms.items():
+            if seed not in of_arm[arm]:
+                continue
             shift = {}
             for metric in DEFAULTS:
                 sd = (noise or {}).get(metric, 0.0)

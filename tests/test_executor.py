@@ -448,7 +448,7 @@ def test_two_executors_exclude_each_other_but_parts_run_side_by_side(world):
 def test_only_does_what_it_names_and_says_what_that_waits_for(world):
     study, workdir, machine = world()
     text = str(missing(study, workdir, only=["runs/muon_qk/*"]))
-    assert "1 of 1 steps are missing" in text
+    assert "1 of 1 steps is missing" in text
     assert "Waiting (for): runs/muon_qk/seed_1 (sweep/muon_qk/choice)" in text
     assert machine.started == []
     run.execute(study, workdir, only=["muon_qk"])

@@ -19,6 +19,7 @@ from qkjax.study import plan, plan_cost
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ARMS = ["adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk"]
+PLACES = ("runs", "exports", "downstream", "surgery")  # what a seed of an arm adds to a plan
 
 
 def load(words: str) -> ml_collections.ConfigDict:
@@ -428,6 +429,7 @@ def test_the_command_line_shows_the_plan_and_its_mistakes():
     printed = call(
         "--config=configs/study.py:tiny",
         "--config.seeds=3",
+        "--config.extra_seeds={'muon_qk': (8, 9), 'adamw_qk': 8}",
         "--workdir=w",
         "--print_commands",
         "--config.overrides=('eval.tokens=4096',)",
@@ -437,6 +439,7 @@ def test_the_command_line_shows_the_plan_and_its_mistakes():
         ["bash", "-c", f"{again} --print_commands"], cwd=ROOT, capture_output=True, text=True
     )
     assert repeated.stdout == printed.stdout and "seed_3" in printed.stdout
+    assert "runs/muon_qk/seed_9" in printed.stdout
     for arguments, expected in (
         (("--config=configs/study.py:tinny", "--dry_run"), "Did you mean 'tiny'?"),
         (("--config=configs/muon_qk.py", "--dry_run"), "not the config of a study"),
@@ -447,6 +450,44 @@ def test_the_command_line_shows_the_plan_and_its_mistakes():
         refused = call(*arguments)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1
         assert refused.stderr.startswith("ERROR: ") and expected in refused.stderr
+
+
+def test_extra_seeds_are_runs_of_their_arms_alone():
+    bare = make("small")
+    extra = {"muon_noqk": (7001, 7002), "muon_qk_frozen": 7001}
+    study = make("small", extra_seeds=ml_collections.ConfigDict(extra))
+    added = {step.name for step in study.steps} - {step.name for step in bare.steps}
+    runs = ["muon_noqk/seed_7001", "muon_qk_frozen/seed_7001", "muon_noqk/seed_7002"]
+    assert [s.name.partition("/")[2] for s in study.steps if s.kind == "run"][-3:] == runs
+    assert added == {f"{kind}/{run}" for run in runs for kind in PLACES}
+    assert {s.fingerprint for s in bare.steps if s.kind == "run"} < {
+        s.fingerprint for s in study.steps
+    }
+    recorded = study.to_dict()
+    assert recorded["extra_seeds"] == {"muon_noqk": [7001, 7002], "muon_qk_frozen": [7001]}
+    assert recorded["seeds"] == [42, 137, 256] and bare.to_dict()["extra_seeds"] == {}
+    words = plan_cost.describe(study, {})
+    assert f"{'run':<10} {42:>5} " in words and "exports: 42," in words
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({"muon": (7,)}, "extra_seeds names muon, which is not among arms and controls"),
+        ({"muon_qk": (42,)}, "extra_seeds of muon_qk has a seed twice, or one of seeds"),
+        ({"muon_qk": (8, 8)}, "extra_seeds of muon_qk has a seed twice, or one of seeds"),
+        ({"muon_qk": (-8,)}, "extra_seeds of muon_qk is (-8,), it must be integers from 0"),
+        ({"muon_qk": (7,)}, "sweep.seed 7 is also one of seeds or extra_seeds"),
+    ],
+)
+def test_extra_seeds_that_would_mislead_are_refused(extra, expected):
+    assert expected in refusal("small", extra_seeds=ml_collections.ConfigDict(extra))
+
+
+def test_extra_seeds_of_an_arm_that_is_left_out_name_its_twin():
+    extra = ml_collections.ConfigDict({"muon_qk_decayed": (9,)})
+    said = refusal("pilot,original", extra_seeds=extra)
+    assert "muon_qk_decayed is left out of the plan, because muon_qk trains the same" in said
 
 
 def test_a_studys_config_is_no_config_of_a_run():

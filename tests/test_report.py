@@ -20,9 +20,18 @@ from synthetic_study import LOSS, PR
 
 from qkjax import errors, presets
 from qkjax.config import gamma_exposure
-from qkjax.report import arms, material, original, report, sections_record, sections_verdicts
+from qkjax.report import (
+    arms,
+    material,
+    original,
+    report,
+    sections_record,
+    sections_result,
+    sections_verdicts,
+)
 from qkjax.report.blocks import Box, Charts, Lead, Report, Table
 from qkjax.report.csv import COLUMNS, results_csv
+from qkjax.report.markdown import markdown
 from qkjax.runs import environment
 from qkjax.verdicts import results
 
@@ -303,7 +312,7 @@ def test_a_study_that_has_not_begun(write: Callable[..., pathlib.Path]):
     study = write(missing=[(arm, seed) for arm in synthetic_study.ARMS for seed in SEEDS])
     page = sections(study)
     assert tuple(page) == SECTIONS
-    assert "0 of 8 runs are finished" in page["verdicts"]
+    assert "0 of 8 runs finished" in page["verdicts"]
     assert page["missing"].count("not started") == 8
     assert "No run has finished yet" in page["loss"] and "No run has finished" in page["keys"]
     assert "no run has been scored" in page["downstream"]
@@ -315,8 +324,8 @@ def test_a_deleted_seed(write: Callable[..., pathlib.Path]):
     shutil.rmtree(study / "runs" / "muon_noqk" / "seed_43")
     page = sections(study)
     assert "The verdicts are about scale tiny at 400,000 tokens a run alone" in page["verdicts"]
-    assert "7 of 8 runs are finished" in page["verdicts"]
-    assert "enter the contrasts: 42." in page["verdicts"]
+    assert "7 of 8 runs finished" in page["verdicts"]
+    assert "contrasts of H1 to H4, have seed 42." in page["verdicts"]
     assert "nothing is decided" in page["verdicts"]
     assert "one seed: nothing is decided (seed 42)" in page["warnings"]
     assert "seed 43 is left out of H1 to H4, it lacks muon_noqk" in page["warnings"]
@@ -607,7 +616,8 @@ def test_what_runs_and_results_say_is_text(write: Callable[..., pathlib.Path]):
     )
     text = (study / "report" / "report.md").read_text()
     assert "\n    python" in text  # a block of code; elsewhere:
-    assert not re.search(r"^(?!    ).*<script", text, re.MULTILINE) and "\\[a\\](http" in text
+    assert not re.search(r"^(?!    ).*<script", text, re.MULTILINE) and "[a\\](http" in text
+    assert not re.search(r"^(?!    ).*\[a\]\(http", text, re.MULTILINE)
 
 
 def test_the_record_names_the_source_commit(write: Callable[..., pathlib.Path]):
@@ -742,6 +752,32 @@ def test_one_seed_decides_nothing_and_shows_no_spread(write: Callable[..., pathl
     assert "±" not in page and "deviation" not in page
 
 
+def test_extra_seeds_are_named_and_counted(write: Callable[..., pathlib.Path]):
+    arms = synthetic_study.arms() | {"muon_qk_frozen": synthetic_study.arms()["muon_qk"]}
+    extra = {"muon_qk": [7, 8], "muon_qk_frozen": [7]}
+    path = write(arms, seeds=(42, 43), extra_seeds=extra, missing=[("muon_qk", 8)])
+    found = material.load(path)
+    assert "5 configurations, seeds 42 and 43 (some have 2 more), " in report.subtitle(found)
+    blocks = (sections_result.result, sections_verdicts.verdicts, sections_verdicts.missing)
+    text = markdown(Report("", "", tuple(section(found) for section in blocks)))
+    assert "12 of 13 runs finished." in text
+    assert "have seeds 42 and 43." in text
+    assert (
+        "(Muon + QK-Norm: seeds 7 and 8; Muon + QK-Norm, γ frozen: seed 7), enter the tables"
+        in text
+    )
+    assert "| Muon + QK-Norm (3 of 4 seeds) |" in text and "| Muon + QK-Norm, γ frozen | " in text
+    assert "- Muon + QK-Norm, seed 8: not started" in text
+
+
+def test_one_of_a_kind_is_not_plural(write: Callable[..., pathlib.Path]):
+    arms = {"muon_qk": synthetic_study.arms()["muon_qk"]}
+    found = material.load(write(arms, seeds=(42,)))
+    assert ": 1 configuration, seed 42, " in report.subtitle(found)
+    verdicts = markdown(Report("", "", (sections_verdicts.verdicts(found),)))
+    assert "1 of 1 run finished." in verdicts
+
+
 def test_directions_that_the_loss_needs(whole: pathlib.Path):
     page = Page(whole / "report" / "index.html")
     said = page.sections["rank"].replace("−", "-")
@@ -796,3 +832,5 @@ def test_code_in_the_text_has_no_escapes(whole: pathlib.Path):
     text = (whole / "report" / "report.md").read_text()
     assert "`check_data.py`" in text and "`undecayed`" in text
     assert not re.search(r"`[^`\n]*\\_[^`\n]*`", text)
+    assert not re.search(r"[^\W_]\\_[^\W_]", text) and "W_q^T W_k" in text  # nor have names
+    assert "[+" in text and "\\[" not in text  # nor intervals

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import synthetic_study
+from scipy import stats
 from synthetic_study import AA, LOGIT, LOSS, PR, PR_BEFORE
 
 from qkjax import config as config_lib
@@ -339,6 +340,28 @@ def test_a_control_that_is_missing_leaves_its_seed_out_of_its_own_family_alone(j
     assert [found.seeds for found in merged] == [(42, 44), (42, 44)]
     assert all(found.family == ("muon_noqk", "muon_noqk_merged") for found in merged)
     assert all("outside the corrected family" in found.level for found in merged)
+
+
+def test_extra_seeds_enter_the_families_that_have_them_whole(judge: Judge):
+    """Two more seeds for the gamma controls of AdamW, one for an arm of H4 alone."""
+    controls = ("frozen", "undecayed", "decayed")
+    gamma = ("adamw_noqk", *(f"adamw_qk_{control}" for control in controls))
+    arms = CLAIMED | {arm: CLAIMED["adamw_qk"] for arm in gamma[1:]}
+    extra = {arm: [7001, 7002] for arm in gamma} | {"muon_noqk": [7003]}
+    judged = judge(arms, extra_seeds=extra, missing=[("adamw_qk_frozen", 7002)], **LONG)
+    assert judged.seeds_used == (42, 43, 44)
+    assert not any("left out" in warning for warning in judged.warnings)
+    for name in ("H1 post-RoPE", "H4 PR against Muon+QK"):
+        assert clause(judged, name).seeds == (42, 43, 44)
+        assert set(clause(judged, name).per_seed) == {42, 43, 44}
+    adamw = judged.attributions[0]
+    assert adamw.total.seeds == (42, 43, 44, 7001)
+    used = [adamw.total.per_seed[seed] for seed in adamw.total.seeds]
+    assert adamw.total.estimate == pytest.approx(sum(used) / 4)
+    low, high = adamw.total.paired
+    half = stats.t.ppf(0.975, 3) * np.std(used, ddof=1) / 2
+    assert (high - low) / 2 == pytest.approx(half)
+    assert clause(judged, "H4 finishes").seeds == (42, 43, 44, 7003)  # a rule asks every run
 
 
 def test_an_arm_without_any_run(judge: Judge):

@@ -177,7 +177,7 @@ def _fields(values: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
     names: list[str] = []
     for name in values:
         value = values[name]
-        if isinstance(value, ml_collections.ConfigDict):
+        if isinstance(value, ml_collections.ConfigDict) and len(value):
             names += _fields(value, f"{prefix}{name}.")
         else:
             names.append(f"{prefix}{name}")
@@ -218,5 +218,10 @@ def as_flags(values: flags.FlagValues) -> list[str]:
     overrides = config_flags.get_override_values(holder)
     return [
         f"--config={config_flags.get_config_filename(holder)}",
-        *(f"--config.{field}={value}" for field, value in overrides.items()),
+        *(f"--config.{field}={_as_read(value)}" for field, value in overrides.items()),
     ]
+
+
+def _as_read(value: Any) -> Any:
+    """A section that is set as a whole as the dictionary that it was written as."""
+    return value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value

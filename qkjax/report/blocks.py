@@ -150,6 +150,17 @@ def amount(value: str, unit: str) -> str:
     return f"{value} {unit.removesuffix('s') if value.lstrip('+-') == '1' else unit}".rstrip()
 
 
+def counted(count: int, what: str) -> str:
+    """ "8 runs", "1 run"."""
+    return f"{count:,} {what if count == 1 else f'{what}s'}"
+
+
+def seeds_named(seeds: Sequence[int]) -> str:
+    """ "seed 42", "seeds 42, 137 and 256"."""
+    *some, last = map(str, seeds)
+    return f"seeds {', '.join(some)} and {last}" if some else f"seed {last}"
+
+
 def p_value(p: float | None) -> str:
     """Three digits, and no zero where there is none."""
     if p is None:

@@ -116,6 +116,35 @@ def over_tokens(
     return figure
 
 
+@drawing.styled
+def by_stage(
+    by_arm: Mapping[str, Sequence[Sequence[float]]],
+    stages: Sequence[str],
+    head_dim: int,
+    looks: Looks,
+) -> "Figure":
+    """PR at each stage of a vector's way, a line an arm: mean over its runs, runs as thin lines.
+
+    Args:
+        by_arm: of every run the values by stage; NaN where the arm has no such stage.
+    """
+    figure = drawing.new_figure(*SIZE)
+    axes = _bare(figure)
+    places = np.arange(len(stages))
+    for arm, runs in by_arm.items():
+        hue, line, marker = looks[arm]
+        for run in runs if len(runs) > 1 else ():
+            axes.plot(places, run, color=hue, ls=line, lw=0.6, alpha=0.6)
+        middle = drawing.nanmean(np.array(runs), axis=0)
+        axes.plot(places, middle, color=hue, ls=line, marker=marker, lw=1.6, label=arms.short(arm))
+    axes.set_xticks(places, [stage.replace(" ", "\n") for stage in stages])
+    axes.set_xlim(-0.3, len(stages) - 0.7)
+    axes.set_ylabel(f"PR (directions of {head_dim})")
+    axes.set_ylim(0.0, head_dim)
+    _legend(figure, axes)
+    return figure
+
+
 def _bare(figure: "Figure") -> "Axes":
     """One panel with a transparent ground: a page has its own paper."""
     figure.patch.set_visible(False)

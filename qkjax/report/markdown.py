@@ -22,7 +22,8 @@ from qkjax.report.sections_verdicts import has_data, per_seed, without_data
 from qkjax.verdicts.judgement import Clause
 
 _CODE = re.compile(r"(?<!`)`([^`<>&]+)`(?!`)")  # anything else between backticks is text
-_BAR = "\\|"  # also inside code a bar would end a cell
+# What would mean something: an underscore within a word does not, nor a bracket without a link.
+_MARKS = re.compile(r"[\\*`]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])")
 
 
 def markdown(report: Report) -> str:
@@ -37,18 +38,18 @@ def markdown(report: Report) -> str:
 def _escape(text: str) -> str:
     """Names and values of runs are text: neither HTML nor Markdown of their own."""
     parts = _CODE.split(" ".join(text.split()))
-    return "".join(
-        f"`{part.replace('|', _BAR)}`" if i % 2 else _escape_words(part)
-        for i, part in enumerate(parts)
-    )
+    return "".join(f"`{part}`" if i % 2 else _escape_words(part) for i, part in enumerate(parts))
+
+
+def _cell(text: str) -> str:
+    """Of a table: there a bar ends a cell, also inside code."""
+    return _escape(text).replace("|", "\\|")
 
 
 def _escape_words(text: str) -> str:
     for character in ("&", "<", ">"):
         text = text.replace(character, {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[character])
-    for character in "\\*_[]|`":
-        text = text.replace(character, f"\\{character}")
-    return text
+    return _MARKS.sub(r"\\\g<0>", text)
 
 
 @functools.singledispatch
@@ -85,7 +86,8 @@ def _(block: Code) -> str:
 def _(block: Charts) -> str:
     lines = [_escape(block.caption), ""]
     for chart in block.charts:
-        link = f"[{_escape(chart.title)}](figures/{chart.name}.svg)"
+        title = re.sub(r"(?<!\\)[\[\]]", r"\\\g<0>", _escape(chart.title))
+        link = f"[{title}](figures/{chart.name}.svg)"
         lines.append(f"- {link}: {_escape(chart.description)}")
     return "\n".join(lines)
 
@@ -94,7 +96,7 @@ def _(block: Charts) -> str:
 def _(block: Table) -> str:
     rule = ["---" if i < block.words else "---:" for i in range(len(block.columns))]
     rows = [block.columns, *block.rows]
-    lines = ["| " + " | ".join(map(_escape, row)) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join(rule) + "|")
     return "\n\n".join([_escape(block.caption), "\n".join(lines), *map(_escape, block.notes)])
 
@@ -111,7 +113,9 @@ def _(block: Box) -> str:
         f"### {_escape(verdict.name)}. {_escape(verdict.title)}: {_escape(verdict.headline)}",
         _escape(verdict.question),
         _escape(f"{verdict.reason}.{tested}"),
-        _block(_clauses("Clauses.", verdict.clauses)),
+        _block(_clauses("Clauses.", verdict.clauses))
+        if any(map(has_data, verdict.clauses))
+        else "",
         _escape(without_data((*verdict.clauses, *verdict.shown))),
     ]
     if any(map(has_data, verdict.shown)):

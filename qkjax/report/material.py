@@ -21,6 +21,7 @@ from qkjax.verdicts import judge, results
 from qkjax.verdicts.judgement import Judgement
 from qkjax.verdicts.results import Study
 
+_STRETCHES = 60  # points of a curve over all steps
 SKIPPED = "skipped"  # status of a step that tools/run_study.py had no data or no use for
 
 
@@ -59,6 +60,22 @@ class Material:
             ]
             if curves:
                 found[arm] = curves
+        return found
+
+    def training(self, metric: str) -> dict[str, list[Curve]]:
+        """By arm a metric of every step, as the largest of each of at most `_STRETCHES` stretches.
+
+        Of runs that have it; where a stretch has no finite value there is no point.
+        """
+        found: dict[str, list[Curve]] = {}
+        for arm in self.study.arms:
+            for run in self.study.of_arm(arm):
+                points = [(r["tokens"], r[metric]) for r in run.rows if r.get(metric) is not None]
+                if points:
+                    parts = np.array_split(np.array(points), min(len(points), _STRETCHES))
+                    tokens, values = zip(*((p[-1, 0], p[:, 1].max()) for p in parts), strict=True)
+                    curve = Curve(np.array(tokens), np.array(values), run.diverged)
+                    found.setdefault(arm, []).append(curve)
         return found
 
     def end(self, metric: str, arm: str) -> float:

@@ -14,7 +14,7 @@ from qkjax.report import (
     sections_result,
     sections_verdicts,
 )
-from qkjax.report.blocks import Report
+from qkjax.report.blocks import Report, counted, seeds_named
 from qkjax.report.csv import results_csv
 from qkjax.report.html import page
 from qkjax.report.markdown import markdown
@@ -64,17 +64,26 @@ def write(report: Report, numbers: str, folder: pathlib.Path) -> pathlib.Path:
     return folder / "index.html"
 
 
-def assemble(material: Material) -> Report:
-    """Every section, in the order of reading."""
+def subtitle(material: Material) -> str:
+    """What a report is of, in one sentence."""
     plan = material.study.plan
-    seeds = ", ".join(map(str, plan["seeds"]))
+    extra = len(set(material.study.seeds) - set(plan["seeds"]))
+    more = f" (some have {extra} more)" if extra else ""
     tokens = plan.get("tokens")
     budget = f", {drawing.count(tokens)} tokens each" if tokens else ""
     quick = ", quick" if plan.get("quick") else ""
+    return (
+        f"Report of a study at scale {plan['scale']}, recipe {plan['recipe']}{quick}: "
+        f"{counted(len(material.study.arms), 'configuration')}, {seeds_named(plan['seeds'])}{more}"
+        f"{budget}."
+    )
+
+
+def assemble(material: Material) -> Report:
+    """Every section, in the order of reading."""
     return Report(
         TITLE,
-        f"Report of a study at scale {plan['scale']}, recipe {plan['recipe']}{quick}: "
-        f"{len(material.study.arms)} configurations, seeds {seeds}{budget}.",
+        subtitle(material),
         (
             sections_result.result(material),
             sections_verdicts.warnings(material),

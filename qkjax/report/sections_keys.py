@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from qkjax.report import arms, charts
+from qkjax.report import arms, charts, sections_measures
 from qkjax.report.blocks import Block, Charts, Section, Table, Text, mean, number
 from qkjax.report.material import Material
 from qkjax.report.quantities import quantity
@@ -51,6 +51,7 @@ def keys(material: Material) -> Section:
         *_heat_maps(material),
         *_spectra(material),
         *_attention(material),
+        *sections_measures.measures(material),
     ]
     return Section("keys", title, tuple(blocks))
 

@@ -13,6 +13,7 @@ from qkjax.report.blocks import (
     Lead,
     Section,
     Table,
+    counted,
     number,
     without_empty,
 )
@@ -32,7 +33,7 @@ def result(material: Material) -> Section:
 
 def _sentence(material: Material) -> str:
     """ "One seed: nothing is decided. So far: ..."."""
-    said = [_prs(material), _best_loss(material)]
+    said = [_prs(material), _best_loss(material), _diverged(material)]
     found = "; ".join(filter(None, said))
     decided = not material.judgement.rehearsal and not material.study.missing
     opening = "Measured" if decided and len(material.judgement.seeds_used) > 1 else "So far"
@@ -65,6 +66,16 @@ def _best_loss(material: Material) -> str:
     return f"the lowest validation loss, {losses[best]:.3f} nat, is that of {arms.label(best)}"
 
 
+def _diverged(material: Material) -> str:
+    """ "AdamW, no QK-Norm: 2 of 3 runs diverged"."""
+    parts = []
+    for arm in material.study.arms:
+        runs = material.study.of_arm(arm)
+        if count := sum(run.diverged for run in runs):
+            parts.append(f"{arms.label(arm)}: {count} of {counted(len(runs), 'run')} diverged")
+    return "; ".join(parts)
+
+
 def _sound(material: Material, arm: str) -> list[RunResult]:
     return [run for run in material.study.of_arm(arm) if not run.diverged]
 
@@ -95,7 +106,7 @@ def _table(material: Material) -> Table:
 
 def _name(material: Material, arm: str) -> str:
     """The arm, and what of it is not whole."""
-    runs, planned = material.study.of_arm(arm), len(material.study.seeds)
+    runs, planned = material.study.of_arm(arm), len(material.study.seeds_of(arm))
     diverged = sum(run.diverged for run in runs)
     remarks = [
         f"{diverged} of {len(runs)} diverged" if diverged else "",

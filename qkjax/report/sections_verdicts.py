@@ -12,8 +12,10 @@ from qkjax.report.blocks import (
     Section,
     Table,
     Text,
+    counted,
     interval,
     p_value,
+    seeds_named,
     short,
 )
 from qkjax.report.material import SKIPPED, Material
@@ -40,13 +42,13 @@ _READING = Text(
 def verdicts(material: Material) -> Section:
     """The question and the five hypotheses."""
     judgement, study = material.judgement, material.study
-    planned = len(study.arms) * len(study.seeds)
-    used = ", ".join(map(str, judgement.seeds_used)) or "none"
+    planned = study.num_planned
+    used = seeds_named(judgement.seeds_used) if judgement.seeds_used else "no seed"
     state = (
-        f"{len(study.runs)} of {planned} runs are finished. Seeds that have every arm, and so "
-        f"enter the contrasts: {used}. A hypothesis is supported only where all of its clauses "
-        "are, and still after correction (H1 at one-sided .0125, H2–H4 by Holm at .0125); a "
-        "clause that is refuted at 97.5% refutes it."
+        f"{len(study.runs)} of {counted(planned, 'run')} finished. All four arms, and so the "
+        f"contrasts of H1 to H4, have {used}. {_extra(study)}A hypothesis is "
+        "supported only where all of its clauses are, and still after correction (H1 at one-sided "
+        ".0125, H2–H4 by Holm at .0125); a clause that is refuted at 97.5% refutes it."
     )
     boxes = (Box(verdict) for verdict in judgement.verdicts)
     question = _QUESTION + _ANSWER[bool(study.plan["controls"])] + _FIXED
@@ -57,6 +59,18 @@ def verdicts(material: Material) -> Section:
         *boxes,
     ]
     return Section("verdicts", "Verdicts", tuple(blocks))
+
+
+def _extra(study: Study) -> str:
+    """What seeds of some arms alone are good for; "" without any."""
+    extra = study.plan.get("extra_seeds") or {}
+    if not extra:
+        return ""
+    named = "; ".join(f"{arms.label(arm)}: {seeds_named(seeds)}" for arm, seeds in extra.items())
+    return (
+        f"Seeds of some arms alone, planned so from the start ({named}), enter the tables, the "
+        "rules, and every contrast whose whole family has them. "
+    )
 
 
 def has_data(clause: Clause) -> bool:
@@ -134,16 +148,11 @@ def _of_runs(study: Study, what: str, lacking: Mapping[tuple[str, int], str]) ->
         yield f"{what}: of every run{reasons.pop()}"
         return
     for (arm, why), some in seeds.items():
-        yield f"{what} of {arms.label(arm)}, {seeds_listed(some)}{why}"
+        yield f"{what} of {arms.label(arm)}, {seeds_named(some)}{why}"
 
 
 def _in_brackets(status: str, why: str) -> str:
     return f" ({status}: {why})" if status else ""
-
-
-def seeds_listed(seeds: list[int]) -> str:
-    """ "seeds 42 and 137"."""
-    return ("seed " if len(seeds) == 1 else "seeds ") + " and ".join(map(str, seeds))
 
 
 def attribution(material: Material) -> Section:

@@ -151,6 +151,7 @@ class Plan:
                 "left_out": self.left_out,
                 "parents": {n: arm.parent for n, arm in self.arms.items() if n not in study.arms},
                 "seeds": list(study.seeds),
+                "extra_seeds": {arm: list(seeds) for arm, seeds in study.extra_seeds.items()},
                 "tuning_seed": study.sweep.seed,
                 "tokens": study.tokens,
                 "sweep": sweep if study.sweep.tokens else None,
@@ -174,10 +175,16 @@ def make_plan(values: ml_collections.ConfigDict) -> Plan:
 
     Raises:
         UsageError: fields that are wrong, all of them; an arm that does not exist; two arms that
-            would train the same.
+            would train the same; extra seeds of an arm that is left out.
     """
     study = plan_config.resolve(values)
     bare = Plan(study, *plan_arms.make_arms(study), ())
+    for name in study.extra_seeds:
+        if twin := bare.left_out.get(name):
+            raise errors.UsageError(
+                f"extra_seeds: {name} is left out of the plan, because {twin} trains the same. "
+                f"Give them to {twin}."
+            )
     return dataclasses.replace(bare, steps=tuple(_steps(bare)))
 
 
@@ -224,7 +231,8 @@ def _steps(plan: Plan) -> Iterator[Step]:
             yield step(f"sweep/{arm}/extension", EXTENSION, arm, study.sweep.seed, None, names)
             names = [*names, f"sweep/{arm}/extension"]
         yield step(f"sweep/{arm}/choice", CHOICE, arm, None, None, names)
-    places = [(name, seed) for seed in study.seeds for name in plan.arms]
+    seeds = dict.fromkeys(seed for name in plan.arms for seed in study.seeds_of(name))
+    places = [(name, s) for s in seeds for name in plan.arms if s in study.seeds_of(name)]
     for name, seed in places:
         needs = [need for need in ("dataset", plan.choice_of(name)) if need]
         yield step(f"runs/{name}/seed_{seed}", RUN, name, seed, needs=needs)

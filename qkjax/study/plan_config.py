@@ -1,7 +1,9 @@
 """What a study compares: the fields of configs/study.py, with their types and their checks."""
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import ml_collections
 
@@ -55,7 +57,8 @@ class StudyConfig:
     arms: tuple[str, ...]  # files of configs/
     controls: tuple[str, ...]  # an arm's name and its control words: "muon_qk_frozen"
     optional_controls: tuple[str, ...]  # left out where an arm of the plan trains the same already
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # of every arm
+    extra_seeds: dict[str, tuple[int, ...]]  # by arm or control, beside `seeds`
     tokens: int  # of every run
     sweep: SweepConfig
     surgery: SurgeryConfig
@@ -63,6 +66,10 @@ class StudyConfig:
     overrides: tuple[str, ...]  # "FIELD=VALUE": given to every run, sweep included
     export: bool  # also as Hugging Face directories
     downstream: str  # HellaSwag and LAMBADA from the "hub" or a folder of files; "" = none
+
+    def seeds_of(self, arm: str) -> tuple[int, ...]:
+        """The seeds of an arm or control, its extra ones behind."""
+        return (*self.seeds, *self.extra_seeds.get(arm, ()))
 
 
 def parse_words(words: str) -> tuple[str, str, bool]:
@@ -100,6 +107,7 @@ def resolve(values: ml_collections.ConfigDict) -> StudyConfig:
         )
     for name in _NAMES:
         plain[name] = tuple(item for text in plain[name] for item in text.split(","))
+    plain["extra_seeds"] = _extra_seeds(plain["extra_seeds"])
     sections = {
         "sweep": SweepConfig(**plain["sweep"]),
         "surgery": SurgeryConfig(**plain["surgery"]),
@@ -109,6 +117,16 @@ def resolve(values: ml_collections.ConfigDict) -> StudyConfig:
     if found:
         raise errors.UsageError("config of the study: " + "; ".join(found))
     return study
+
+
+def _extra_seeds(given: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """By arm, those that have any; a single seed may stand without a tuple."""
+    seeds = {arm: tuple(v) if isinstance(v, tuple | list) else (v,) for arm, v in given.items()}
+    return {arm: found for arm, found in seeds.items() if found}
+
+
+def _are_seeds(seeds: tuple[Any, ...]) -> bool:
+    return all(isinstance(seed, int) and seed >= 0 for seed in seeds)
 
 
 def _mistakes(study: StudyConfig) -> Iterator[str]:
@@ -122,8 +140,15 @@ def _mistakes(study: StudyConfig) -> Iterator[str]:
     ):
         if len(set(items)) < len(items):
             yield f"{field} has an entry twice: {', '.join(map(str, items))}"
-    if not study.seeds or not all(isinstance(seed, int) and seed >= 0 for seed in study.seeds):
+    if not study.seeds or not _are_seeds(study.seeds):
         yield f"seeds is {study.seeds}, it must be one or more integers from 0"
+    for arm, extra in study.extra_seeds.items():
+        if arm not in (*names, *study.optional_controls):
+            yield f"extra_seeds names {arm}, which is not among arms and controls"
+        if not _are_seeds(extra):
+            yield f"extra_seeds of {arm} is {extra}, it must be integers from 0"
+        if len({*study.seeds, *extra}) < len(study.seeds) + len(extra):
+            yield f"extra_seeds of {arm} has a seed twice, or one of seeds: {extra}"
     if study.tokens < 1:
         yield f"tokens is {study.tokens}, it must be above 0"
     yield from _mistakes_of_sweep(study)
@@ -149,8 +174,8 @@ def _mistakes_of_sweep(study: StudyConfig) -> Iterator[str]:
         yield f"sweep.factors is {factors}, it must be ascending numbers above 0"
     if study.sweep.extend and len(factors) < 2:
         yield "sweep.extend needs two or more sweep.factors, whose ratio it continues"
-    if study.sweep.seed in study.seeds:
+    if study.sweep.seed in {*study.seeds, *itertools.chain(*study.extra_seeds.values())}:
         yield (
-            f"sweep.seed {study.sweep.seed} is also one of seeds, it must be another: rates tuned "
-            "on a reported seed would flatter it"
+            f"sweep.seed {study.sweep.seed} is also one of seeds or extra_seeds, it must be "
+            "another: rates tuned on a reported seed would flatter it"
         )

@@ -81,7 +81,7 @@ def describe(plan: Plan, rates: Mapping[str, float]) -> str:
 def _steps(plan: Plan) -> Iterator[str]:
     study = plan.study
     yield f"scale {study.scale}, recipe {study.recipe}{', quick' if study.quick else ''}"
-    yield f"{len(plan.steps)} steps:"
+    yield f"{len(plan.steps)} {'step' if len(plan.steps) == 1 else 'steps'}:"
     for step in plan.steps:
         rate = "" if step.learning_rate is None else f"learning rate {step.learning_rate:g}"
         yield f"  {step.kind:<10}  {step.name:<44}  {step.fingerprint[:12]}  {rate}".rstrip()
@@ -118,8 +118,8 @@ def _costs(plan: Plan, rates: Mapping[str, float]) -> Iterator[str]:
     if surgery:
         passes = sum(1 + len(plan.surgery_ranks(step.arm)) for step in surgery)
         yield (
-            f"rank surgery: {len(surgery)} runs, forward alone, at most "
-            f"{passes * plan.study.surgery.tokens:,} tokens"
+            f"rank surgery: {len(surgery)} {'run' if len(surgery) == 1 else 'runs'}, forward "
+            f"alone, at most {passes * plan.study.surgery.tokens:,} tokens"
         )
     training = [cost(plan, step) for step in plan.steps if step.kind in TRAINING]
     whole = sum(c.whole_passes for c in training)

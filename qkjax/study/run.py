@@ -334,7 +334,8 @@ class _Executor:
         left = sum(not self._is(step, *SETTLED) for step in self.steps)
         raise signals.Stopped(
             self.stop.signum,
-            f"{self.files.workdir}: stopped, {left} of {len(self.steps)} steps are left. "
+            f"{self.files.workdir}: stopped, {left} of {len(self.steps)} steps "
+            f"{'is' if left == 1 else 'are'} left. "
             "Run the same command again to resume.",
         )
 
@@ -360,7 +361,8 @@ class _Executor:
         waiting = [f"{s.name} ({', '.join(self._lacks(s))})" for s in missing if s not in failed]
         reasons = [f"{step.name}: {self.states[step].detail}" for step in failed]
         raise Incomplete(
-            f"{workdir}: {len(missing)} of {len(self.steps)} steps are missing. "
+            f"{workdir}: {len(missing)} of {len(self.steps)} steps "
+            f"{'is' if len(missing) == 1 else 'are'} missing. "
             + (f"Failed: {'; '.join(reasons)}. " if reasons else "")
             + (f"Waiting (for): {'; '.join(waiting)}. " if waiting else "")
             + f"What they printed is in {workdir / 'logs'}. Fix the cause and run the same "

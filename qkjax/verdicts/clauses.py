@@ -47,15 +47,16 @@ class Panel:
     study: Study
     family: tuple[str, ...]  # planned arms: those behind the pooled error
     seeds: tuple[int, ...]  # used
-    left_out: tuple[int, ...]  # seeds of the plan that lack an arm of the family
+    left_out: tuple[int, ...]  # planned for the whole family, but a run of it is missing
     head_dim: int
 
     @classmethod
     def of(cls, study: Study, family: Sequence[str] = questions.ARMS) -> "Panel":
         """Sorts the seeds of the plan into used and left out."""
         arms = tuple(arm for arm in study.arms if arm in family)
-        complete = [all((arm, seed) in study.runs for arm in arms) for seed in study.seeds]
-        pairs = list(zip(study.seeds, complete, strict=True))
+        planned = study.seeds_of_all(arms)
+        complete = [all((arm, seed) in study.runs for arm in arms) for seed in planned]
+        pairs = list(zip(planned, complete, strict=True))
         first = next(iter(study.runs.values()), None)
         return cls(
             study=study,

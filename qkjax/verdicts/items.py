@@ -159,7 +159,7 @@ def _paired_scores(
     """By seed the scores of both arms over the same items; what is missing, for people."""
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     lacking, reference = [], None
-    for seed in study.seeds:
+    for seed in study.seeds_of_all((FIRST, SECOND)):
         items = {}
         for arm in (FIRST, SECOND):
             chosen = [i for i in study.items.get((arm, seed), []) if i["task"] == question.task]
@@ -231,6 +231,7 @@ def _correlate(study: Study, question: _Question, optimizer: str, label: str) ->
             points.setdefault(arm, []).append((run.value(PR), question.factor * score))
     means = [np.mean(of_arm, axis=0) for of_arm in points.values()]
     found = statistics.correlation([x for x, _ in means], [y for _, y in means])
+    number = f"n = {len(points)} {'arm' if len(points) == 1 else 'arms'}"
     clause = Clause(
         name=f"{question.name} with PR, {label}",
         text=f"Among arms of {label}, those of higher PR score higher.",
@@ -238,17 +239,17 @@ def _correlate(study: Study, question: _Question, optimizer: str, label: str) ->
         unit="correlation",
         sesoi=0.0,
         level="decides nothing",
-        notes=(f"n = {len(points)} arms",),
+        notes=(number,),
     )
     if not math.isfinite(found.pearson):
         words = "no result" if not points else "too few arms, or none that differ"
-        return dataclasses.replace(clause, reason=f"{words} (n = {len(points)} arms)")
+        return dataclasses.replace(clause, reason=f"{words} ({number})")
     said = spoken(found.pearson, found.interval, "")
     return dataclasses.replace(
         clause,
         estimate=found.pearson,
         deciding=found.interval,
         said=said,
-        reason=f"{said}, n = {len(points)} arms: drawn, decides nothing",
-        notes=(f"n = {len(points)} arms", f"Spearman {found.spearman:+.3f}"),
+        reason=f"{said}, {number}: drawn, decides nothing",
+        notes=(number, f"Spearman {found.spearman:+.3f}"),
     )

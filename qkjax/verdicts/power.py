@@ -439,8 +439,19 @@ def _what_these_decide(plan: Plan, needed: Mapping[str, int | None]) -> str:
         return f"this plan: {ONE_SEED}"
     if plan.study.scale == "tiny" or plan.study.quick:
         return f"this plan, {len(seeds)} seeds ({listed}): a rehearsal, nothing is decided"
-    enough = [name for name, fewest in needed.items() if fewest and fewest <= len(seeds)]
+    own = {name: len(_seeds_of(plan, name)) for name in needed}
+    enough = [name for name, fewest in needed.items() if fewest and fewest <= own[name]]
     short = [name for name in needed if name not in enough]
     said = f"likely to decide {', '.join(enough)}" if enough else "likely to decide nothing"
     more = f"; too few for {', '.join(short)}" if short else ""
-    return f"this plan, {len(seeds)} seeds ({listed}): {said}{more}"
+    extra = [f"{name} has {number}" for name, number in own.items() if number > len(seeds)]
+    also = f" ({', '.join(extra)} by extra_seeds)" if extra else ""
+    return f"this plan, {len(seeds)} seeds ({listed}){also}: {said}{more}"
+
+
+def _seeds_of(plan: Plan, name: str) -> list[int]:
+    """The seeds that every arm of the family behind a verdict has."""
+    attributed = {f"A {o}": family for o, family in Design.of(plan).attributed.items()}
+    family = attributed.get(name, SCORED if name == "H5" else questions.ARMS)
+    shared = [set(plan.study.seeds_of(arm)) for arm in family]
+    return sorted(set.intersection(*shared))

@@ -6,7 +6,7 @@ files alone. What cannot be compared is refused; what is missing is named and le
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from qkjax import errors, files, presets
@@ -58,8 +58,26 @@ class Study:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds of the plan."""
-        return list(self.plan["seeds"])
+        """The seeds of the plan, those of some arms alone behind those of all."""
+        extra = (seed for arm in self.arms for seed in self._extra_seeds.get(arm, ()))
+        return list(dict.fromkeys((*self.plan["seeds"], *extra)))
+
+    @property
+    def _extra_seeds(self) -> dict[str, list[int]]:
+        return self.plan.get("extra_seeds") or {}
+
+    def seeds_of(self, arm: str) -> list[int]:
+        """The seeds that the plan has for one arm."""
+        return [*self.plan["seeds"], *self._extra_seeds.get(arm, ())]
+
+    def seeds_of_all(self, arms: Iterable[str]) -> list[int]:
+        """The seeds that the plan has for every one of these arms."""
+        return [s for s in self.seeds if all(s in self.seeds_of(arm) for arm in arms)]
+
+    @property
+    def num_planned(self) -> int:
+        """Runs of the plan, those of the sweep aside."""
+        return sum(len(self.seeds_of(arm)) for arm in self.arms)
 
     def of_arm(self, arm: str) -> list[RunResult]:
         """The arm's finished runs, in the order of the seeds."""
@@ -87,11 +105,16 @@ def load_study(workdir: str | pathlib.Path) -> Study:
         )
     study_files.need(path / "study.json", "", plan, _PLAN_FIELDS)
     plan = presets.with_present_recipe(plan)
+    extra_seeds = plan.get("extra_seeds") or {}  # of studies planned before there were any: none
+    study_files.need(path / "study.json", "", {"extra_seeds": extra_seeds}, {"extra_seeds": dict})
+    study_files.need(
+        path / "study.json", "extra_seeds", extra_seeds, dict.fromkeys(extra_seeds, list)
+    )
     runs: dict[tuple[str, int], RunResult] = {}
     missing = []
     names: dict[str, str] = {}  # of the arms of the plan, as they are shown
     for arm in (*plan["arms"], *plan["controls"]):
-        for seed in plan["seeds"]:
+        for seed in (*plan["seeds"], *extra_seeds.get(arm, ())):
             directory = path / "runs" / arm / f"seed_{seed}"
             result = load_run(directory)
             if isinstance(result, str):
@@ -155,14 +178,16 @@ def _renamed_plan(plan: dict[str, Any], names: Mapping[str, str]) -> dict[str, A
     """The plan with the arms' present names: controls of the same word are never pooled."""
     controls = [names.get(arm, arm) for arm in plan["controls"]]
     parents = {names.get(arm, arm): parent for arm, parent in (plan.get("parents") or {}).items()}
-    return {**plan, "controls": controls, "parents": parents}
+    extra = {names.get(arm, arm): s for arm, s in (plan.get("extra_seeds") or {}).items()}
+    return {**plan, "controls": controls, "parents": parents, "extra_seeds": extra}
 
 
 def _other_plan(path: pathlib.Path, plan: Mapping[str, Any]) -> str:
     """In what an earlier plan differs that matters for verdicts, in words; "" if in nothing."""
     earlier = study_files.read_object(path) or {}
     said = []
-    for field in ("arms", "controls", "seeds", "tokens", "sweep", "overrides"):
+    earlier.setdefault("extra_seeds", {})  # of plans from before the field
+    for field in ("arms", "controls", "seeds", "extra_seeds", "tokens", "sweep", "overrides"):
         value = earlier.get(field)
         if value != plan.get(field):
             listed = ", ".join(map(str, value)) if isinstance(value, list) else ""
