@@ -150,6 +150,10 @@ NAMES = {
     "gamma",
     *(f"pr_{v}_{kind}" for v in ("key", "query", "value") for kind in ("trajectory", "heat_maps")),
     *(f"{v}_singular_values" for v in ("key", "query", "value")),
+    *(f"pr_{v}_stages" for v in ("key", "query")),
+    *(f"mean_share_{v}_trajectory" for v in ("key", "query")),
+    "pr_qk_trajectory",
+    "pr_weights_trajectory",
 }
 
 
@@ -191,7 +195,25 @@ LABELS = {
         "640 tokens",
         "trained on",
     ),
-    "gamma": ("gamma_q", "gamma_k", "mean over head_dim", "standard deviation over", "layer"),
+    "gamma": (
+        "gamma_q",
+        "gamma_k",
+        "mean over head_dim",
+        "standard deviation over",
+        "PR of |gamma|",
+        "quantile of |gamma|",
+        "share below 0",
+        "layer",
+    ),
+    "pr_key_stages": (
+        "key, before QK-Norm, centred",
+        "key, normalised, before gamma, centred",
+        "key, pre-RoPE, centred",
+        "key, post-RoPE, centred",
+    ),
+    "pr_qk_trajectory": ("q.k, pre-RoPE, raw", "q.k, pre-RoPE, centred", "(directions of 16)"),
+    "pr_weights_trajectory": ("W_q", "W_k", "W_v", "W_o"),
+    "mean_share_key_trajectory": ("energy of the mean vector", "(share of all energy)"),
     "attention": (
         "maximum attention logit",
         "(dimensionless, after 1/sqrt(head_dim))",
@@ -201,6 +223,8 @@ LABELS = {
         "mean over layers",
         "layer",
         f"uniform attention: {np.log(np.arange(1, 33)).mean():.2f}",
+        f"uniform attention: {np.mean(1 / np.arange(2, 33)):.4f}",
+        "attention on the first position",
     ),
 }
 
@@ -276,15 +300,39 @@ def test_gamma_and_attention_curves(run):
     loaded = run_spectra.load_run(run)
     gamma = np.stack([arrays(run, step)["gamma_k"] for step in STEPS]).astype(np.float64)
     panels = figures.gamma_curves(loaded).axes
-    for axes, values in ((panels[1], gamma.mean(-1)), (panels[3], gamma.std(-1))):
+    low, high = np.quantile(np.abs(gamma), (0.1, 0.9), axis=-1)
+    for axes, values in (
+        (panels[1], gamma.mean(-1)),
+        (panels[3], gamma.std(-1)),
+        (panels[5], ratio(np.abs(gamma))),
+        (panels[7], high / low),
+        (panels[9], (gamma < 0).mean(-1)),
+    ):
         np.testing.assert_allclose([line.get_ydata() for line in axes.lines], values.T, atol=1e-12)
     logits = np.stack([arrays(run, step)["max_logit"] for step in STEPS])
     *by_layer, overall = figures.attention_curves(loaded).axes[0].lines
     np.testing.assert_allclose([line.get_ydata() for line in by_layer], logits.max(-1).T)
     np.testing.assert_allclose(overall.get_ydata(), logits.max((-1, -2)))
     entropy = np.stack([arrays(run, step)["entropy"] for step in STEPS]).astype(np.float64)
-    overall = figures.attention_curves(loaded).axes[1].lines[2]
-    np.testing.assert_allclose(overall.get_ydata(), entropy.mean((-1, -2)))
+    drawn = figures.attention_curves(loaded).axes
+    np.testing.assert_allclose(drawn[1].lines[2].get_ydata(), entropy.mean((-1, -2)))
+    sinks = np.stack([arrays(run, step)["sink_mass"] for step in STEPS]).astype(np.float64)
+    np.testing.assert_allclose(drawn[2].lines[2].get_ydata(), sinks.mean((-1, -2)))
+
+
+def test_what_a_clip_did_is_drawn_from_the_rows_of_its_steps(run, copy):
+    clipped = copy("clipped", keys_only)
+    lines = [json.loads(line) for line in (clipped / "metrics.jsonl").read_text().splitlines()]
+    for step, row in enumerate(lines[1:], start=1):
+        row |= {"train/max_logit": 10.0 + step, "train/clipped_heads": step % 3}
+    lines[4]["train/max_logit"] = None  # not finite
+    (clipped / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in lines))
+    loaded = run_spectra.load_run(clipped)
+    drawn, _ = figures.figures_of_run(loaded, "pr")
+    logits, heads = (axes.lines[0].get_ydata() for axes in drawn["clip"].axes)
+    assert list(heads) == [step % 3 for step in range(1, len(lines))]
+    assert np.isnan(logits[3]) and logits[0] == 11.0
+    assert len(run_spectra.load_run(run).clips) == 0
 
 
 def test_an_older_run_is_drawn_as_far_as_it_goes(copy, call):
@@ -301,8 +349,21 @@ def test_an_older_run_is_drawn_as_far_as_it_goes(copy, call):
         ": key_pre_rope_centred not recorded",
         ": query_post_rope_raw, query_pre_rope_centred not recorded",
         ": value_raw, value_centred not recorded",
+        *(
+            f": {v}_pre_norm_centred, {v}_post_norm_centred not recorded (the arm has no QK-Norm); "
+            f"no figure srank_{v}_stages"
+            for v in ("key", "query")
+        ),
+        ": qk_pre_rope_raw, qk_pre_rope_centred not recorded; no figure srank_qk_trajectory",
+        ": weight_query, weight_key, weight_value, weight_output not recorded; no figure "
+        "srank_weights_trajectory",
+        *(
+            f": {v}_pre_rope_raw, {v}_post_rope_raw not recorded; no figure "
+            f"mean_share_{v}_trajectory"
+            for v in ("key", "query")
+        ),
         ": gamma_q, gamma_k not recorded (the arm has no QK-Norm); no figure gamma",
-        ": max_logit, entropy not recorded; no figure attention",
+        ": max_logit, entropy, sink_mass not recorded; no figure attention",
     ]
     drawn = ("srank_key_trajectory", "srank_key_heat_maps", "key_singular_values")
     assert {path.name for path in (older / "figures").iterdir()} == {f"{n}.svg" for n in drawn}

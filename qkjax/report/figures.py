@@ -1,13 +1,14 @@
 """Figures of runs: data in, matplotlib Figure out; `figures_of_run` draws a run's spectra."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qkjax.measures import ranks
 from qkjax.report import drawing
-from qkjax.report.quantities import Quantity, quantity
+from qkjax.report.quantities import CENTRINGS, MEAN_SHARE, STAGES, Quantity, quantity
 from qkjax.report.run_spectra import Compared, Evaluation, RunSpectra
 from qkjax.trained.rank_curves import ALL, KINDS, TOLERANCE, Row
 
@@ -23,6 +24,28 @@ _VIEWS = {
     "query": (("post_rope", "raw"), ("pre_rope", "centred")),
     "value": ((None, "raw"), (None, "centred")),
 }
+_WEIGHTS = ("weight_query", "weight_key", "weight_value", "weight_output")
+
+
+def _more(measure: str) -> dict[str, list[Quantity]]:
+    """Trajectories alone, by the name of their figure; a panel for each quantity."""
+    stages = {
+        f"{measure}_{vectors}_stages": [
+            quantity(measure, vectors, stage, "centred") for stage in STAGES
+        ]
+        for vectors in ("key", "query")
+    }
+    shares = {
+        f"{MEAN_SHARE}_{vectors}_trajectory": [
+            quantity(MEAN_SHARE, vectors, stage) for stage in ("pre_rope", "post_rope")
+        ]
+        for vectors in ("key", "query")
+    }
+    return stages | {
+        f"{measure}_qk_trajectory": [quantity(measure, "qk", centring=c) for c in CENTRINGS],
+        f"{measure}_weights_trajectory": [quantity(measure, kernel) for kernel in _WEIGHTS],
+        **shares,
+    }
 
 
 def figures_of_run(
@@ -49,9 +72,19 @@ def figures_of_run(
             figures[f"{measure}_{vectors}_trajectory"] = trajectories([run], quantities)
             figures[f"{measure}_{vectors}_heat_maps"] = heat_maps(run, quantities, steps)
             figures[f"{vectors}_singular_values"] = singular_value_curves(run, quantities)
+    for name, quantities in _more(measure).items():
+        normed = name.endswith("_stages")
+        if not any(_series(run, q)[0] for q in (quantities[:1] if normed else quantities)):
+            why = " (the arm has no QK-Norm)" if normed and run.qk_norm == "none" else ""
+            listed = ", ".join(q.array for q in quantities[: 2 if normed else None])
+            notes.append(f"{run.workdir}: {listed} not recorded{why}; no figure {name}")
+            continue
+        figures[name] = trajectories([run], quantities)
+    if len(run.clips):
+        figures["clip"] = clip_curves(run)
     for name, draw, arrays in (
         ("gamma", gamma_curves, ("gamma_q", "gamma_k")),
-        ("attention", attention_curves, ("max_logit", "entropy")),
+        ("attention", attention_curves, ("max_logit", "entropy", "sink_mass")),
     ):
         if any(run.series(array) for array in arrays):
             figures[name] = draw(run)
@@ -175,11 +208,27 @@ def _spread(evaluations: list[Evaluation]) -> list[Evaluation]:
     return [evaluations[i] for i in np.linspace(0, len(evaluations) - 1, _MAX_CURVES).astype(int)]
 
 
+def _quantile_ratio(gammas: np.ndarray) -> np.ndarray:
+    low, high = np.quantile(np.abs(gammas), (0.1, 0.9), axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(low > 0, high / low, np.nan)
+
+
+# Of gammas [..., head_dim], by the label of their panels' axis.
+_GAMMA_ROWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mean over head_dim\n(dimensionless factor)": lambda gammas: gammas.mean(axis=-1),
+    "standard deviation over\nhead_dim (dimensionless)": lambda gammas: gammas.std(axis=-1),
+    "PR of |gamma|\n(directions)": lambda gammas: ranks.participation_ratio(np.abs(gammas)),
+    "90% over 10%\nquantile of |gamma|": _quantile_ratio,
+    "share below 0": lambda gammas: (gammas < 0).mean(axis=-1),
+}
+
+
 @drawing.styled
 def gamma_curves(run: RunSpectra) -> "Figure":
-    """gamma_q and gamma_k over training: mean and standard deviation over head_dim, per layer."""
-    figure = drawing.new_figure(8.8, 5.0)
-    panels = figure.subplots(2, 2, sharex=True, sharey="row")
+    """gamma_q and gamma_k over training, per layer: size, spread, evenness, sign over head_dim."""
+    figure = drawing.new_figure(8.8, 1.0 + 2.0 * len(_GAMMA_ROWS))
+    panels = figure.subplots(len(_GAMMA_ROWS), 2, sharex=True, sharey="row")
     num_layers = 1
     for column, name in zip(panels.T, ("gamma_q", "gamma_k"), strict=True):
         column[0].set_title(name)
@@ -190,11 +239,11 @@ def gamma_curves(run: RunSpectra) -> "Figure":
             continue
         gammas = np.stack([e.arrays[name].astype(np.float64) for e in evaluations])
         num_layers = gammas.shape[1]
-        for axes, values in zip(column, (gammas.mean(axis=-1), gammas.std(axis=-1)), strict=True):
-            drawing.layer_curves(axes, evaluations, values)
-        column[0].set_xlabel("")
-    panels[0, 0].set_ylabel("mean over head_dim\n(dimensionless factor)")
-    panels[1, 0].set_ylabel("standard deviation over\nhead_dim (dimensionless)")
+        for axes, statistic in zip(column, _GAMMA_ROWS.values(), strict=True):
+            drawing.layer_curves(axes, evaluations, statistic(gammas))
+            axes.set_xlabel("" if axes is not column[-1] else axes.get_xlabel())
+    for axes, label in zip(panels[:, 0], _GAMMA_ROWS, strict=True):
+        axes.set_ylabel(label)
     panels[1, 0].set_ylim(bottom=0)
     drawing.layer_bar(figure, panels, num_layers)
     figure.suptitle(f"gamma of QK-Norm: {_who(run)}")
@@ -203,13 +252,16 @@ def gamma_curves(run: RunSpectra) -> "Figure":
 
 @drawing.styled
 def attention_curves(run: RunSpectra) -> "Figure":
-    """Maximum attention logit and attention entropy over training, per layer and overall."""
-    figure = drawing.new_figure(8.8, 3.8)
-    panels = figure.subplots(1, 2)
+    """Largest logit, entropy and sink of the attention over training, per layer and overall.
+
+    A panel for each that the run has recorded, the first two at any rate.
+    """
+    names = ["max_logit", "entropy", *(["sink_mass"] if run.series("sink_mass") else [])]
+    figure = drawing.new_figure(4.4 * len(names), 3.8)
+    panels = figure.subplots(1, len(names))
     num_layers = 1
-    for axes, name, statistic in zip(
-        panels, ("max_logit", "entropy"), ("max", "mean"), strict=True
-    ):
+    for axes, name in zip(panels, names, strict=True):
+        statistic = "max" if name == "max_logit" else "mean"
         shown = quantity(name)
         axes.set_title(f"{shown.title}: {statistic} over heads")
         axes.set_ylabel(f"{shown.title}\n({shown.unit(run.head_dim)})")
@@ -223,14 +275,30 @@ def attention_curves(run: RunSpectra) -> "Figure":
         num_layers = by_layer.shape[1]
         drawing.layer_curves(axes, run.series(name), by_layer)
         axes.plot(tokens, over(by_layer), "k--", marker="o", label=f"{statistic} over layers")
-        if name == "entropy":
-            uniform = np.log(np.arange(1, run.sequence_length + 1)).mean()
-            label = f"uniform attention: {uniform:.2f}"
+        if name != "max_logit":
+            places = np.arange(1, run.sequence_length + 1)
+            uniform = np.log(places).mean() if name == "entropy" else (1 / places[1:]).mean()
+            label = f"uniform attention: {uniform:.{2 if name == 'entropy' else 4}f}"
             axes.axhline(uniform, color="#666666", lw=1.5, ls=":", label=label)
             axes.set_ylim(0, 1.05 * max(uniform, drawing.largest(values)))
         axes.legend(loc="best")
     drawing.layer_bar(figure, panels, num_layers)
     figure.suptitle(f"attention: {_who(run)}")
+    return figure
+
+
+@drawing.styled
+def clip_curves(run: RunSpectra) -> "Figure":
+    """What QK-Clip saw and did: the largest logit and the heads clipped, of every step."""
+    figure = drawing.new_figure(8.8, 3.4)
+    tokens, *columns = run.clips.T
+    labels = ("largest logit of the batch\n(dimensionless)", "heads clipped in a step")
+    for axes, values, label in zip(figure.subplots(1, 2), columns, labels, strict=True):
+        axes.plot(tokens, values, color=drawing.HUES[0], lw=0.9)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        drawing.token_axis(axes, [int(number) for number in tokens])
+    figure.suptitle(f"QK-Clip: {_who(run)}")
     return figure
 
 

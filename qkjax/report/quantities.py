@@ -103,7 +103,8 @@ class Quantity(NamedTuple):
             return np.asarray(array, np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):  # of keys that are all zero
             if self.measure == MEAN_SHARE:
-                centred = arrays[f"{self.array.removesuffix('raw')}centred"]
+                if (centred := arrays.get(f"{self.array.removesuffix('raw')}centred")) is None:
+                    return None
                 return ranks.mean_share(np.asarray(array, float), np.asarray(centred, float))
             return MEASURES[self.measure](np.asarray(array, np.float64))
 

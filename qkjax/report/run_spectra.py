@@ -13,6 +13,8 @@ from qkjax import errors
 from qkjax.report.quantities import Quantity
 from qkjax.runs.directory import RunDirectory
 
+_CLIPS = ("train/max_logit", "train/clipped_heads")
+
 
 class Evaluation(NamedTuple):
     """One pass over the validation data."""
@@ -35,6 +37,7 @@ class RunSpectra(NamedTuple):
     dataset_fingerprint: str
     evaluations: tuple[Evaluation, ...]
     notes: tuple[str, ...]  # what was left out, for people
+    clips: np.ndarray  # [steps, 3] of QK-Clip: tokens, largest logit, heads clipped; else [0, 3]
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -96,6 +99,14 @@ def load_run(workdir: str | pathlib.Path, label: str = "") -> RunSpectra:
         dataset_fingerprint=directory.need_environment()["dataset_fingerprint"],
         evaluations=tuple(sorted(evaluations, key=lambda evaluation: evaluation.step)),
         notes=tuple(notes),
+        clips=np.array(
+            [
+                (row["tokens"], *(math.nan if row[name] is None else row[name] for name in _CLIPS))
+                for row in rows
+                if all(name in row for name in ("tokens", *_CLIPS))
+            ],
+            np.float64,
+        ).reshape(-1, 3),
     )
 
 
