@@ -16,14 +16,18 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from qkjax import config as config_lib
 from qkjax import files
+from qkjax.cli import config_flag
 from qkjax.runs import environment
 from qkjax.runs.directory import RunDirectory
+from qkjax.study import plan as plan_lib
 from qkjax.trained import rank_curves
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 LOSS, PR, PR_BEFORE, AA = (
     "val/loss",
     "pr/key/post_rope/raw",
@@ -66,6 +70,18 @@ def make_config(arm: str, seed: int, scale: str = "pilot", recipe: str = "fixed"
         section, _, field = name.rpartition("__")
         (values[section] if section else values)[field] = value
     return config_lib.resolve(values).for_platform("cpu")
+
+
+def load_config(words: str) -> ml_collections.ConfigDict:
+    """configs/study.py at `words`."""
+    return config_flag.load(ROOT / "configs" / "study.py", words)
+
+
+def make_plan(words: str, **fields: Any) -> plan_lib.Plan:
+    """The plan at `words`; fields are dotted names with '__' for the dot."""
+    values = load_config(words)
+    values.update_from_flattened_dict({name.replace("__", "."): v for name, v in fields.items()})
+    return plan_lib.make_plan(values)
 
 
 def write(

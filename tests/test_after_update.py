@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 import reference_model
-import test_train_step
-from test_train_step import Trainer, batch, initial_params, small
+from small_model import Trainer, batch, by_name, initial_params, small
 
 from qkjax import after_update, sharding
 
@@ -54,7 +53,7 @@ def test_several_steps_against_the_reference(name):
         assert with_clip.rows["train/max_logit"] == pytest.approx(largest.max(), rel=1e-5)
         assert with_clip.rows["train/clipped_heads"] == (factors < 1).sum()
         seen |= {bool(f < 1) for f in factors.ravel()}
-        ours, theirs = (test_train_step.by_name(s.params) for s in (state, plain))
+        ours, theirs = (by_name(s.params) for s in (state, plain))
         path = "blocks/attention/query/kernel"
         scaled = theirs[path].reshape(2, 32, 4, 8) * factors[:, None, :, None]
         np.testing.assert_allclose(ours.pop(path), scaled.reshape(2, 32, 32), rtol=1e-5, atol=1e-8)

@@ -1,30 +1,16 @@
 """evaluation.py against float64: the loss, the spectra, batches and devices."""
 
 import functools
-import zlib
 
 import jax
 import numpy as np
 import pytest
 import reference_model
-from compile_options import QUICK
+import references
+from small_model import QUICK, Measurer, learned, measured_config, measured_params, skewed_sequences
 
-from qkjax import config as config_lib
 from qkjax import evaluation, model, sharding
-from qkjax.data import pipeline
 
-SMALL = {  # N 2, D 32, H 4, G 2, K 8, F 48, V 64, T 16
-    "model.num_layers": 2,
-    "model.d_model": 32,
-    "model.num_heads": 4,
-    "model.num_kv_heads": 2,
-    "model.head_dim": 8,
-    "model.d_ff": 48,
-    "model.vocab_size": 64,
-    "model.sequence_length": 16,
-    "train.tokens_per_step": 256,
-    "train.loss_chunk_tokens": 50,
-}
 T = 16
 METRICS = tuple(
     f"pr/key/{stage}/{centring}"
@@ -33,72 +19,11 @@ METRICS = tuple(
 )
 
 
-def small(qk_norm, batch_sequences):
-    given = config_lib.base("adamw", qk_norm, "tiny")
-    given.update_from_flattened_dict(SMALL | {"eval.batch_sequences": batch_sequences})
-    return config_lib.resolve(given).for_platform("cpu")
-
-
-def random_params(c):
-    """Numbers that depend on a tensor's name alone; gammas away from 1."""
-
-    def value(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        normal = np.random.default_rng(zlib.crc32(name.encode())).standard_normal
-        values = normal(leaf.shape, np.float32)
-        return 1 + 0.3 * values if name.endswith("gamma") else 0.2 * values
-
-    return jax.tree_util.tree_map_with_path(value, model.parameter_shapes(c.model))
-
-
-def skewed_sequences(count):
-    """[count, T+1] tokens of which few are frequent, so that the mean key is far from 0."""
-    numbers = np.random.default_rng(3).geometric(0.2, (count, T + 1))
-    return np.minimum(numbers, 63).astype(np.int32)
-
-
-def batches(sequences, size):
-    for start in range(0, len(sequences), size):
-        rows = sequences[start : start + size]
-        tokens = np.zeros((size, T + 1), np.int32)
-        tokens[: len(rows)] = rows
-        yield pipeline.ValidationBatch(tokens, np.arange(size) < len(rows))
-
-
-def compile_quickly(jitted, arguments):
-    return jitted.lower(*arguments).compile(compiler_options=QUICK)
-
-
-class Measurer:
-    """An Evaluator whose step is compiled quickly."""
-
-    def __init__(self, c):
-        self.mesh = sharding.make_mesh()
-        self.evaluator = evaluation.Evaluator(c, self.mesh)
-        self.size = self.evaluator.sequences_per_batch(10**6)
-        self.evaluator._compile = compile_quickly
-
-    def __call__(self, params, sequences, interrupted=lambda: False):
-        params = jax.device_put(params, sharding.replicated(self.mesh))
-        return self.evaluator(params, batches(sequences, self.size), interrupted)
-
-
-@functools.cache
-def learned():
-    """QK-Norm; 3 sequences a batch and device."""
-    c = small("learned", 3)
-    return c, Measurer(c), random_params(c)
-
-
 @functools.cache
 def measured():
     """Eleven sequences in batches of three, so that the last batch has a padded row."""
     _, measure, params = learned()
     return measure(params, skewed_sequences(11))
-
-
-def participation_ratio(sigma):
-    return sigma.sum(-1) ** 2 / (sigma**2).sum(-1)
 
 
 def spectra_of(keys):
@@ -122,8 +47,10 @@ def assert_spectra(found, pre_keys, post_keys, num_tokens):
             assert array.dtype == np.float32 and array.shape == sigma.shape
             assert (np.diff(array) <= 0).all()
             np.testing.assert_allclose(array, sigma, rtol=0, atol=1e-5 * sigma.max(), err_msg=name)
-            ratio = participation_ratio(sigma)
-            np.testing.assert_allclose(participation_ratio(array), ratio, rtol=1e-5, err_msg=name)
+            ratio = references.participation_ratio(sigma)
+            np.testing.assert_allclose(
+                references.participation_ratio(array), ratio, rtol=1e-5, err_msg=name
+            )
             metric = f"pr/{stage.replace('_', '/', 1)}/{centring}"
             by_layer = ratio.mean(axis=1)  # over heads, then layers
             assert found.metrics[metric] == pytest.approx(by_layer.mean(), rel=1e-5), metric
@@ -169,7 +96,7 @@ def test_loss_and_spectra_agree_with_the_float64_reference():
     assert found.metrics["val/perplexity"] == pytest.approx(np.exp(np.sum(sums) / (11 * T)), 1e-5)
     ratios = [found.metrics[name] for name in METRICS]
     assert np.diff(np.sort(ratios)).min() > 0.05  # no two of them could be mixed up
-    heads = participation_ratio(found.spectra["key_post_rope_raw"])
+    heads = references.participation_ratio(found.spectra["key_post_rope_raw"])
     assert heads.std() > 0.05  # nor heads and layers
 
 
@@ -179,8 +106,8 @@ def _pre_and_post(heads):
 
 def test_collapsed_keys_far_from_0_over_two_hundred_batches():
     """Keys dumped by the plain forward pass, decomposed in float64 at one go."""
-    c = small("none", 2)
-    params = random_params(c)
+    c = measured_config("none", 2)
+    params = measured_params(c)
     params["embedding"] += 0.6  # every token shares a direction, which the keys multiply
     kernel = params["blocks"]["attention"]["key"]["kernel"]
     spread = 10.0 ** -np.arange(0, 4, 0.5, np.float32)  # 8 directions, down to 1/3000
@@ -253,7 +180,7 @@ def test_interrupted_evaluation_is_given_up():
 
 
 def test_few_sequences_are_not_padded_to_a_whole_batch():
-    c = small("learned", 4)
+    c = measured_config("learned", 4)
     one = evaluation.Evaluator(c, jax.sharding.AbstractMesh((1,), ("data",)))
     eight = evaluation.Evaluator(c, jax.sharding.AbstractMesh((8,), ("data",)))
     assert [one.sequences_per_batch(n) for n in (1, 3, 4, 5)] == [1, 3, 4, 4]

@@ -17,10 +17,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import synthetic_study
-import test_plan
 
 from qkjax import errors, files
-from qkjax.cli import config_flag
 from qkjax.data import dataset as dataset_lib
 from qkjax.runs import directory as run_directory
 from qkjax.runs import signals
@@ -33,7 +31,7 @@ METRICS = (synthetic_study.LOSS, synthetic_study.PR, synthetic_study.PR_BEFORE)
 
 
 def make_plan(words="tiny", **fields) -> plan.Plan:
-    values = config_flag.load(ROOT / "configs" / "study.py", words)
+    values = synthetic_study.load_config(words)
     values.arms = ("muon_qk", "adamw_noqk")
     values.controls, values.seeds = (), (1,)
     values.tokens, values.sweep.tokens, values.surgery.tokens = 20_480, 10_240, 0
@@ -688,7 +686,7 @@ def test_a_study_recorded_before_surgery_continues_without_it(world):
 
 
 def test_a_study_recorded_with_earlier_default_seeds_continues_with_them(tmp_path):
-    study = test_plan.make("pilot,original")
+    study = synthetic_study.make_plan("pilot,original")
     assert study.study.seeds == (42, 137, 256)
     recorded = plan.with_seeds(study, (42, 137))
     states.settle_plan(recorded, tmp_path)

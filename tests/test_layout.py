@@ -218,6 +218,15 @@ def test_benchmarks_stand_beside_the_package():
         assert "benchmarks" not in outsiders(imports(path)), path
 
 
+def test_no_test_file_borrows_from_another():
+    """What several of them need is in references.py, small_model.py, small_run.py and such."""
+    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    others = {path.stem for path in paths}
+    for path in paths:
+        borrowed = {part for name in imports(path) for part in name.split(".")} & others
+        assert not borrowed, f"{path.name} imports {borrowed}"
+
+
 def test_the_picture_in_the_docs_is_this_street():
     """docs/architecture.md: rooms, rows and their order, and whether each is a file or a wing."""
     page = (ROOT / "docs" / "architecture.md").read_text()

@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import jax
-import ml_collections
 import pytest
+from synthetic_study import make_plan
 
 from qkjax import config as config_lib
 from qkjax import errors, files, flops, model
-from qkjax.cli import children, config_flag
+from qkjax.cli import children
 from qkjax.runs.directory import RunDirectory
 from qkjax.study import plan, plan_cost
 
@@ -22,29 +22,18 @@ ARMS = ["adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk"]
 PLACES = ("runs", "exports", "downstream", "surgery")  # what a seed of an arm adds to a plan
 
 
-def load(words: str) -> ml_collections.ConfigDict:
-    return config_flag.load(ROOT / "configs" / "study.py", words)
-
-
-def make(words: str, **fields) -> plan.Plan:
-    """The plan at `words`; fields are dotted names with '__' for the dot."""
-    values = load(words)
-    values.update_from_flattened_dict({name.replace("__", "."): v for name, v in fields.items()})
-    return plan.make_plan(values)
-
-
 def counts(study: plan.Plan) -> dict[str, int]:
     return dict(collections.Counter(step.kind for step in study.steps))
 
 
 def refusal(words: str, **fields) -> str:
     with pytest.raises(errors.UsageError) as refused:
-        make(words, **fields)
+        make_plan(words, **fields)
     return str(refused.value)
 
 
 def test_full_is_twenty_sweep_runs_twelve_runs_and_the_controls():
-    study = make("full")
+    study = make_plan("full")
     assert counts(study) == {
         "dataset": 1,
         "sweep": 20,
@@ -80,26 +69,26 @@ def test_full_is_twenty_sweep_runs_twelve_runs_and_the_controls():
 
 
 def test_rank_surgery_is_a_step_of_every_final_run():
-    study = make("tiny")
+    study = make_plan("tiny")
     step = study.step("surgery/muon_qk/seed_137")
     assert step.needs == ("runs/muon_qk/seed_137",) and step.name in study.step("report").needs
     assert study.surgery_ranks("muon_qk") == (1, 2, 4, 8, 12, 16, 20, 24, 28, 32)  # of 32
-    assert make("full").surgery_ranks("muon_qk") == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
-    assert make("tiny", surgery__ranks=(3, 5)).surgery_ranks("muon_qk") == (3, 5)
+    assert make_plan("full").surgery_ranks("muon_qk") == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+    assert make_plan("tiny", surgery__ranks=(3, 5)).surgery_ranks("muon_qk") == (3, 5)
     assert "rank surgery: 8 runs, forward alone, at most 5,767,168 tokens" in (
         plan_cost.describe(study, {})
     )
-    other = make("tiny", surgery__tokens=1_024).step(step.name)
+    other = make_plan("tiny", surgery__tokens=1_024).step(step.name)
     assert other.fingerprint != step.fingerprint  # by its budget
     without = plan.without_surgery(study)
     assert "surgery" not in counts(without) and without.to_dict()["surgery"] is None
-    assert without.steps == make("tiny", surgery__tokens=0).steps
+    assert without.steps == make_plan("tiny", surgery__tokens=0).steps
     assert "surgery.tokens is -1" in refusal("tiny", surgery__tokens=-1)
     assert "surgery.ranks is (0,)" in refusal("tiny", surgery__ranks=(0,))
 
 
 def test_recipe_original_has_its_own_controls_and_no_sweep():
-    study = make("full,original")
+    study = make_plan("full,original")
     assert counts(study) == {
         "dataset": 1,
         "run": 3 * 12,
@@ -118,7 +107,7 @@ def test_recipe_original_has_its_own_controls_and_no_sweep():
 
 def test_the_pilots_arms_in_recipe_original_are_their_own_decayed_controls():
     """At 4,096 tokens a step their tau is 7.32; at 65,536 it is 0.46 and the controls are real."""
-    study = make("pilot,original")
+    study = make_plan("pilot,original")
     assert study.left_out == {"adamw_qk_decayed": "adamw_qk", "muon_qk_decayed": "muon_qk"}
     assert "left out: muon_qk_decayed, because muon_qk trains the same" in plan_cost.describe(
         study, {}
@@ -131,14 +120,14 @@ def test_the_pilots_arms_in_recipe_original_are_their_own_decayed_controls():
         "muon_qk_undecayed",
         "muon_qk_to_one",
     ]
-    larger = make("pilot,original", overrides=("train.tokens_per_step=65536",))
+    larger = make_plan("pilot,original", overrides=("train.tokens_per_step=65536",))
     assert larger.left_out == {}
     assert {"adamw_qk_decayed", "muon_qk_decayed"} < set(larger.arms)
     asked = refusal("pilot,original", controls=("muon_qk_decayed",))
     assert "muon_qk_decayed and muon_qk would train the same" in asked
     # The same decay at another rate of gamma is another arm.
     rates = ("optimizer.gamma_learning_rate=0.012",)
-    other = make(
+    other = make_plan(
         "pilot,original", arms=("adamw_qk",), overrides=rates, controls=(), optional_controls=()
     )
     assert other.arms["adamw_qk"].config.optimizer.rate_of_gamma == 0.012
@@ -184,19 +173,19 @@ def test_the_pilots_arms_in_recipe_original_are_their_own_decayed_controls():
     ],
 )
 def test_scales(words, expected, tokens, seeds):
-    study = make(words)
+    study = make_plan(words)
     assert counts(study) == {"dataset": 1, **expected, "report": 1}
     assert (study.study.tokens, len(study.study.seeds)) == (tokens, seeds)
 
 
 def test_tiny_sweeps_two_points_of_100k_tokens_without_extension():
-    study = make("tiny")
+    study = make_plan("tiny")
     assert study.grid("muon_noqk") == (0.012, 0.024) and study.study.sweep.tokens == 100_000
     assert not any(step.kind == plan.EXTENSION for step in study.steps)
 
 
 def test_every_step_needs_only_earlier_ones_and_the_report_all():
-    study = make("full")
+    study = make_plan("full")
     seen: set[str] = set()
     for step in study.steps:
         assert set(step.needs) <= seen, step.name
@@ -211,11 +200,11 @@ def test_every_step_needs_only_earlier_ones_and_the_report_all():
 
 def test_fingerprints_follow_what_a_result_depends_on():
     def changed(**fields) -> set[str]:
-        other = make("full", **fields)
+        other = make_plan("full", **fields)
         return {s.name for s in study.steps if s.fingerprint != other.step(s.name).fingerprint}
 
-    study = make("full")
-    assert make("full").fingerprint == study.fingerprint
+    study = make_plan("full")
+    assert make_plan("full").fingerprint == study.fingerprint
     assert changed(data_dir="elsewhere") == set()  # data may move
     assert changed(overrides=("log.every_seconds=1",)) == set()
     runs = changed(tokens=200_000_000)
@@ -233,7 +222,7 @@ def test_the_command_of_a_step_trains_its_config(tmp_path):
         "optimizer.clip_norm=0.5",
         "checkpoint.keep_all=true",
     )
-    study = make("tiny", overrides=overrides, data_dir=str(tmp_path))
+    study = make_plan("tiny", overrides=overrides, data_dir=str(tmp_path))
     for name, rate in (("sweep/muon_qk/lr_0.024", 0.024), ("runs/adamw_qk/seed_137", None)):
         step = study.step(name)
         arguments = study.arguments(step, tmp_path / "run", rate)
@@ -307,7 +296,7 @@ def test_a_grid_goes_on_by_its_own_ratio(grid, best, expected):
 
 
 def test_the_grid_of_muon_with_rms_scale_is_that_of_adamw():
-    study = make("full", overrides=("muon.scale=rms",))
+    study = make_plan("full", overrides=("muon.scale=rms",))
     assert study.grid("muon_qk") == study.grid("adamw_qk")
     run = study.run_config(study.step("sweep/muon_qk/lr_0.0006"), 0.0006)
     assert run.optimizer.adam_learning_rate == 0.0015  # half of its base, as the grid's factor
@@ -315,7 +304,7 @@ def test_the_grid_of_muon_with_rms_scale_is_that_of_adamw():
 
 def test_recipes_differ_in_the_rows_of_their_tables():
     """docs/science.md section 4, at tiny: these rows and no other."""
-    rows = plan_cost.recipe_differences(make("tiny").study)
+    rows = plan_cost.recipe_differences(make_plan("tiny").study)
     adamw, muon, qk = "adamw_qk, adamw_noqk", "muon_qk, muon_noqk", "adamw_qk, muon_qk"
     assert sorted(rows) == sorted(
         [
@@ -338,7 +327,7 @@ def test_recipes_differ_in_the_rows_of_their_tables():
             ("muon.dtype", "auto", "bfloat16", muon),
         ]
     )
-    full = plan_cost.recipe_differences(make("full").study)
+    full = plan_cost.recipe_differences(make_plan("full").study)
     assert {row[0] for row in full} - {row[0] for row in rows} == {"train.tokens_per_step"}
 
 
@@ -354,7 +343,7 @@ def test_parameters_are_those_of_the_model(scale, optimizer, qk_norm, recipe):
 
 
 def test_costs_of_a_run():
-    study = make("full")
+    study = make_plan("full")
     cost = plan_cost.cost(study, study.step("runs/muon_noqk/seed_42"))
     assert cost.tokens == 4577 * 65_536
     assert cost.flop == pytest.approx(cost.tokens * (6 * 87_906_816 + 12 * 22 * 512 * 2048))
@@ -362,15 +351,15 @@ def test_costs_of_a_run():
     assert cost.evaluated == evaluations * 1_048_576
     assert cost.whole_passes == 1  # after the last step
     assert cost.disk == 4 * 12 * 87_906_816
-    tiny = make("tiny", overrides=("eval.tokens=4096",))
+    tiny = make_plan("tiny", overrides=("eval.tokens=4096",))
     assert plan_cost.cost(tiny, tiny.step("runs/muon_qk/seed_42")).evaluated == 5 * 4096
     assert "evaluations of 229,376 tokens\n" in plan_cost.describe(tiny, {})
-    quick = make("full,quick")
+    quick = make_plan("full,quick")
     assert " tokens and 4 passes over the whole validation split\n" in plan_cost.describe(quick, {})
 
 
 def test_the_time_comes_from_finished_runs_or_is_said_to_be_unknown(tmp_path):
-    study = make("tiny")
+    study = make_plan("tiny")
     assert "time: unknown" in plan_cost.describe(study, {})
     for arm, diverged, seconds in (("adamw_qk", False, 10.0), ("muon_qk", True, 1.0)):
         directory = tmp_path / "sweep" / arm / "lr_1"
@@ -400,7 +389,7 @@ def test_the_time_comes_from_finished_runs_or_is_said_to_be_unknown(tmp_path):
 
 
 def test_lines_for_a_scheduler_say_what_they_wait_for():
-    study = make("tiny")
+    study = make_plan("tiny")
     command = ["python", "tools/run_study.py", "--config=configs/study.py:tiny", "--workdir=a b"]
     lines = plan.shell_lines(study, command, "/home/me")
     assert len(lines) == len(study.steps)
@@ -502,7 +491,7 @@ def test_a_studys_config_is_no_config_of_a_run():
 
 
 def test_plans_are_data():
-    study = make("tiny")
+    study = make_plan("tiny")
     values = study.to_dict()
     assert values["fingerprint"] == study.fingerprint
     assert values["steps"][1] == files.plain(dataclasses.asdict(study.steps[1]))

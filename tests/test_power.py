@@ -7,7 +7,6 @@ import subprocess
 import numpy as np
 import pytest
 import synthetic_study
-import test_plan
 from synthetic_study import LOSS, PR
 
 from qkjax.cli import children
@@ -32,7 +31,7 @@ def cells(text: list[str], name: str) -> list[list[tuple[int, int, int]]]:
 
 
 def test_full_says_what_each_number_of_seeds_decides():
-    text = lines(test_plan.make("full"))
+    text = lines(synthetic_study.make_plan("full"))
     for name in ("H1", "H2", "H3", "H4", "H5", "A adamw", "A muon"):
         rows = cells(text, name)
         assert len(rows) == len(power.SHARED)
@@ -51,21 +50,21 @@ def test_full_says_what_each_number_of_seeds_decides():
 
 
 def test_the_original_design_of_two_seeds_says_what_it_can_decide():
-    text = lines(test_plan.make("full", seeds=(42, 137)))
+    text = lines(synthetic_study.make_plan("full", seeds=(42, 137)))
     assert text[-1].startswith(
         "  this plan, 2 seeds (42, 137): likely to decide nothing; too few for H1, H2"
     )
 
 
 def test_in_the_original_pilot_the_parent_is_the_decayed_arm():
-    design = power.Design.of(test_plan.make("pilot,original"))
+    design = power.Design.of(synthetic_study.make_plan("pilot,original"))
     assert design.attributed["muon"][:2] == ("muon_noqk", "muon_qk")
     assert "muon_qk_frozen" in design.attributed["muon"] and design.pilot
-    assert power.Design.of(test_plan.make("tiny")).attributed == {}
+    assert power.Design.of(synthetic_study.make_plan("tiny")).attributed == {}
 
 
 def test_a_rehearsal_and_one_seed_say_so():
-    tiny = lines(test_plan.make("tiny"))
+    tiny = lines(synthetic_study.make_plan("tiny"))
     assert tiny[-1] == "  this plan, 2 seeds (42, 137): a rehearsal, nothing is decided"
     left_out = [line for line in tiny if "left out" in line]
     assert left_out == [
@@ -73,12 +72,12 @@ def test_a_rehearsal_and_one_seed_say_so():
         "  H5: left out, the plan has no downstream scores",
     ]
     assert not cells(tiny, "H3") and cells(tiny, "H2")
-    one = lines(test_plan.make("tiny,quick"))
+    one = lines(synthetic_study.make_plan("tiny,quick"))
     assert one[-1] == "  this plan: one seed: nothing is decided"
 
 
 def test_a_plan_without_a_question_says_so():
-    text = lines(test_plan.make("tiny", arms=("muon_qk", "adamw_qk")))
+    text = lines(synthetic_study.make_plan("tiny", arms=("muon_qk", "adamw_qk")))
     assert text[-1] == "  this plan answers none of H1 to H5"
 
 
@@ -93,7 +92,7 @@ def test_a_hypothesis_that_leaves_the_family_costs_the_others_nothing():
 
 @pytest.mark.parametrize("words", ["tiny", "full", "pilot,original"])
 def test_study_json_names_what_the_plan_cannot_answer(words: str):
-    study = test_plan.make(words)
+    study = synthetic_study.make_plan(words)
     found = study.to_dict()["unanswerable"]
     assert found == study.unanswerable()
     assert ("H3" in found) == (words == "tiny")
@@ -112,7 +111,7 @@ def test_study_json_names_what_the_plan_cannot_answer(words: str):
 )
 def test_why_a_plan_cannot_answer(fields: dict, name: str, why: str):
     fields = {**fields, "optional_controls": ()}
-    assert why in test_plan.make("full", **fields).unanswerable()[name]
+    assert why in synthetic_study.make_plan("full", **fields).unanswerable()[name]
 
 
 def test_growth_is_measured_from_a_quarter_of_the_steps_at_small():
@@ -148,7 +147,10 @@ def test_the_command_takes_spreads_from_a_finished_study(tmp_path: pathlib.Path)
     def dry_run(study: str) -> subprocess.CompletedProcess:
         flags = ("--config=configs/study.py:tiny", "--dry_run", f"--power_from={tmp_path / study}")
         return subprocess.run(
-            children.command("study", *flags), cwd=test_plan.ROOT, capture_output=True, text=True
+            children.command("study", *flags),
+            cwd=synthetic_study.ROOT,
+            capture_output=True,
+            text=True,
         )
 
     done = dry_run("before")

@@ -8,9 +8,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import reference_model
+import references
+import small_model
 import small_run
-import test_evaluation
-import test_spectral
 
 from qkjax import attention, evaluation, model, sharding, train
 from qkjax import config as config_lib
@@ -213,7 +213,7 @@ def offline_metrics(arrays, qk_norm):
         for centring in ("raw", "centred"):
             sigma = arrays[f"{stage}_{centring}"]
             for layer_head in np.ndindex(sigma.shape[:2]):
-                values = test_spectral._reference_measures(sigma[layer_head])
+                values = references.measures(sigma[layer_head])
                 for name, value in values.items():
                     metric = f"{name}/{stage.replace('_', '/', 1)}/{centring}"
                     found.setdefault(metric, []).append(value)
@@ -295,13 +295,13 @@ def test_every_array_and_metric_of_a_run_equals_float64(runs, arm):
 def _stream_by_moments():
     """As test_spectral's long streams: 500 batches; means of 0 and 100 spreads."""
     heads = {
-        (name, spreads): test_spectral._vectors(scales, spreads, seed)
-        for seed, (name, scales) in enumerate(test_spectral.SPECTRA.items())
+        (name, spreads): references.vectors(scales, spreads, seed)
+        for seed, (name, scales) in enumerate(references.SPECTRA.items())
         for spreads in (0, 100)
     }
     add = jax.jit(lambda total, batch, valid: moments.merge(total, moments.moments(batch, valid)))
     total = moments.empty_moments((len(heads),), 64)
-    for batch in range(test_spectral.NUM_BATCHES):
+    for batch in range(references.NUM_BATCHES):
         rows = np.stack([vectors[batch] for vectors in heads.values()])  # [heads, 96, K]
         sequences = rows.reshape(-1, 2, 48, 64).swapaxes(0, 1)  # two of 48
         padded = np.concatenate([sequences, np.full_like(sequences[:1], np.nan)])
@@ -309,7 +309,7 @@ def _stream_by_moments():
     return heads, total
 
 
-@pytest.mark.parametrize("name", test_spectral.SPECTRA)
+@pytest.mark.parametrize("name", references.SPECTRA)
 def test_moments_of_500_batches_agree_with_float64(name):
     heads, total = _stream_by_moments()
     factors = moments.to_factor(total)
@@ -317,9 +317,9 @@ def test_moments_of_500_batches_agree_with_float64(name):
     for head, (spectrum, spreads) in enumerate(heads):
         if spectrum != name:
             continue
-        assert factors.count[head] == test_spectral.NUM_BATCHES * test_spectral.BATCH_ROWS
+        assert factors.count[head] == references.NUM_BATCHES * references.BATCH_ROWS
         for centred in (True, False):
-            expected, sigma = test_spectral._float64_pr(heads[spectrum, spreads], centred)
+            expected, sigma = references.spectrum(heads[spectrum, spreads], centred)
             found = spectral.singular_values(jax.tree.map(lambda x, h=head: x[h], factors), centred)
             ratio = float(ranks.participation_ratio(found))
             assert ratio == pytest.approx(expected, rel=1e-5), (spreads, centred)
@@ -404,7 +404,7 @@ def test_planted_collapse_is_seen_by_the_measures_that_can():
     key[:, 1] = axes @ generic @ generic.T
     key[:, 2, 4:] = 0
     evaluator = evaluation.Evaluator(c, sharding.make_mesh())
-    evaluator._compile = test_evaluation.compile_quickly
+    evaluator._compile = small_model.compile_quickly
     tokens = rng.integers(0, 512, (1, 2049)).astype(np.int32)
     batch = pipeline.ValidationBatch(tokens, np.ones(1, bool))
     params = jax.device_put(params, sharding.replicated(sharding.make_mesh()))
@@ -531,8 +531,8 @@ def _with_gammas(params, key, query):
 
 def test_a_scale_that_queries_give_keys_changes_no_logit_and_no_product():
     """gamma_k *= c, gamma_q /= c: the keys' PR moves as one likes, that of q.k stays."""
-    _, measure, params = test_evaluation.learned()
-    sequences = test_evaluation.skewed_sequences(5)
+    _, measure, params = small_model.learned()
+    sequences = small_model.skewed_sequences(5)
     gammas = [
         params["blocks"]["attention"][f"{side}_norm"]["gamma"].astype(np.float64)
         for side in ("key", "query")
@@ -553,12 +553,12 @@ def test_a_scale_that_queries_give_keys_changes_no_logit_and_no_product():
 
 
 def test_gammas_of_zero_have_no_spread_and_negative_ones_are_counted():
-    c, measure, params = test_evaluation.learned()
+    c, measure, params = small_model.learned()
     key = np.ones((2, c.model.head_dim))
     key[0, :2] = 0  # a quarter: the 10% quantile of layer 0
     key[1, :4] = [-3, -1, -1, -1]
     query = np.ones_like(key)
-    sequences = test_evaluation.skewed_sequences(3)
+    sequences = small_model.skewed_sequences(3)
     found = measure(_with_gammas(params, key, query), sequences).metrics
     assert found["gamma/key_negative"] == pytest.approx(4 / 16)
     assert found["gamma/query_negative"] == 0
@@ -575,8 +575,8 @@ def test_gammas_of_zero_have_no_spread_and_negative_ones_are_counted():
 @pytest.mark.long
 def test_qr_factors_give_what_moments_give():
     """The way of TPUs, which have no float64: the same step with the other statistics."""
-    c, measure, params = test_evaluation.learned()
-    tokens = test_evaluation.skewed_sequences(3)
+    c, measure, params = small_model.learned()
+    tokens = small_model.skewed_sequences(3)
     valid = np.array([True, True, False])
     found = {}
     for platform, kind in (
@@ -590,7 +590,7 @@ def test_qr_factors_give_what_moments_give():
             continue
         step = evaluation.make_eval_step(c, measure.mesh)
         arguments = (params, empty, tokens, valid)
-        compiled = step.lower(*arguments).compile(compiler_options=test_evaluation.QUICK)
+        compiled = step.lower(*arguments).compile(compiler_options=small_model.QUICK)
         found[platform] = jax.device_get(
             jax.jit(evaluation.decompose)(compiled(*arguments)[0], params)
         )
@@ -604,10 +604,10 @@ def test_qr_factors_give_what_moments_give():
 
 
 def test_a_dead_head_leaves_the_measures_of_the_others():
-    _, measure, params = test_evaluation.learned()
+    _, measure, params = small_model.learned()
     params = jax.tree.map(np.copy, params)
     params["blocks"]["attention"]["key"]["kernel"][1, :, :8] = 0  # layer 1, head 0 of 2
-    found = measure(params, test_evaluation.skewed_sequences(4))
+    found = measure(params, small_model.skewed_sequences(4))
     np.testing.assert_array_equal(np.isnan(found.spectra["aa"]), [[False, False], [True, False]])
     # Of two heads, the other has none left to be compared with.
     np.testing.assert_array_equal(
@@ -637,7 +637,7 @@ def test_probe_fraction_is_the_share_that_the_loss_alone_would_not_take(monkeypa
 
 
 def test_probe_fraction_is_measured_once(monkeypatch):
-    _, measure, params = test_evaluation.learned()
+    _, measure, params = small_model.learned()
     calls = []
     original = evaluation._Clock.probe_fraction
     monkeypatch.setattr(
@@ -647,6 +647,6 @@ def test_probe_fraction_is_measured_once(monkeypatch):
     )
     evaluator = measure.evaluator
     monkeypatch.setattr(evaluator, "_probe_fraction", None)
-    sequences = test_evaluation.skewed_sequences(4)
+    sequences = small_model.skewed_sequences(4)
     fractions = [measure(params, sequences).metrics["perf/eval_probe_fraction"] for _ in range(2)]
     assert fractions[0] == fractions[1] < 1 and len(calls) == 1

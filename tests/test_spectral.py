@@ -7,38 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references
+from references import BATCH_ROWS, NUM_BATCHES, SPECTRA, K
 
 from qkjax import measures
 from qkjax.measures import ranks, spectral
 
-K = 64
-NUM_BATCHES, BATCH_ROWS = 500, 96
 TOLERANCE = 1e-5
-
-SPECTRA = {
-    "isotropic": np.ones(K),
-    "1/k": 1 / np.arange(1, K + 1),
-    "1/k^2": 1 / np.arange(1, K + 1) ** 2,
-    "collapsed": np.array([1.0] * 3 + [1e-3] * (K - 3)),
-    "hard": np.array([1.0] + [1e-5] * (K - 1)),
-}
-
-
-def _vectors(scales, mean_spreads, seed):
-    """[batches, rows, K] float32 with principal axes in general position, mean in spreads."""
-    rng = np.random.default_rng(seed)
-    axes = np.linalg.qr(rng.standard_normal((K, K)))[0]
-    rows = rng.standard_normal((NUM_BATCHES * BATCH_ROWS, K)) * scales @ axes
-    direction = rng.standard_normal(K)
-    spread = np.sqrt((scales**2).sum())
-    rows += mean_spreads * spread * direction / np.linalg.norm(direction)
-    return rows.astype(np.float32).reshape(NUM_BATCHES, BATCH_ROWS, K)
-
-
-def _float64_pr(rows, centred):
-    rows = rows.reshape(-1, K).astype(np.float64)
-    sigma = np.linalg.svd(rows - rows.mean(axis=0) * centred, compute_uv=False)
-    return sigma.sum() ** 2 / (sigma**2).sum(), sigma
 
 
 @jax.jit
@@ -61,7 +36,7 @@ _factor = jax.jit(spectral.factor)
 def _long_streams():
     """All spectra, with means of 0 to 1,000 spreads, as heads of one stream of 500 batches."""
     heads = {
-        (name, spreads): _vectors(scales, spreads, seed)
+        (name, spreads): references.vectors(scales, spreads, seed)
         for seed, (name, scales) in enumerate(SPECTRA.items())
         for spreads in (0, 100, 1000)
     }
@@ -75,7 +50,7 @@ def _long_streams():
 def test_500_batches_agree_with_float64(name, spreads, centred):
     heads, _, total = _long_streams()
     head = list(heads).index((name, spreads))
-    expected, expected_sigma = _float64_pr(heads[name, spreads], centred)
+    expected, expected_sigma = references.spectrum(heads[name, spreads], centred)
     sigma = _singular_values(total, centred)[head]
     assert total.count[head] == NUM_BATCHES * BATCH_ROWS
     assert sigma.dtype == jnp.float32
@@ -155,7 +130,7 @@ def test_a_partial_batch_counts_only_its_rows():
     total = _stream(padded.reshape(6, 1, 96, K), masks)
     assert total.count[0] == 500
     for centred in (True, False):
-        expected, _ = _float64_pr(rows, centred)
+        expected, _ = references.spectrum(rows, centred)
         sigma = _singular_values(total, centred)[0]
         assert abs(float(ranks.participation_ratio(sigma)) / expected - 1) < TOLERANCE
 
@@ -219,24 +194,12 @@ def test_a_non_finite_vector_gives_nan_and_no_crash():
         assert np.isnan(measure(sigma)[0]), name
 
 
-def _reference_measures(sigma):
-    """Float64, straight from the formulae; sigma positive and descending."""
-    p, energy = sigma / sigma.sum(), sigma**2
-    return {
-        "pr": sigma.sum() ** 2 / energy.sum(),
-        "pr_cov": energy.sum() ** 2 / (energy**2).sum(),
-        "erank": np.exp(-(p * np.log(p)).sum()),
-        "srank": energy.sum() / energy[0],
-        "r90": 1 + np.flatnonzero(np.cumsum(energy) >= 0.9 * energy.sum())[0],
-    }
-
-
 def test_measures_equal_their_formulae():
     assert list(ranks.MEASURES) == ["pr", "pr_cov", "erank", "srank", "r90"]
     spectra = [np.random.default_rng(10).random(K), *SPECTRA.values()]
     for sigma in spectra:
         sigma = np.sort(sigma)[::-1]
-        for name, expected in _reference_measures(sigma).items():
+        for name, expected in references.measures(sigma).items():
             found = ranks.MEASURES[name](jnp.asarray(sigma, jnp.float32))
             assert found.dtype == jnp.float32
             np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
@@ -346,13 +309,13 @@ def test_overlap_is_undefined_without_other_heads_or_without_keys():
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
 def test_participation_ratios_of_ones_own_vectors_are_float64(convert):
     """Collapsed vectors a hundred spreads from 0: float32 products would lose the small ones."""
-    rows = _vectors(SPECTRA["collapsed"], 100, 19)[:5].reshape(-1, K)
+    rows = references.vectors(SPECTRA["collapsed"], 100, 19)[:5].reshape(-1, K)
     found = measures.participation_ratio_of(convert(rows))
-    expected = [_float64_pr(rows, centred)[0] for centred in (False, True)]
+    expected = [references.spectrum(rows, centred)[0] for centred in (False, True)]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert found.raw < 2 < 3 < found.centred
     half = jnp.asarray(rows, jnp.bfloat16)
-    exact = _float64_pr(np.asarray(half.astype(jnp.float32)), True)[0]
+    exact = references.spectrum(np.asarray(half.astype(jnp.float32)), True)[0]
     assert measures.participation_ratio_of(half).centred == pytest.approx(exact, rel=1e-12)
     counts = measures.participation_ratio_of([[1, 0], [0, 1], [0, 0]])
     assert counts.raw == pytest.approx(2) and np.isnan(measures.participation_ratio_of([[0]]).raw)

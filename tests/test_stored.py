@@ -5,7 +5,7 @@ import pathlib
 import shutil
 
 import pytest
-import test_plan
+import synthetic_study
 
 from qkjax import config as config_lib
 from qkjax.runs.directory import RunDirectory
@@ -47,7 +47,7 @@ def test_a_stored_config_is_that_of_today(tmp_path, file, words, tokens):
 )
 def test_a_stored_study_has_the_fingerprints_of_today(tmp_path, file, words, fields):
     shutil.copy(STORED / file, tmp_path / "study.json")
-    plan, _ = states.as_recorded(test_plan.make(words, **fields), tmp_path)
+    plan, _ = states.as_recorded(synthetic_study.make_plan(words, **fields), tmp_path)
     states.check_plan(plan, tmp_path)
     study = results.load_study(tmp_path)
     assert study.plan["recipe"] == plan.study.recipe

@@ -1,101 +1,19 @@
 """train_step.py: the gradient, its accumulation and sharding, every control, non-finite steps."""
 
 import functools
-import zlib
 
 import jax
 import numpy as np
 import optax
 import pytest
 import reference_model
-from compile_options import QUICK
+from small_model import Trainer, batch, by_name, initial_params, small
 
-from qkjax import after_update, errors, model, optimizer, sharding, train_step
-from qkjax import config as config_lib
+from qkjax import errors, model, optimizer, sharding, train_step
 from qkjax.runs import checkpoint
 
-SMALL = {  # N 2, D 32, H 4, G 2, K 8, F 48, V 64, T 16; 16 sequences a step
-    "model.num_layers": 2,
-    "model.d_model": 32,
-    "model.num_heads": 4,
-    "model.num_kv_heads": 2,
-    "model.head_dim": 8,
-    "model.d_ff": 48,
-    "model.vocab_size": 64,
-    "model.sequence_length": 16,
-    "train.tokens_per_step": 256,
-    "train.tokens": 256 * 40,
-    "train.microbatch_sequences": 0,
-    "train.loss_chunk_tokens": 100,
-}
 QK_GAMMAS = {"blocks/attention/query_norm/gamma", "blocks/attention/key_norm/gamma"}
 ATTENTION = {f"blocks/attention/{name}/kernel" for name in ("query", "key", "value", "output")}
-
-
-def small(optimizer_name, qk_norm, words="tiny", **fields):
-    """A small config; `fields` are dotted names with '__' for the dot."""
-    given = config_lib.base(optimizer_name, qk_norm, words)
-    changes = {name.replace("__", "."): value for name, value in fields.items()}
-    given.update_from_flattened_dict(SMALL | changes)
-    return config_lib.resolve(given).for_platform("cpu")
-
-
-def by_name(tree):
-    return dict(zip(checkpoint.leaf_names(tree), jax.tree.leaves(tree), strict=True))
-
-
-def initial_params(c, scale=0.05):
-    """Numbers that depend on a tensor's name alone; gammas 1."""
-
-    def value(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.endswith("gamma"):
-            return np.ones(leaf.shape, np.float32)
-        seed = zlib.crc32(name.encode())
-        return scale * np.random.default_rng(seed).standard_normal(leaf.shape, np.float32)
-
-    return jax.tree_util.tree_map_with_path(value, model.parameter_shapes(c.model))
-
-
-def batch(c, seed=0):
-    shape = (c.train.sequences_per_step, c.model.sequence_length + 1)
-    return np.random.default_rng(seed).integers(0, c.model.vocab_size, shape, np.int32)
-
-
-class Trainer:
-    """A compiled step, and states for it to donate."""
-
-    def __init__(self, c, transformation=None):
-        shapes = model.parameter_shapes(c.model)
-        self.config, self.mesh = c, sharding.make_mesh()
-        self.transformation = transformation or optimizer.make_optimizer(c, shapes)
-        step = train_step.make_train_step(c, self.transformation, self.mesh)
-        self.hooks = after_update.make_programs(c, self.mesh)
-        tokens = jax.ShapeDtypeStruct(batch(c).shape, np.int32)
-        state_shapes = train_step.state_shapes(c, self.transformation)
-        self.compiled = step.lower(state_shapes, tokens).compile(compiler_options=QUICK)
-        self._opt_state_shapes = state_shapes.opt_state
-
-    def state(self, params):
-        """The state before the first update; every optimiser here starts at 0."""
-        opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._opt_state_shapes)
-        state = train_step.TrainState(np.int32(0), params, opt_state, np.bool_(True))
-        return jax.device_put(state, sharding.replicated(self.mesh))
-
-    def step(self, state, tokens):
-        tokens = sharding.put_batch(self.mesh, tokens)
-        measured = self.hooks.measure(state.params, tokens)
-        state, metrics = self.compiled(state, tokens)
-        params, self.rows = self.hooks.apply(state.params, measured, state.finite)
-        return state._replace(params=params), metrics
-
-    def run(self, params, steps, repeated=False):
-        """The state after `steps` updates, and the metrics of each."""
-        state, seen = self.state(params), []
-        for i in range(steps):
-            state, metrics = self.step(state, batch(self.config, 0 if repeated else i))
-            seen.append(jax.device_get(metrics))
-        return jax.device_get(state), seen
 
 
 @functools.cache
