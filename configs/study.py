@@ -1,8 +1,8 @@
 """The study: which arms, controls, seeds, learning rates and budgets. One file, one command.
 
-    python tools/run_study.py --config=configs/study.py:tiny,quick --workdir=studies/quick
-    python tools/run_study.py --config=configs/study.py --config.data_dir=data/study --workdir=DIR
-    python tools/run_study.py --config=configs/study.py:pilot,original --dry_run
+    qkjax study --config=configs/study.py:tiny,quick --workdir=studies/quick
+    qkjax study --config=configs/study.py --config.data_dir=data/study --workdir=DIR
+    qkjax study --config=configs/study.py:pilot,original --dry_run
 
 Words after the colon: a scale (tiny, small, pilot, full), a recipe (fixed, original), and `quick`:
 one seed, half the tokens, no sweep, no controls. Fields: `qkjax.study.plan_config.StudyConfig`.

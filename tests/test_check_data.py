@@ -57,7 +57,7 @@ def dataset(sound, tmp_path):
 def _refusal(folder):
     with pytest.raises(errors.UsageError) as caught:
         check.check(folder, progress=_quiet)
-    assert "\n" not in str(caught.value) and "prepare_data.py" in str(caught.value)
+    assert "\n" not in str(caught.value) and "`qkjax prepare`" in str(caught.value)
     return str(caught.value)
 
 

@@ -34,7 +34,7 @@ def test_a_scale_without_data_names_the_command_that_makes_it(words, options):
     config = config_lib.resolve(config_lib.base("muon", "none", words))
     with pytest.raises(errors.UsageError) as caught:
         dataset_lib.require_directory(config)
-    assert f"`python tools/prepare_data.py {options} --out=DIR`" in str(caught.value)
+    assert f"`qkjax prepare {options} --out=DIR`" in str(caught.value)
 
 
 def test_the_named_command_follows_the_sequence_length():

@@ -426,7 +426,7 @@ def test_another_dataset_is_refused(world, monkeypatch):
 def test_without_a_dataset_the_command_that_makes_one_is_named(tmp_path):
     with pytest.raises(errors.UsageError) as refused:
         run.execute(make_plan("pilot"), tmp_path)
-    assert "prepare_data.py --preset=pilot" in str(refused.value)
+    assert "qkjax prepare --preset=pilot" in str(refused.value)
     assert "--config.data_dir=DIR" in str(refused.value)
 
 

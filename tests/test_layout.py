@@ -218,6 +218,16 @@ def test_benchmarks_stand_beside_the_package():
         assert "benchmarks" not in outsiders(imports(path)), path
 
 
+def test_the_package_names_commands_that_a_wheel_has():
+    """An installed wheel has no tools/: messages and docstrings name `qkjax VERB`."""
+    for path in [*(ROOT / "qkjax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
+        text = path.read_text()
+        scripts = re.findall(r"tools/\w+(?:/\w+)*\.(?:py|sh)", text)
+        assert not scripts, f"{path.name} names {scripts}"
+        verbs = re.findall(r"`qkjax ([a-z]+)", text)
+        assert {*verbs} <= commands.VERBS.keys(), path.name
+
+
 def test_no_test_file_borrows_from_another():
     """What several of them need is in references.py, small_model.py, small_run.py and such."""
     paths = sorted((ROOT / "tests").glob("test_*.py"))

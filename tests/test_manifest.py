@@ -97,14 +97,14 @@ def test_a_failed_write_leaves_the_old_manifest(folder, monkeypatch):
 @pytest.mark.parametrize("missing", ["directory", "file"])
 def test_a_directory_without_a_manifest_is_no_dataset(tmp_path, missing):
     folder = tmp_path / "nowhere" if missing == "directory" else tmp_path
-    with pytest.raises(errors.UsageError, match=r"dataset.json: missing.*prepare_data.py"):
+    with pytest.raises(errors.UsageError, match=r"dataset.json: missing.*`qkjax prepare`"):
         manifest_lib.load(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"format_version": 1', "\x80"])
 def test_a_manifest_that_is_not_json_is_refused(folder, content):
     (folder / "dataset.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(errors.UsageError, match=r"dataset.json: damaged .*prepare_data.py"):
+    with pytest.raises(errors.UsageError, match=r"dataset.json: damaged .*`qkjax prepare`"):
         manifest_lib.load(folder)
 
 
@@ -160,7 +160,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(folder, edit, message):
     with pytest.raises(errors.UsageError, match=message) as caught:
         manifest_lib.load(folder)
     assert str(folder / "dataset.json") in str(caught.value)
-    assert "prepare_data.py" in str(caught.value)
+    assert "`qkjax prepare`" in str(caught.value)
 
 
 def test_the_fingerprint_is_of_what_training_reads(folder):

@@ -332,7 +332,7 @@ def test_a_damaged_record_is_refused_with_path_and_remedy(copy):
     with pytest.raises(errors.UsageError, match=r"record 2: unreadable \(.+\)\. Restore") as caught:
         _batches((directory, manifest), 6)
     assert str(caught.value).startswith(str(path))
-    assert "tools/prepare_data.py" in str(caught.value) and "\n" not in str(caught.value)
+    assert "`qkjax prepare`" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_missing_and_truncated_shards_are_refused_at_the_start(copy):

@@ -830,7 +830,7 @@ def test_confounds_are_named_with_their_numbers(tmp_path: pathlib.Path):
 
 def test_code_in_the_text_has_no_escapes(whole: pathlib.Path):
     text = (whole / "report" / "report.md").read_text()
-    assert "`check_data.py`" in text and "`undecayed`" in text
+    assert "`qkjax check`" in text and "`undecayed`" in text
     assert not re.search(r"`[^`\n]*\\_[^`\n]*`", text)
     assert not re.search(r"[^\W_]\\_[^\W_]", text) and "W_q^T W_k" in text  # nor have names
     assert "[+" in text and "\\[" not in text  # nor intervals

@@ -194,7 +194,7 @@ def read(holder: flags.FlagHolder) -> config_lib.Config:
     if "model" not in values:
         raise errors.UsageError(
             f"--config: {_given(sys.argv)} is not the config of a run. Pass one of an arm, such as "
-            "--config=configs/muon_noqk.py:tiny; tools/run_study.py takes that of a study."
+            "--config=configs/muon_noqk.py:tiny; `qkjax study` takes that of a study."
         )
     return config_lib.resolve(values)
 

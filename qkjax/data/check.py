@@ -11,7 +11,7 @@ from qkjax.data import holdout, origins, overlap, shards, sources
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import tokenizer as tokenizer_lib
 
-_REBUILD = "Rebuild the dataset with tools/prepare_data.py."
+_REBUILD = "Rebuild the dataset with `qkjax prepare`."
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,8 @@ def require_directory(config: Config) -> None:
         if not config.data.end_of_text:
             options.append("--end_of_text=false")
         raise errors.UsageError(
-            f"data.dir: scale {config.scale} needs a prepared dataset. Make one with `python "
-            f"tools/prepare_data.py {' '.join(options)} --out=DIR`, then pass "
-            "--config.data.dir=DIR."
+            f"data.dir: scale {config.scale} needs a prepared dataset. Make one with `qkjax "
+            f"prepare {' '.join(options)} --out=DIR`, then pass --config.data.dir=DIR."
         )
 
 

@@ -16,7 +16,7 @@ FILE_NAME = "dataset.json"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 ITEM_BYTES = {"uint16": 2, "uint32": 4}
-_REBUILD = "Rebuild it with tools/prepare_data.py into a new directory."
+_REBUILD = "Rebuild it with `qkjax prepare` into a new directory."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TokenizerRecord:
 
 @dataclasses.dataclass(frozen=True)
 class DocumentsRecord:
-    """The table of a split's documents (npz: hash64, first_token, length), for check_data."""
+    """The table of a split's documents (npz: hash64, first_token, length), for `qkjax check`."""
 
     file: str
     sha256: str
@@ -142,7 +142,7 @@ def verify_files(manifest: Manifest, directory: str | pathlib.Path) -> list[str]
     if missing:
         raise errors.UsageError(
             f"{folder}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}. "
-            f"Restore them, or rebuild the dataset with tools/prepare_data.py."
+            f"Restore them, or rebuild the dataset with `qkjax prepare`."
         )
     inside = folder.resolve()
     for shard in shards:

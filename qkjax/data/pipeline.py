@@ -22,8 +22,8 @@ from qkjax.data import manifest as manifest_lib
 
 PIPELINE_VERSION = 1  # raise it with any change of the order, so that old runs refuse to resume
 _REBUILD = (
-    "Restore the shard, or rebuild the dataset with tools/prepare_data.py; "
-    "tools/check_data.py checks every file."
+    "Restore the shard, or rebuild the dataset with `qkjax prepare`; "
+    "`qkjax check` checks every file."
 )
 _READER_OPTIONS = "readahead_buffer_size:0"  # records are read one by one, anywhere
 _READER_BUFFER_BYTES = 32768

@@ -1,4 +1,4 @@
-"""What a dataset is made of: the options of tools/prepare_data.py, checked, and two presets."""
+"""What a dataset is made of: the options of `qkjax prepare`, checked, and two presets."""
 
 import dataclasses
 import json

@@ -306,19 +306,19 @@ def read_records(
         except RuntimeError as error:
             raise errors.UsageError(
                 f"{path}: not a readable ArrayRecord ({errors.one_line(error)})."
-                " Rebuild the dataset with tools/prepare_data.py."
+                " Rebuild the dataset with `qkjax prepare`."
             ) from None
         if found != shard.num_records:
             raise errors.UsageError(
                 f"{path}: expected {shard.num_records} records, found {found}. "
-                "Rebuild the dataset with tools/prepare_data.py."
+                "Rebuild the dataset with `qkjax prepare`."
             )
         for number, record in enumerate(records):
             if len(record) != manifest.record_bytes:
                 raise errors.UsageError(
                     f"{path} record {number}: expected {manifest.record_bytes} bytes "
                     f"({manifest.sequence_length}+1 ids of {manifest.dtype}), found {len(record)}. "
-                    "Rebuild the dataset with tools/prepare_data.py."
+                    "Rebuild the dataset with `qkjax prepare`."
                 )
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
         ids = np.frombuffer(b"".join(records), dtype)

@@ -166,7 +166,7 @@ def of_dataset(manifest: manifest_lib.Manifest, directory: str | pathlib.Path) -
         content = path.read_bytes()
     except FileNotFoundError:
         raise errors.UsageError(
-            f"{path}: missing. Rebuild the dataset with tools/prepare_data.py."
+            f"{path}: missing. Rebuild the dataset with `qkjax prepare`."
         ) from None
     found = hashlib.sha256(content).hexdigest()
     if found != record.sha256:
@@ -180,7 +180,7 @@ def of_dataset(manifest: manifest_lib.Manifest, directory: str | pathlib.Path) -
         raise errors.UsageError(
             f"{path}: has {tokenizer.vocab_size} tokens with end-of-text {tokenizer.eos_id}, "
             f"dataset.json says {record.vocab_size} with {record.eos_id}. "
-            "Rebuild the dataset with tools/prepare_data.py."
+            "Rebuild the dataset with `qkjax prepare`."
         )
     return tokenizer
 

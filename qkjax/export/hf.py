@@ -139,12 +139,12 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
         expected = config_json(config, eos_id=values["eos_token_id"], dtype=values["dtype"])
     except (KeyError, TypeError) as error:
         raise errors.UsageError(
-            f"{CONFIG_FILE}: lacks a field ({error!r}). Give a directory of tools/export_hf.py."
+            f"{CONFIG_FILE}: lacks a field ({error!r}). Give a directory of `qkjax export`."
         ) from error
     if different := differences(expected, values):
         raise errors.UsageError(
             f"{CONFIG_FILE}: not a model of this project: {'; '.join(different)}. "
-            "Give a directory of tools/export_hf.py."
+            "Give a directory of `qkjax export`."
         )
     return config
 
@@ -201,13 +201,13 @@ def from_tensors(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> mode
     if missing or unexpected:
         raise errors.UsageError(
             f"{WEIGHTS_FILE}: missing tensors {missing}, unexpected tensors {unexpected}. "
-            "Give a directory of tools/export_hf.py."
+            "Give a directory of `qkjax export`."
         )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise errors.UsageError(
                 f"{WEIGHTS_FILE}: {name} has the shape {list(tensors[name].shape)}, "
-                f"{CONFIG_FILE} says {list(shape)}. Give a directory of tools/export_hf.py."
+                f"{CONFIG_FILE} says {list(shape)}. Give a directory of `qkjax export`."
             )
     scale = _embedding_scale(config)
     flat = {
@@ -324,7 +324,7 @@ def read_directory(directory: str | pathlib.Path) -> tuple[ModelConfig, model.Pa
     """
     directory = pathlib.Path(directory)
     path = directory / CONFIG_FILE
-    fix = "Give a directory of tools/export_hf.py."
+    fix = "Give a directory of `qkjax export`."
     values = files.read_object(path, fix)
     if values is None:
         raise errors.UsageError(f"{path}: missing, expected a model's config. {fix}")

@@ -22,7 +22,7 @@ from qkjax.verdicts.judgement import Judgement
 from qkjax.verdicts.results import Study
 
 _STRETCHES = 60  # points of a curve over all steps
-SKIPPED = "skipped"  # status of a step that tools/run_study.py had no data or no use for
+SKIPPED = "skipped"  # status of a step that `qkjax study` had no data or no use for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Material:
         return ""
 
     def noted(self, step: str) -> tuple[str, str]:
-        """(status, why) that tools/run_study.py noted of a step without a result; else ("", "")."""
+        """(status, why) that `qkjax study` noted of a step without a result; else ("", "")."""
         return study_files.read_note(self.study.workdir / "logs" / f"{step}.json") or ("", "")
 
     def groups(self, curves: Mapping[str, object]) -> Iterator[tuple[list[str], str, str]]:

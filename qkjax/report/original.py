@@ -39,7 +39,7 @@ DEVIATIONS: tuple[tuple[str, str, str], ...] = (
     (
         "validation set",
         "drawn from the training rows",
-        "whole documents, held out by hash, proved by `check_data.py`",
+        "whole documents, held out by hash, proved by `qkjax check`",
     ),
     (
         "activations under bfloat16",

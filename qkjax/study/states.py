@@ -262,9 +262,7 @@ def check_plan(plan: Plan, workdir: pathlib.Path) -> None:
     """
     path = workdir / "study.json"
     if not path.exists():
-        raise errors.UsageError(
-            f"{path}: no such file, expected a study of tools/run_study.py. Give its --workdir."
-        )
+        raise errors.UsageError(f"{path}: no such file, expected a study. Give its --workdir.")
     ours = plan.to_dict()
     theirs = presets.with_present_recipe(study_files.read_object(path) or {})
     steps = theirs.get("steps") or []

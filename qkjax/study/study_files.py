@@ -7,7 +7,7 @@ from typing import Any
 
 from qkjax import errors, files
 
-_FIX = "Move it away and run tools/run_study.py again."
+_FIX = "Move it away and run `qkjax study` again."
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any] | None:
@@ -47,7 +47,7 @@ def need(
 
 
 def damaged(path: pathlib.Path, what: str) -> errors.UsageError:
-    """A file that another run of tools/run_study.py would write again."""
+    """A file that another run of `qkjax study` would write again."""
     return files.damaged(path, what, _FIX)
 
 

@@ -133,7 +133,7 @@ class Scorer(lm_eval.api.model.TemplateLM):
         raise NotImplementedError("only continuations are scored")
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """No task of this project asks for it; text comes from tools/generate.py."""
+        """No task of this project asks for it; text comes from `qkjax generate`."""
         raise NotImplementedError("only continuations are scored")
 
 

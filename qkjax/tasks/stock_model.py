@@ -41,7 +41,7 @@ class StockModel:
         except Exception as error:  # any error means that the directory does not load
             raise errors.UsageError(
                 f"{directory}: does not load ({errors.one_line(error)}). "
-                "Give a directory of tools/export_hf.py."
+                "Give a directory of `qkjax export`."
             ) from error
         self._check(directory)
         self.tokens_computed = 0
@@ -83,7 +83,7 @@ def _read_record(directory: pathlib.Path) -> dict[str, Any]:
     if not (directory / hf.CONFIG_FILE).is_file():
         raise errors.UsageError(
             f"{directory}: not a model directory, expected {hf.CONFIG_FILE} in it. "
-            "Give a directory of tools/export_hf.py as --model."
+            "Give a directory of `qkjax export` as --model."
         )
     path = directory / hf.RECORD_FILE
     fix = "Export the run again."

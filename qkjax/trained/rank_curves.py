@@ -80,7 +80,7 @@ def read_csv(path: pathlib.Path) -> list[Row]:
         UsageError: the file is damaged.
         StorageError: the disk failed.
     """
-    fix = "Move it away and measure again (tools/rank_surgery.py)."
+    fix = "Move it away and measure again (`qkjax surgery`)."
     try:
         lines = list(csv.reader(path.read_text("utf-8").splitlines()))
     except FileNotFoundError:

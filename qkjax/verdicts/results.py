@@ -100,8 +100,7 @@ def load_study(workdir: str | pathlib.Path) -> Study:
     plan = study_files.read_object(path / "study.json")
     if plan is None:
         raise errors.UsageError(
-            f"{path / 'study.json'}: no such file, expected a study of tools/run_study.py. "
-            "Give the --workdir of a study."
+            f"{path / 'study.json'}: no such file, expected a study. Give the --workdir of a study."
         )
     study_files.need(path / "study.json", "", plan, _PLAN_FIELDS)
     plan = presets.with_present_recipe(plan)
