@@ -5,9 +5,13 @@ import pathlib
 import shutil
 
 import pytest
+import small_run
 import synthetic_study
 
 from qkjax import config as config_lib
+from qkjax import files
+from qkjax.cli import places
+from qkjax.data import manifest as manifest_lib
 from qkjax.runs.directory import RunDirectory
 from qkjax.study import states
 from qkjax.verdicts import results
@@ -54,3 +58,25 @@ def test_a_stored_study_has_the_fingerprints_of_today(tmp_path, file, words, fie
     stored = json.loads((STORED / file).read_text())
     assert [step.fingerprint for step in plan.steps] == [s["fingerprint"] for s in stored["steps"]]
     assert plan.fingerprint == stored["fingerprint"]
+
+
+def test_a_study_on_an_earlier_embedded_corpus_continues_on_it(tmp_path, monkeypatch):
+    """Its runs that have not started too: one study has one corpus."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(places, "data", lambda: tmp_path / "data")
+    corpora = [
+        small_run.make_dataset(tmp_path / "data" / name, seed=seed)
+        for seed, name in enumerate(("embedded", "embedded-v2"))
+    ]
+    shutil.copy(STORED / "study_tiny_quick.json", tmp_path / "study.json")
+    today = synthetic_study.make_plan("tiny,quick")
+    before, _ = states.as_recorded(today, tmp_path)
+    for corpus in corpora:
+        fingerprint = manifest_lib.load(corpus).fingerprint
+        files.write_json(tmp_path / "dataset.json", {"name": "any", "fingerprint": fingerprint})
+        plan, said = states.as_recorded(today, tmp_path)
+        states.check_plan(plan, tmp_path)
+        flags = plan.arguments(plan.step("runs/muon_qk/seed_42"), tmp_path, None)
+        earlier = corpus.name == "embedded"
+        assert (f"--config.data.dir={corpus}" in flags) == earlier == (str(corpus) in said)
+        assert earlier or plan == before

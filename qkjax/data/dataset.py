@@ -60,7 +60,7 @@ def open_dataset(config: Config, trained_on: str = "") -> Dataset:
         staging.require_local("data.dir", config.data.dir)
         directory = pathlib.Path(config.data.dir)
     else:
-        directory = _embedded_of_fingerprint(trained_on) or prepare.prepare_embedded(
+        directory = embedded_of_fingerprint(trained_on) or prepare.prepare_embedded(
             embedded_directory(config.model.vocab_size, config.data.end_of_text),
             vocab_size=config.model.vocab_size,
             end_of_text=config.data.end_of_text,
@@ -100,7 +100,7 @@ def embedded_directory(vocab_size: int, end_of_text: bool) -> pathlib.Path:
     return places.data() / (name if end_of_text else f"{name}-without-end-of-text")
 
 
-def _embedded_of_fingerprint(fingerprint: str) -> pathlib.Path | None:
+def embedded_of_fingerprint(fingerprint: str) -> pathlib.Path | None:
     """The finished embedded corpus, of any version, that a run was trained on; None without one."""
     if not fingerprint:
         return None

@@ -5,6 +5,7 @@ summary.json and a config equal to the plan's. Only failures and skips are noted
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 from qkjax import config as config_lib
 from qkjax import errors, files, presets
+from qkjax.data import dataset as dataset_lib
 from qkjax.runs import directory as run_directory
 from qkjax.runs.directory import RunDirectory
 from qkjax.runs.results import LOSS, PR, newest_input
@@ -220,7 +222,8 @@ def as_recorded(plan: Plan, workdir: pathlib.Path) -> tuple[Plan, str]:
     """The plan that a used study directory continues with, and what to say of it; "" is nothing.
 
     A study whose study.json was written before rank surgery was a step goes without it; one with
-    the default seeds of its time keeps them.
+    the default seeds of its time keeps them; one on an earlier embedded corpus trains all its runs
+    on that corpus.
     """
     path = workdir / "study.json"
     recorded = study_files.read_object(path)
@@ -237,7 +240,24 @@ def as_recorded(plan: Plan, workdir: pathlib.Path) -> tuple[Plan, str]:
             f"recorded with the seeds {', '.join(map(str, earlier))}, and continues with them; "
             f"studies of this scale now have {', '.join(map(str, now))}"
         )
+    corpus = _earlier_corpus(plan, workdir)
+    if corpus is not None:
+        plan = dataclasses.replace(
+            plan, study=dataclasses.replace(plan.study, data_dir=str(corpus))
+        )
+        said.append(f"recorded on an earlier embedded corpus, and continues on {corpus}")
     return plan, "\n".join(f"{path}: {line}" for line in said)
+
+
+def _earlier_corpus(plan: Plan, workdir: pathlib.Path) -> pathlib.Path | None:
+    """The embedded corpus that the study started on, where it is not the one of today."""
+    if plan.study.data_dir:
+        return None
+    recorded = study_files.read_object(workdir / "dataset.json") or {}
+    corpus = dataset_lib.embedded_of_fingerprint(recorded.get("fingerprint", ""))
+    config = next(iter(plan.arms.values())).config
+    today = dataset_lib.embedded_directory(config.model.vocab_size, config.data.end_of_text)
+    return None if corpus == today else corpus
 
 
 def settle_plan(plan: Plan, workdir: pathlib.Path) -> None:
