@@ -165,6 +165,7 @@ print(json.dumps([jax.device_count(), np.asarray(found).tolist(),
 """
 
 
+@pytest.mark.process
 def test_one_and_eight_devices_clip_alike(on_devices):
     """Four sequences over eight devices, and over one."""
     one, eight = (json.loads(on_devices(ON_DEVICES, devices=n)) for n in (1, 8))

@@ -220,6 +220,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.process
 def test_the_command_measures_and_writes_a_table_and_json(tmp_path):
     pytest.importorskip("torch")
     out = tmp_path / "step.json"
@@ -236,6 +237,7 @@ def test_the_command_measures_and_writes_a_table_and_json(tmp_path):
     assert f"noise floor {written['noise']:.3f}" in done.stdout
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -121,6 +121,7 @@ def _where(folder, k):
     raise AssertionError
 
 
+@pytest.mark.process
 def test_a_sound_dataset_passes_through_the_command(dataset):
     shutil.copy(dataset / "validation-00000-of-00001.array_record", dataset / "x.array_record")
     done = subprocess.run(
@@ -138,6 +139,7 @@ def test_a_sound_dataset_passes_through_the_command(dataset):
     assert "nothing reads them: x.array_record" in done.stdout
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [([], "DIR: missing"), (["a", "b"], "b: a stray argument"), (["nowhere"], "nowhere/dataset")],
@@ -152,6 +154,7 @@ def test_the_command_takes_one_directory(arguments, message):
     assert done.returncode == 2 and done.stderr.startswith(f"ERROR: {message}")
 
 
+@pytest.mark.process
 def test_a_damaged_dataset_is_one_line_and_exit_2(dataset):
     path = next(dataset.glob("train-00001-of-*"))
     content = bytearray(path.read_bytes())

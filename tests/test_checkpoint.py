@@ -455,6 +455,7 @@ def test_later_steps_are_set_aside_and_lost_to_nobody(copied):
     assert_same_bits(restore(copied, 7).params, state(7).params)
 
 
+@pytest.mark.process
 def test_full_disk_is_a_storage_error_and_spares_earlier_steps(saved, tmp_path):
     """No file may grow beyond 4 kB; in a process of its own, since the limit is a process's."""
     directory = shutil.copytree(saved, tmp_path / "checkpoints")

@@ -46,6 +46,7 @@ def check(workdir: pathlib.Path, data: pathlib.Path) -> subprocess.CompletedProc
     return subprocess.run(command(workdir, data), cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_a_repeated_and_a_resumed_run_are_equal_and_a_changed_one_is_found(tmp_path):
     data = small_run.make_dataset(tmp_path / "data")
@@ -97,6 +98,7 @@ def test_a_run_that_fails_is_named(tmp_path, capfd):
     assert f"ERROR: {tmp_path}/dataset.json: missing" in capfd.readouterr().err
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_a_signal_to_the_check_stops_the_run_under_way(tmp_path):
     data = small_run.make_dataset(tmp_path / "data")

@@ -183,6 +183,7 @@ def test_a_foreign_directory_is_left_as_its_tokenizer_is(torch, place, tmp_path)
     assert set(found["run"].values()) == {None}
 
 
+@pytest.mark.process
 def test_the_jax_path_needs_no_torch(place, tmp_path):
     """Not even where torch is installed: neither it nor transformers is imported."""
     code = (
@@ -661,6 +662,7 @@ def command(tmp_path: pathlib.Path, *flags: str, offline: bool = False):
     return done, log.read_text() if log.exists() else ""
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_twenty_real_items_agree_and_share_their_shots(torch, real, shared, tmp_path):
     """Both commands, hub variables unset, no network: 1e-3 an item, a third of the tokens."""
@@ -690,6 +692,7 @@ def test_twenty_real_items_agree_and_share_their_shots(torch, real, shared, tmp_
     assert ours["tasks"]["lambada"]["metrics"]["acc"]["value"] == 0
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_offline_variables_change_nothing(torch, place, tmp_path):
     """Set before the start; and without files of tasks the hub's refusal is one line."""

@@ -153,6 +153,7 @@ def measure_to(path):
     )
 
 
+@pytest.mark.process
 def test_1_and_8_devices_agree(on_devices, tmp_path):
     """Eight devices take the eleven sequences in one batch: other merges of the same keys."""
     code = "import sys; sys.path.insert(0, 'tests'); import test_evaluation; "

@@ -296,6 +296,7 @@ def python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.process
 def test_a_kill_leaves_nothing_under_the_name(place, tmp_path):
     request = f"directory.Request(pathlib.Path({str(place / 'runs' / 'llama')!r}), out)"
     done = python(f"""
@@ -315,6 +316,7 @@ directory.export({request})
     directory.export(directory.Request(place / "runs" / "llama", tmp_path / "out"))
 
 
+@pytest.mark.process
 def test_no_torch_is_needed(place, tmp_path):
     """Neither imported nor missed; --verify without it is refused before anything is written."""
     done = python(f"""
@@ -685,6 +687,7 @@ def command(*flags: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_command_exports_and_verifies_a_trained_run(torch, place, tmp_path):
     """One whose queries were clipped: nothing but its kernels differs."""
@@ -709,6 +712,7 @@ def test_command_exports_and_verifies_a_trained_run(torch, place, tmp_path):
     assert earlier.returncode == 0 and "step 0" in earlier.stdout
 
 
+@pytest.mark.process
 def test_flags_are_refused_in_one_line(place, tmp_path):
     workdir = f"--workdir={place / 'runs' / 'llama'}"
     for flags, text in (

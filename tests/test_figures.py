@@ -157,6 +157,7 @@ NAMES = {
 }
 
 
+@pytest.mark.process
 def test_every_figure_is_there_in_both_formats(plotted):
     folder, output = plotted
     expected = {f"{name}.{ending}" for name in NAMES for ending in ("svg", "png")}
@@ -229,6 +230,7 @@ LABELS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", LABELS)
 def test_axes_are_labelled_with_units(name, plotted):
     found = texts(plotted[0] / f"{name}.svg")
@@ -236,6 +238,7 @@ def test_axes_are_labelled_with_units(name, plotted):
     assert "not recorded" not in found
 
 
+@pytest.mark.process
 def test_heat_maps_show_the_first_and_last_evaluation(run, plotted):
     found = texts(plotted[0] / "pr_key_heat_maps.svg")
     for step in (0, 20):
@@ -252,6 +255,7 @@ def keys_only(all_arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 KEY_NAMES = {name for name in NAMES if "query" not in name and "value_" not in name}
 
 
+@pytest.mark.process
 def test_equal_data_give_equal_bytes(copy, plotted, call):
     """In another directory and process, under other settings of the user's."""
     settings = "svg.fonttype: path\nfont.size: 20\naxes.facecolor: red\nlines.linewidth: 9\n"
@@ -335,6 +339,7 @@ def test_what_a_clip_did_is_drawn_from_the_rows_of_its_steps(run, copy):
     assert len(run_spectra.load_run(run).clips) == 0
 
 
+@pytest.mark.process
 def test_an_older_run_is_drawn_as_far_as_it_goes(copy, call):
     kept = ("key_post_rope_raw", "num_tokens")
     older = copy("older", lambda a: {name: a[name] for name in kept}, model__qk_norm="none")
@@ -377,6 +382,7 @@ def test_an_older_run_is_drawn_as_far_as_it_goes(copy, call):
         assert f"{value:.3g}" in found
 
 
+@pytest.mark.process
 def test_a_diverged_run_is_drawn(copy, call):
     """NaN everywhere: panels stay empty or grey, nothing fails or warns."""
 
@@ -410,6 +416,7 @@ def comparison(folder: pathlib.Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.process
 def test_comparison_holds_values_and_differences(run, copy, call, tmp_path):
     other = copy("other/run", halved, seed=7, arm="muon_qk")
     third = copy("third/run")
@@ -548,6 +555,7 @@ def test_choices_that_a_newer_quantity_does_not_have_are_refused(asked, message)
         quantities.quantity(*asked)
 
 
+@pytest.mark.process
 def test_flags_choose_what_is_compared(run, call, tmp_path):
     done = call(
         "compare_spectra",
@@ -590,6 +598,7 @@ def test_runs_are_matched_by_tokens(run, copy):
     assert [each.evaluation.step for each in found] == [9, 18]
 
 
+@pytest.mark.process
 def test_undefined_values_are_empty_cells(run, copy, call):
     def undefined(all_arrays):
         return {**all_arrays, "aa": np.array([[np.nan, 0.25], [0.5, 0.75]])}
@@ -607,6 +616,7 @@ def test_undefined_values_are_empty_cells(run, copy, call):
 # Mistakes.
 
 
+@pytest.mark.process
 def test_without_matplotlib(run, call, tmp_path):
     """The message says how to get it; the CSV needs none."""
     for tool, arguments in (("plot_spectra", (f"--workdir={run}",)), ("compare_spectra", (run,))):
@@ -702,6 +712,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("tool", MISTAKES)
 def test_mistakes_are_one_line_and_exit_code_2(tool, broken, call):
     for arguments, expected in MISTAKES[tool]:
@@ -711,6 +722,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tool, broken, call):
         assert done.stderr.count("\n") == 1 and done.stdout == ""
 
 
+@pytest.mark.process
 def test_an_unrecorded_quantity_cannot_be_compared(run, copy, call):
     older = copy("older", lambda a: {name: a[name] for name in ("key_post_rope_raw", "num_tokens")})
     done = call("compare_spectra", run, older, "--measure=overlap")
@@ -721,6 +733,7 @@ def test_an_unrecorded_quantity_cannot_be_compared(run, copy, call):
     )
 
 
+@pytest.mark.process
 def test_a_full_disk_is_exit_code_4(run, call, tmp_path):
     (tmp_path / "file").write_text("in the way")
     done = call("compare_spectra", run, f"--out={tmp_path / 'file'}")

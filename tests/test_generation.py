@@ -255,6 +255,7 @@ def test_wrong_requests_are_refused(one, options, text):
         run_text(one.workdir, **options)
 
 
+@pytest.mark.process
 def test_command(one, tmp_path):
     def command(*flags):
         return subprocess.run(

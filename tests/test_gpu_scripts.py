@@ -91,6 +91,7 @@ def planned(
     return pathlib.Path(values.workdir), study, study.select(values.only)
 
 
+@pytest.mark.process
 def test_the_parts_of_a_study_train_every_run_of_its_plan(tmp_path, monkeypatch):
     """A seed that lacks an arm of the plan enters no contrast: nothing would be decided."""
     monkeypatch.chdir(ROOT)
@@ -127,6 +128,7 @@ def pilot(folder: pathlib.Path, tokens: int, *arguments: str) -> subprocess.Comp
     )
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_a_part_of_the_pilot_runs_and_comes_home(data, tmp_path):
     make_wheel(tmp_path / "wheels", "carried_along")
@@ -147,6 +149,7 @@ def test_a_part_of_the_pilot_runs_and_comes_home(data, tmp_path):
     assert {path.name for path in checkpoints.rglob("*") if path.is_file()} == {"metadata"}
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_the_time_limit_is_kept_and_leaves_what_is_there(data, tmp_path):
     done = pilot(tmp_path, 10**9, f"--data={data}", "--minutes=1")
@@ -160,6 +163,7 @@ def test_the_time_limit_is_kept_and_leaves_what_is_there(data, tmp_path):
         assert "runs/muon_noqk/seed_42/metrics.jsonl" in archive.getnames()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -178,6 +182,7 @@ def test_wrong_flags_are_named(tmp_path, arguments, message):
     assert done.stderr.startswith(f"ERROR: {message}")
 
 
+@pytest.mark.process
 def test_without_a_gpu_it_does_not_train_on_the_cpu(data, tmp_path):
     if pathlib.Path("/dev/nvidia0").exists():
         pytest.skip("there is a GPU on this machine")
@@ -209,6 +214,7 @@ def benchmark(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_the_check_of_determinism_comes_home_and_a_failed_part_stops_no_other(data, tmp_path):
     done = benchmark(tmp_path, f"--data={data}", "--subjects=nonsense")
@@ -219,6 +225,7 @@ def test_the_check_of_determinism_comes_home_and_a_failed_part_stops_no_other(da
     assert outcome["equal"] and outcome["steps"] == 4
 
 
+@pytest.mark.process
 def test_a_wrong_setting_is_named_before_the_first_benchmark(tmp_path):
     done = script(
         "gpu_benchmark.sh",

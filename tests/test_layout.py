@@ -237,6 +237,38 @@ def test_no_test_file_borrows_from_another():
         assert not borrowed, f"{path.name} imports {borrowed}"
 
 
+STARTERS = {"subprocess.run", "subprocess.Popen", "subprocess.check_output", "os.fork"}
+
+
+def functions_that_start_processes(tree: ast.Module) -> list[ast.FunctionDef]:
+    """Functions, methods and fixtures that call a starter, or name one that does."""
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    named = {}
+    for node in nodes:
+        inside = list(ast.walk(node))
+        called = {ast.unparse(n.func) for n in inside if isinstance(n, ast.Call)}
+        names = {n.id for n in inside if isinstance(n, ast.Name)}
+        named[node.name] = called | names | {n.arg for n in inside if isinstance(n, ast.arg)}
+    found = {*STARTERS, "multiprocessing.Process", "on_devices"}
+    while more := {name for name, used in named.items() if name not in found and used & found}:
+        found |= more
+    return [n for n in nodes if isinstance(n, ast.FunctionDef) and n.name in found]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda p: p.stem)
+def test_what_starts_processes_is_marked(path):
+    """`-m "not process"` runs where no process may be started, as in a notebook's sandbox."""
+    tree = ast.parse(path.read_text(), str(path))
+    whole = any(isinstance(n, ast.Assign) and "mark.process" in ast.unparse(n) for n in tree.body)
+    unmarked = [
+        function.name
+        for function in functions_that_start_processes(tree)
+        if function.name.startswith("test_")
+        and not any("mark.process" in ast.unparse(mark) for mark in function.decorator_list)
+    ]
+    assert whole or not unmarked, f"{path.name}: mark {unmarked} with pytest.mark.process"
+
+
 def test_the_picture_in_the_docs_is_this_street():
     """docs/architecture.md: rooms, rows and their order, and whether each is a file or a wing."""
     page = (ROOT / "docs" / "architecture.md").read_text()

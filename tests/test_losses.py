@@ -181,5 +181,6 @@ print("equal on 8 devices")
 """
 
 
+@pytest.mark.process
 def test_eight_devices_agree_with_one(on_devices):
     assert "equal on 8 devices" in on_devices(_SHARDED, 8)

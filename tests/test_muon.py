@@ -479,6 +479,7 @@ EIGHT_DEVICES = """
 """
 
 
+@pytest.mark.process
 def test_eight_devices_agree_with_one_and_exchange_nothing():
     """A batch of matrices sharded over its leading axis is orthogonalised where it lies."""
     environment = os.environ | {

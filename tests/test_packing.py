@@ -122,6 +122,7 @@ def test_a_damaged_spectrum_is_named(study, tmp_path):
         packing.pack(study, tmp_path / "packed")
 
 
+@pytest.mark.process
 def test_the_command_packs_a_single_run(study, tmp_path):
     run = study / "runs" / "adamw_qk" / "seed_42"
     command = [sys.executable, "tools/airgapped/pack_results.py", f"--out={tmp_path / 'packed'}"]

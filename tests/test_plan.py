@@ -215,6 +215,7 @@ def test_fingerprints_follow_what_a_result_depends_on():
     assert len(changed(**longer)) == len(study.steps) - 1
 
 
+@pytest.mark.process
 def test_the_command_of_a_step_trains_its_config(tmp_path):
     """Through the real command line: what qkjax.main prints is what the plan has resolved."""
     overrides = (
@@ -402,6 +403,7 @@ def test_lines_for_a_scheduler_say_what_they_wait_for():
     assert lines[0].endswith("--only=dataset  # line 1, stage 1, after none")
 
 
+@pytest.mark.process
 def test_the_command_line_shows_the_plan_and_its_mistakes():
     def call(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -479,6 +481,7 @@ def test_extra_seeds_of_an_arm_that_is_left_out_name_its_twin():
     assert "muon_qk_decayed is left out of the plan, because muon_qk trains the same" in said
 
 
+@pytest.mark.process
 def test_a_studys_config_is_no_config_of_a_run():
     done = subprocess.run(
         [sys.executable, "-m", "qkjax.main", "--config=configs/study.py:tiny", "--workdir=x"],

@@ -138,6 +138,7 @@ def test_noise_is_as_wide_and_as_shared_as_it_says():
     assert np.mean((tails / 2) ** 4) > 4  # a normal has 3
 
 
+@pytest.mark.process
 def test_the_command_takes_spreads_from_a_finished_study(tmp_path: pathlib.Path):
     noise = {PR: 3.0, LOSS: 0.05}
     synthetic_study.write(

@@ -165,6 +165,7 @@ def test_the_tokenizer_learns_from_training_documents_only(tmp_path):
     assert not any(bytes_of_rune[:3] in token for token in vocabulary)
 
 
+@pytest.mark.process
 def test_the_same_command_gives_the_same_bytes(tmp_path, corpus):
     outs = [tmp_path / name / "data" for name in "ab"]
     for out, threads in zip(outs, "12", strict=True):
@@ -460,6 +461,7 @@ def _broken(kind, folder, corpus):
     raise AssertionError(kind)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "kind",
     [
@@ -587,6 +589,7 @@ def _wait_for(condition, process):
         time.sleep(0.005)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_run_looks_unfinished_and_the_next_gives_the_same_dataset(
     tmp_path, corpus, monkeypatch, kill
@@ -617,6 +620,7 @@ runpy.run_path("tools/prepare_data.py", run_name="__main__")
 """
 
 
+@pytest.mark.process
 def test_a_run_killed_while_it_moves_its_files_out_starts_again(tmp_path, corpus):
     out = tmp_path / "out"
 
@@ -631,6 +635,7 @@ def test_a_run_killed_while_it_moves_its_files_out_starts_again(tmp_path, corpus
     check.check(out, progress=_quiet)
 
 
+@pytest.mark.process
 def test_two_commands_on_one_directory(tmp_path, corpus):
     out = tmp_path / "out"
     process = _start_slowly(*_flags(corpus, out))
@@ -650,6 +655,7 @@ def test_a_lock_file_without_a_holder_blocks_nobody(tmp_path, corpus):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+@pytest.mark.process
 def test_a_full_disk_is_exit_4_and_the_next_run_goes_on(tmp_path, corpus):
     out = tmp_path / "out"
     code = (
@@ -751,6 +757,7 @@ sys.exit(10 if any("training a tokenizer" in line for line in lines) else 20)
 """
 
 
+@pytest.mark.process
 def test_processes_that_need_the_embedded_corpus_at_once_share_it(tmp_path):
     out = tmp_path / "data"
     children = [subprocess.Popen([sys.executable, "-c", EMBEDDED, str(out)]) for _ in range(3)]
@@ -759,6 +766,7 @@ def test_processes_that_need_the_embedded_corpus_at_once_share_it(tmp_path):
     check.check(out, progress=_quiet)
 
 
+@pytest.mark.process
 def test_openstax_with_the_smollm2_tokenizer(tmp_path, shared):
     with lzma.open(shared / "data" / "edu_openstax.train.jsonl.xz", "rt") as file:
         lines = [next(file) for _ in range(250)]

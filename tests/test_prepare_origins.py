@@ -250,6 +250,7 @@ def _check_data(*arguments):
     )
 
 
+@pytest.mark.process
 def test_check_data_hashes_every_source_when_asked(tmp_path):
     """Also where size, inode and dates were all made to look the same."""
     path, out = tmp_path / "a.jsonl", tmp_path / "out"

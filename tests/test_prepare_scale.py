@@ -239,6 +239,7 @@ def _start(wanted, out):
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_command_leaves_no_children_and_the_next_goes_on(mix, tmp_path, signum):
     wanted, unbroken = mix
@@ -376,6 +377,7 @@ def test_presets_are_the_study_and_explicit_options_win():
         request.preset("large")
 
 
+@pytest.mark.process
 def test_the_command_line_overrides_a_preset(tmp_path):
     """Flags that are not given must not hide the preset's values behind their defaults."""
     path = _write_jsonl(tmp_path / "a.jsonl", _documents(60, 8))

@@ -307,6 +307,7 @@ def command(*flags: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.process
 def test_command_answers_from_a_moved_dataset(case, tmp_path):
     """A run directory and a dataset that were moved; one layer and all; part of the tokens."""
     workdir = copied(case, tmp_path / "run")
@@ -452,6 +453,7 @@ print(sizes, rows[0].val_loss)
 """
 
 
+@pytest.mark.process
 def test_two_devices_share_the_rows_of_a_batch(case, measured, tmp_path, on_devices):
     workdir = copied(case, tmp_path / "run")
     sizes, _, loss = on_devices(ON_TWO_DEVICES.format(str(workdir)), 2).rpartition(" ")
@@ -493,6 +495,7 @@ def test_keys_that_are_not_finite_are_refused(case, tmp_path):
             measure(copy, rank_surgery.Request(ranks=(1,)))
 
 
+@pytest.mark.process
 def test_flags_are_refused_in_one_line(case):
     for flags, text in (
         ((), "--workdir: missing"),

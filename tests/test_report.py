@@ -231,6 +231,7 @@ def test_the_text_has_the_facts_of_the_page(built: tuple[pathlib.Path, Report]):
         assert words[1:].removesuffix(".") in " ".join(page.split()), fact
 
 
+@pytest.mark.process
 def test_equal_results_give_equal_bytes(whole: pathlib.Path, tmp_path: pathlib.Path):
     """By the command, elsewhere, of runs of another speed; results.csv also after another time."""
     copy = tmp_path / "elsewhere" / "again"
@@ -384,6 +385,7 @@ def test_a_torn_last_line_is_skipped_with_a_note(write: Callable[..., pathlib.Pa
     assert "torn last line of metrics.jsonl is skipped" in page["missing"]
 
 
+@pytest.mark.process
 def test_a_finished_run_that_lost_rows_is_refused(write: Callable[..., pathlib.Path]):
     study = write()
     with open(study / "runs" / "muon_qk" / "seed_42" / "metrics.jsonl", "r+b") as file:
@@ -397,6 +399,7 @@ def test_a_finished_run_that_lost_rows_is_refused(write: Callable[..., pathlib.P
     )
 
 
+@pytest.mark.process
 def test_another_dataset_is_refused_with_both_digests(write: Callable[..., pathlib.Path]):
     study = write()
     path = study / "runs" / "muon_qk" / "seed_43" / "environment.json"
@@ -620,6 +623,7 @@ def test_what_runs_and_results_say_is_text(write: Callable[..., pathlib.Path]):
     assert not re.search(r"^(?!    ).*\[a\]\(http", text, re.MULTILINE)
 
 
+@pytest.mark.process
 def test_the_record_names_the_source_commit(write: Callable[..., pathlib.Path]):
     """Of a real checkout, as a run records it; without one there is no such row."""
     study = write()
@@ -709,6 +713,7 @@ def test_the_page_says_first_what_its_verdicts_are_about(
     assert any(words in getattr(block, "text", "") for block in before)
 
 
+@pytest.mark.process
 def test_no_study(tmp_path: pathlib.Path):
     done = command(f"--workdir={tmp_path}")
     assert done.returncode == 2 and "study.json: no such file" in done.stderr

@@ -102,10 +102,12 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[str]]:
     return json.loads(title[1]), console
 
 
+@pytest.mark.process
 def test_the_browser_has_nothing_to_say(shown: tuple[dict, list[str]]):
     assert shown[1] == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_page_fits_its_window(shown: tuple[dict, list[str]], width: int):
     found = shown[0][str(width)]
@@ -115,6 +117,7 @@ def test_the_page_fits_its_window(shown: tuple[dict, list[str]], width: int):
     assert min(found["charts"]) > 280  # wide enough to read, also three in a row
 
 
+@pytest.mark.process
 def test_the_first_screen_holds_sentence_numbers_and_pictures(shown: tuple[dict, list[str]]):
     wide, narrow = (shown[0][str(width)] for width in WIDTHS)
     assert wide["lead"] < narrow["lead"] < wide["numbers"] < narrow["numbers"] < HEIGHT
@@ -124,6 +127,7 @@ def test_the_first_screen_holds_sentence_numbers_and_pictures(shown: tuple[dict,
     assert above[0] < 0.9 * HEIGHT and above[1] <= below[0]  # one above the other
 
 
+@pytest.mark.process
 def test_tables_that_scroll_hint_at_it(shown: tuple[dict, list[str]]):
     hints = shown[0]["390"]["hints"]
     assert any(scrolls for scrolls, _ in hints)

@@ -91,6 +91,7 @@ def test_second_lock_is_refused_naming_the_holder(tmp_path):
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
 
 
+@pytest.mark.process
 def test_lock_dies_with_its_holder(tmp_path):
     program = (
         "import pathlib, sys, time\n"
@@ -292,6 +293,7 @@ def test_read_metrics_of_a_missing_file(tmp_path):
         RunDirectory(tmp_path).read_metrics()
 
 
+@pytest.mark.process
 def test_reading_a_run_needs_no_jax():
     program = "import sys; from qkjax.runs import directory; print('jax' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
@@ -549,6 +551,7 @@ def test_what_is_no_secret_stays(argument):
     assert environment.mask_secrets([argument]) == [argument]
 
 
+@pytest.mark.process
 def test_git_state_of_a_checkout_and_of_none(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)

@@ -100,6 +100,7 @@ def summary(workdir: pathlib.Path, name: str) -> dict:
     return json.loads((workdir / name / "summary.json").read_text())
 
 
+@pytest.mark.process
 def test_a_study_of_real_runs(unbroken):
     for name in RUNS:
         assert summary(unbroken, name)["diverged"] == (name == RUNS[1])
@@ -109,6 +110,7 @@ def test_a_study_of_real_runs(unbroken):
     assert (config["seed"], config["train"]["num_steps"], config["model"]["d_ff"]) == (3, STEPS, 48)
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_kill_9_of_the_process_group_and_signals_end_in_the_same_study(dataset, unbroken, tmp_path):
     chance = random.Random(5)
@@ -145,6 +147,7 @@ def test_kill_9_of_the_process_group_and_signals_end_in_the_same_study(dataset, 
         assert (workdir / file).read_bytes() == (unbroken / file).read_bytes(), file
 
 
+@pytest.mark.process
 def test_a_finished_study_starts_no_process_and_a_second_executor_is_refused(dataset, unbroken):
     before = {path: path.stat().st_mtime_ns for path in unbroken.glob("*/*/*/*.json")}
     done = call(*command(dataset, unbroken))
@@ -162,6 +165,7 @@ def test_a_finished_study_starts_no_process_and_a_second_executor_is_refused(dat
     assert f"(pid {os.getpid()} on " in second.stderr
 
 
+@pytest.mark.process
 def test_a_killed_executor_takes_its_runs_with_it(dataset, tmp_path):
     """kill -9 of the executor alone: a run left behind would hold its directory's lock."""
     if sys.platform != "linux":

@@ -317,6 +317,7 @@ print(sorted({{"optax", "jax", "numpy"}} & set(sys.modules)))
 """
 
 
+@pytest.mark.process
 def test_the_corpus_is_read_without_importing_it():
     done = subprocess.run(
         [sys.executable, "-c", COUNT_IMPORTS], capture_output=True, text=True, check=True

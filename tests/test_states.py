@@ -53,6 +53,7 @@ def test_a_watch_waits_for_whole_lines_and_follows_a_resumed_run(directory):
     assert watch.look()[:3] == (1, 20, 5.5)
 
 
+@pytest.mark.process
 def test_a_run_is_running_while_the_process_that_locked_it_lives(directory):
     assert not states.is_running(directory)
     code = (

@@ -84,6 +84,7 @@ def test_a_data_set_is_known_by_the_content_of_its_files(built, tmp_path):
     assert source.changed(content) == [str(path)]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("spec", ["tfds:qkjax_small", "tfds:qkjax_small:1.2.0:train:text"])
 def test_a_name_is_looked_for_in_tfds_data_dir(built, spec):
     """In a process of its own: TFDS reads the variable once."""

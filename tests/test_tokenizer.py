@@ -98,6 +98,7 @@ print(hashlib.sha256(tokenizer.train(test_tokenizer._texts(), 400).content).hexd
 """
 
 
+@pytest.mark.process
 def test_training_gives_the_same_bytes_in_any_process_and_number_of_threads(trained):
     found = set()
     for threads in ("1", "2"):

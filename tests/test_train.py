@@ -537,6 +537,7 @@ def test_divergence_is_recorded_and_stays(datasets, tmp_path, capsys):
         train.train_and_evaluate(config, tmp_path / "run")
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("programs_built_once")
 def test_a_disk_that_fills_up_at_a_checkpoint_is_one_error_and_the_run_resumes(datasets, tmp_path):
     """The disk is large enough by the estimate at the start, and then is not."""

@@ -100,6 +100,7 @@ def three_steps(path):
     np.savez(path, devices=jax.device_count(), **arrays)
 
 
+@pytest.mark.process
 def test_1_and_8_devices_agree(on_devices, tmp_path):
     """Only the order of sums differs. Weights here are near 1 at most: 1e-6 is a few roundings."""
     code = (

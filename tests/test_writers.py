@@ -337,6 +337,7 @@ def test_tensorboard_writer_fulfils_the_interface_of_clu():
         ]
 
 
+@pytest.mark.process
 def test_clus_own_writers_work_without_tensorflow(tmp_path):
     program = (
         "import sys\n"
@@ -405,6 +406,7 @@ def test_resumes_leave_each_scalar_once_even_behind_torn_event_files(tmp_path):
     assert read_events(tmp_path)[1] == expected_events(tmp_path / "metrics.jsonl")
 
 
+@pytest.mark.process
 def test_killed_at_any_moment_the_files_continue_as_if_unbroken(tmp_path):
     program = (
         "import pathlib, sys\n"
