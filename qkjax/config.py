@@ -859,8 +859,14 @@ def _optimizer_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
         "separate or per_head unless num_heads * head_dim == d_model (the output kernel has as "
         "many rows as the others)",
     )
+    yield (
+        granularity not in ("per_head", "groups_of") or heads > group,
+        "muon.granularity",
+        f"separate, which is the same where all {heads} heads are one group",
+    )
     if granularity == "groups_of":
         yield kv_heads % group == 0, "muon.group_heads", f"a divisor of num_kv_heads = {kv_heads}"
+        yield group > 1, "muon.group_heads", "2 or more: groups of one head are per_head"
     else:
         yield group == 1, "muon.group_heads", "1 unless muon.granularity=groups_of"
 

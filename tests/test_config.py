@@ -541,6 +541,25 @@ def test_every_mistake_alone_is_refused(field):
             "group_heads is 3, .* a divisor of num_kv_heads = 2",
         ),
         (
+            ("muon", "none"),
+            {"muon__granularity": "groups_of"},
+            "group_heads is 1, .* 2 or more: groups of one head are per_head",
+        ),
+        (
+            ("muon", "none"),
+            {"muon__granularity": "groups_of", "muon__group_heads": 2, "model__num_heads": 2},
+            "granularity is 'groups_of', .* separate, which is the same where all 2 heads are one",
+        ),
+        (
+            ("muon", "none"),
+            {
+                "muon__granularity": "per_head",
+                "model__num_heads": 1,
+                "model__num_kv_heads": 1,
+            },
+            "granularity is 'per_head', .* separate",
+        ),
+        (
             ("adamw", "none"),
             {"optimizer__gamma_weight_decay": 0.1},
             "gamma_weight_decay is 0.1, .* model.qk_norm=none",
