@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import tarfile
 
 import pytest
 import small_run
@@ -13,7 +14,7 @@ from qkjax import files
 from qkjax.cli import places
 from qkjax.data import manifest as manifest_lib
 from qkjax.runs.directory import RunDirectory
-from qkjax.study import states
+from qkjax.study import run, states
 from qkjax.verdicts import results
 
 STORED = pathlib.Path(__file__).parent / "stored"
@@ -80,3 +81,37 @@ def test_a_study_on_an_earlier_embedded_corpus_continues_on_it(tmp_path, monkeyp
         earlier = corpus.name == "embedded"
         assert (f"--config.data.dir={corpus}" in flags) == earlier == (str(corpus) in said)
         assert earlier or plan == before
+
+
+@pytest.mark.long
+@pytest.mark.process
+def test_an_unfinished_study_is_finished(tmp_path):
+    """Written by 42535a5, killed at step 10 of 20 of its first run, with a checkpoint of step 6.
+
+    On one machine the parameters end in the bits of the unbroken study; losses end so on any.
+    """
+    with tarfile.open(STORED / "study_unfinished.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    workdir = tmp_path / "study"
+    recorded = json.loads((workdir / "study.json").read_text())
+    plan, _ = states.as_recorded(
+        synthetic_study.make_plan(
+            recorded["words"].replace(",fixed", ""),
+            arms=tuple(recorded["arms"]),
+            tokens=recorded["tokens"],
+            overrides=tuple(recorded["overrides"]),
+            data_dir=str(tmp_path / "data"),
+        ),
+        workdir,
+    )
+    before = RunDirectory(workdir / "runs" / "muon_qk" / "seed_42").metrics.read_text()
+    run.execute(plan, workdir)
+    losses = {"muon_qk": 4.84122507912772, "adamw_noqk": 5.383576938084194}  # of the unbroken one
+    study = results.load_study(workdir)
+    assert not study.missing and (workdir / "report" / "index.html").is_file()
+    for arm, loss in losses.items():
+        found = study.runs[arm, 42]
+        assert found.summary["step"] == 20 and not found.diverged
+        assert found.value("val/loss") == pytest.approx(loss, rel=1e-5), arm
+    after = RunDirectory(workdir / "runs" / "muon_qk" / "seed_42").metrics.read_text()
+    assert after.startswith(before[: before.index('"step": 7')])
