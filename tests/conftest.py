@@ -65,3 +65,12 @@ def programs_built_once(_programs: Callable[..., Any], monkeypatch: pytest.Monke
     from qkjax import train
 
     monkeypatch.setattr(train, "make_programs", _programs)
+
+
+@pytest.fixture
+def stub_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts are laid out and none is rendered: for tests that read a report's words alone."""
+    from qkjax.report import drawing
+
+    stub = b'<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
+    monkeypatch.setattr(drawing, "to_bytes", lambda figure, file_format: stub)

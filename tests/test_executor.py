@@ -492,6 +492,7 @@ def test_the_report_comes_last_and_again_when_something_is_new(world):
     assert machine.started == ["exports/muon_qk/seed_1", "report"]
 
 
+@pytest.mark.usefixtures("stub_charts")
 def test_a_page_made_while_a_run_finished_is_made_again(world, monkeypatch):
     """By another process with --only: the page is younger than the run, and does not show it."""
     # Before `world` replaces processes: matplotlib starts one where it has no list of fonts yet.

@@ -1,6 +1,7 @@
 """The report of studies whole, unfinished and damaged: its words, its numbers, its bytes."""
 
 import csv
+import functools
 import html.parser
 import json
 import math
@@ -112,17 +113,18 @@ def whole(built: tuple[pathlib.Path, Report]) -> pathlib.Path:
     return built[0]
 
 
+def write_tiny(
+    folder: pathlib.Path, by_arm: synthetic_study.Arms | None = None, **options: Any
+) -> pathlib.Path:
+    """A tiny study without spectra."""
+    given = {"seeds": SEEDS, "scale": "tiny", "noise": {PR: 0.2, LOSS: 0.002}, **options}
+    return synthetic_study.write(folder, by_arm or synthetic_study.arms(32), **given)
+
+
 @pytest.fixture
-def write(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
-    """Writes a tiny study without spectra."""
-
-    def of(by_arm: synthetic_study.Arms | None = None, **options: Any) -> pathlib.Path:
-        given = {"seeds": SEEDS, "scale": "tiny", "noise": {PR: 0.2, LOSS: 0.002}, **options}
-        return synthetic_study.write(
-            tmp_path / "study", by_arm or synthetic_study.arms(32), **given
-        )
-
-    return of
+def write(tmp_path: pathlib.Path, stub_charts: None) -> Callable[..., pathlib.Path]:
+    """Writes a tiny study, whose report is read for its words alone."""
+    return functools.partial(write_tiny, tmp_path / "study")
 
 
 def sections(study: pathlib.Path) -> dict[str, str]:
@@ -335,9 +337,10 @@ def test_a_deleted_seed(write: Callable[..., pathlib.Path]):
     assert "supported" not in page["verdicts"].split("H4 finishes")[0].split("p", 1)[0]
 
 
-def test_a_diverged_arm(write: Callable[..., pathlib.Path]):
+def test_a_diverged_arm(tmp_path: pathlib.Path):
+    """In words and in the charts."""
     diverged = {("adamw_noqk", seed): 60 for seed in SEEDS}
-    page = sections(write(diverged=diverged))
+    page = sections(write_tiny(tmp_path, diverged=diverged))
     for seed in SEEDS:
         assert f"adamw_noqk seed {seed} diverged at step 61" in page["warnings"]
     assert "AdamW, no QK-Norm (2 of 2 diverged)––" in page["result"]
@@ -484,6 +487,7 @@ def test_settings_that_runs_do_not_share_are_said(write: Callable[..., pathlib.P
     assert "qk_norm" not in page and "unroll" not in page
 
 
+@pytest.mark.usefixtures("stub_charts")
 def test_tables_and_curves_of_other_tokens_say_so(tmp_path: pathlib.Path):
     given = {"muon_noqk": synthetic_study.arms()["muon_noqk"]}
     fields = {"train__tokens": 1_000_000}
