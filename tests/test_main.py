@@ -80,7 +80,7 @@ def wait_for_rows(process: subprocess.Popen, workdir: pathlib.Path, count: int) 
 def test_kill_9_at_random_moments_ends_in_the_same_bits(dataset, unbroken, tmp_path):
     chance = random.Random(11)
     workdir = tmp_path / "run"
-    for rows in (1, 7, 12, 17):
+    for rows in (1, 17):  # before the first checkpoint after 0, and between two
         process = start(command(dataset, workdir))
         wait_for_rows(process, workdir, rows)
         time.sleep(chance.uniform(0, 0.05))
