@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import ml_collections
 import pytest
 from synthetic_study import make_plan
 
@@ -444,9 +445,9 @@ def test_the_command_line_shows_the_plan_and_its_mistakes():
 
 
 def test_extra_seeds_are_runs_of_their_arms_alone():
-    bare = make("small")
+    bare = make_plan("small")
     extra = {"muon_noqk": (7001, 7002), "muon_qk_frozen": 7001}
-    study = make("small", extra_seeds=ml_collections.ConfigDict(extra))
+    study = make_plan("small", extra_seeds=ml_collections.ConfigDict(extra))
     added = {step.name for step in study.steps} - {step.name for step in bare.steps}
     runs = ["muon_noqk/seed_7001", "muon_qk_frozen/seed_7001", "muon_noqk/seed_7002"]
     assert [s.name.partition("/")[2] for s in study.steps if s.kind == "run"][-3:] == runs
