@@ -31,6 +31,8 @@ _READ_BYTES = 1 << 20
 _TEMPORARY = ".{name}.{token}.tmp"  # the token cannot be foreseen: nobody can lay a link there
 # A file system without fsync for directories, such as some network mounts: the rename itself holds.
 _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
+# Of a JSON file that carries one: the sha256 of all its other values.
+SEAL = "own_sha256"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What numpy and zipfile raise on a damaged archive, each seen on files with a flipped byte.
@@ -113,6 +115,28 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         StorageError: the disk is full or fails; the old file stays.
     """
     replace(path, (json.dumps(plain(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_sealed(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """As `write_json`, with a digest of all values, by which `read_object` knows an edited file.
+
+    Raises:
+        StorageError: the disk is full or fails; the old file stays.
+    """
+    replace(path, sealed_bytes(value))
+
+
+def sealed_bytes(value: Mapping[str, Any]) -> bytes:
+    """The file that `write_sealed` writes."""
+    values = plain({name: item for name, item in value.items() if name != SEAL})
+    sealed = {**values, SEAL: digest_of(values)}
+    return (json.dumps(sealed, indent=2, allow_nan=False) + "\n").encode()
+
+
+def digest_of(values: Mapping[str, Any], but: str = SEAL) -> str:
+    """sha256 of JSON values but one, whatever the order of their names and the space between."""
+    rest = {name: value for name, value in values.items() if name != but}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
@@ -312,10 +336,12 @@ def now() -> str:
 def read_object(path: str | os.PathLike[str], fix: str) -> dict[str, Any] | None:
     """A file that holds one JSON object; None where there is no such file.
 
+    The digest of `write_sealed` is compared where there is one, and is not among the values.
+
     Args:
         fix: as of `damaged`.
     Raises:
-        UsageError: the file is damaged, or holds something else.
+        UsageError: the file is damaged or was edited, or holds something else.
         StorageError: the disk failed.
     """
     try:
@@ -327,6 +353,8 @@ def read_object(path: str | os.PathLike[str], fix: str) -> dict[str, Any] | None
     value = parse_json(data, path, fix)
     if not isinstance(value, dict):
         raise damaged(path, "it is not a JSON object", fix)
+    if SEAL in value and (seal := value.pop(SEAL)) != (found := digest_of(value)):
+        raise damaged(path, f"its values have sha256 {found[:12]}, {SEAL} is {seal!r:.14}", fix)
     return value
 
 
@@ -341,11 +369,18 @@ def parse_json(data: bytes, path: str | os.PathLike[str], fix: str) -> Any:
         raise ValueError(f"it holds {constant}")
 
     try:
-        return json.loads(data, parse_constant=refuse)
+        return json.loads(data, parse_constant=refuse, parse_float=_finite)
     except RecursionError as error:
         raise damaged(path, "it is nested too deeply", fix) from error
     except ValueError as error:
         raise damaged(path, str(error), fix) from error
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"it holds {digits:.20}, which is no finite number")
+    return value
 
 
 def need(

@@ -135,6 +135,7 @@ def _already_finished(
             f"{directory}: this run diverged at step {summary['diverged_step']}. "
             "Nothing was computed; use another --workdir for another config."
         )
+    directory.check_files()
     print(f"{directory}: already complete at step {summary['step']}; nothing to do", flush=True)
     return summary
 
@@ -224,11 +225,11 @@ class _Run:
             The routing table that parameters.txt holds.
         """
         fingerprint = self.dataset.manifest.fingerprint
+        summary = self.directory.read_summary()
+        if summary is not None:  # first: it is the mark of a run with the config of now
+            self.directory.set_summary_aside(summary["step"])
         self.directory.record_config(self.config, fingerprint, changes)
         self.directory.write_environment(fingerprint)
-        summary = self.directory.read_summary()
-        if summary is not None:
-            self.directory.set_summary_aside(summary["step"])
         routes = optimizer.routing_table(model.parameter_shapes(self.config.model), self.config)
         table = optimizer.format_routing_table(routes)
         self.directory.write_parameters(table)
@@ -253,6 +254,7 @@ class _Run:
             meta, self.config, self.dataset.manifest.fingerprint, changes
         )
         pipeline.check_fingerprint(meta["data_order"], self.data_order)
+        self.directory.check_record(meta)
         return self.checkpoints.restore(step, shapes.params, shapes.opt_state)
 
     def _start(self) -> train_step.TrainState:
@@ -443,6 +445,7 @@ class _Run:
                 "dataset_fingerprint": self.dataset.manifest.fingerprint,
                 "data_order": self.data_order,
                 "wall_seconds": self._wall_seconds(),
+                "record": self.directory.record_up_to(step),
             },
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import reference_model
 import small_run
+import synthetic_study
 
 from qkjax import config as config_lib
 from qkjax import files, model
@@ -131,6 +132,7 @@ def save_again(
         section, _, field = name.partition("__")
         values[section][field] = value
     files.write_json(run_directory.config, values)
+    synthetic_study.seal(directory)
     old = checkpoint.Checkpoints(run_directory.checkpoints, read_only=True)
     latest = old.steps()[-1]
     meta = old.meta(latest)

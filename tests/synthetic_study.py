@@ -401,6 +401,21 @@ def write_run(
     )
 
 
+def seal(directory: pathlib.Path) -> None:
+    """Makes every finished run below `directory` one that has ended with the files it has now."""
+    for path in directory.rglob("summary.json"):
+        summary = json.loads(path.read_bytes())
+        for name in ("files", files.SEAL):
+            summary.pop(name, None)
+        RunDirectory(path.parent).write_summary(summary)
+
+
+def edit_sealed(path: pathlib.Path, old: str, new: str) -> None:
+    """Replaces text in a JSON file that has a digest of its own, which then is the new one's."""
+    values = json.loads(path.read_text().replace(old, new))
+    files.write_sealed(path, values)
+
+
 def _environment(run_config: config_lib.Config, fingerprint: str) -> dict[str, Any]:
     """environment.json of one start at a commit that there is not."""
     command = [

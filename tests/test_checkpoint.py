@@ -414,6 +414,13 @@ def test_values_that_are_not_finite_are_refused(item, bad, tmp_path):
         restore(tmp_path, 7)
 
 
+def test_metadata_of_orbax_that_cannot_be_read_is_named(copied):
+    (copied / "7" / "_CHECKPOINT_METADATA").write_text("[" * 20_000 + "]" * 20_000)
+    for read_only in (True, False):
+        with pytest.raises(errors.UsageError, match=r"/7/_CHECKPOINT_METADATA: damaged \(Recurs"):
+            checkpoint.Checkpoints(copied, read_only=read_only)
+
+
 def test_what_a_kill_leaves_of_a_deletion_is_deleted(tmp_path, caplog):
     writer = checkpoint.Checkpoints(tmp_path, keep_all=True)
     for step in (0, 3, 5, 7):

@@ -16,7 +16,7 @@ import random_run
 import small_run
 import synthetic_study
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.data import prepare
 from qkjax.export import directory, hf
 from qkjax.runs import checkpoint
@@ -97,7 +97,7 @@ def score(place: pathlib.Path, out: pathlib.Path, **options: Any) -> tuple[dict,
     if "model" not in values:
         values.setdefault("workdir", place / "run")
     returned = downstream.run(downstream.Request(out=out, **values), report=lambda line: None)
-    written = json.loads(out.read_text())
+    written = files.read_object(out, "")
     assert json.loads(json.dumps(returned)) == written
     lines = out.with_suffix(".items.jsonl").read_text().splitlines()
     return written, [json.loads(line) for line in lines]

@@ -208,7 +208,7 @@ def test_a_grid_is_extended_where_its_best_is_at_an_edge(world):
     run.execute(study, workdir)
     assert "sweep/muon_qk/lr_0.048" in machine.started  # higher, and better still
     assert "sweep/adamw_noqk/lr_0.0006" in machine.started  # lower, and no better
-    chosen = json.loads((workdir / "sweep" / "learning_rates.json").read_text())
+    chosen = files.read_object(workdir / "sweep" / "learning_rates.json", "")
     assert {arm: entry["chosen"] for arm, entry in chosen.items()} == {
         "muon_qk": 0.048,
         "adamw_noqk": 0.0012,
@@ -310,9 +310,7 @@ def test_a_run_whose_rate_is_no_longer_the_chosen_one_is_refused(world):
     run.execute(study, workdir, only=["sweep", "choice", "dataset"])
     run.execute(study, workdir, only=["runs/muon_qk/*"])
     path = workdir / "sweep" / "learning_rates.json"
-    entry = json.loads(path.read_text())
-    entry["muon_qk"]["chosen"] = 0.024
-    path.write_text(json.dumps(entry))
+    synthetic_study.edit_sealed(path, '"chosen": 0.012', '"chosen": 0.024')
     with pytest.raises(errors.UsageError, match=r"learning_rate is 0.012, planned 0.024"):
         run.execute(study, workdir)
 
@@ -346,7 +344,7 @@ def test_a_plan_whose_configs_have_another_meaning_now_is_refused(world):
     study, workdir, _ = world()
     run.execute(study, workdir, only=["dataset"])
     path = workdir / "study.json"
-    path.write_text(path.read_text().replace(study.step("runs/muon_qk/seed_1").fingerprint, "0"))
+    synthetic_study.edit_sealed(path, study.step("runs/muon_qk/seed_1").fingerprint, "0")
     with pytest.raises(errors.UsageError, match=r"another plan:\n  configs of runs/muon_qk/seed_1"):
         run.execute(study, workdir)
 
@@ -357,7 +355,7 @@ def test_a_choice_among_other_runs_is_made_again(world):
     path = workdir / "sweep" / "learning_rates.json"
     good = path.read_bytes()
     fingerprint = study.step("sweep/muon_qk/choice").fingerprint
-    path.write_text(path.read_text().replace(fingerprint, "0"))
+    synthetic_study.edit_sealed(path, fingerprint, "0")
     run.execute(study, workdir)
     assert path.read_bytes() == good
     assert machine.started[-1] == "report" and machine.started.count("report") == 2
@@ -620,6 +618,20 @@ def test_an_unfinished_run_names_the_other_host_that_held_it(world):
     assert kept.state(step) == states.State("unfinished", "last held by node7")
 
 
+def test_status_refuses_a_finished_run_whose_metrics_were_edited(world, capsys):
+    study, workdir, _ = world()
+    run.execute(study, workdir)
+    metrics = workdir / "runs" / "muon_qk" / "seed_1" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("3.0", "3.1"))
+    capsys.readouterr()
+    table.print_status(states.StudyFiles(study, workdir))
+    said = capsys.readouterr().out
+    assert said.count("refused") == 2 and "1 refused" in said.splitlines()[-1]
+    assert "metrics.jsonl: has sha256" in said.replace("\n", "").replace(" ", "").replace(
+        "metrics.jsonl:hassha256", "metrics.jsonl: has sha256"
+    )
+
+
 def test_status_shows_every_step_with_what_it_has_reached(world, capsys):
     study, workdir, machine = world()
     machine.exit_codes = {"runs/muon_qk/seed_1": 2, "runs/adamw_noqk/seed_1": 3}
@@ -675,7 +687,7 @@ def test_a_study_recorded_before_surgery_continues_without_it(world):
     run.execute(plan.without_surgery(study), workdir)
     recorded = json.loads((workdir / "study.json").read_text())
     del recorded["surgery"]
-    (workdir / "study.json").write_text(json.dumps(recorded))
+    files.write_sealed(workdir / "study.json", recorded)
     continued, said = states.as_recorded(study, workdir)
     assert "continues without it" in said
     machine.started.clear()

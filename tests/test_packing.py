@@ -68,6 +68,7 @@ def test_spectra_are_float16_where_that_is_harmless(study, tmp_path):
     arrays |= {"value_mean": np.full((2, 2), 1e-7, np.float32)}  # below its normal numbers
     arrays |= {"aa": np.array([np.nan, 0.5], np.float32)}
     np.savez(path, **arrays)
+    synthetic_study.seal(study)
     home = unpack(packing.pack(study, tmp_path / "packed"), tmp_path / "home")
     with np.load(home / path.relative_to(study)) as packed:
         assert packed["key_post_rope_raw"].dtype == packed["aa"].dtype == np.float16

@@ -14,6 +14,7 @@ import pytest
 import random_run
 import reference_model
 import small_run
+import synthetic_study
 
 from qkjax import config as config_lib
 from qkjax import errors, model, train
@@ -279,7 +280,7 @@ def test_csv_has_every_setting_once(case, measured):
         with path.open() as file:
             found = list(csv.DictReader(file))
         columns = ["layer", "stage", "kind", "rank", "seed"]
-        assert list(found[0]) == list(rank_curves.Row._fields)
+        assert list(found[0]) == [*rank_curves.Row._fields, "table_sha256"]
         expected = [
             (layer, stage, kind, str(rank), "0" if kind == "random" else "")
             for layer in ("all", "0", "1")
@@ -316,6 +317,7 @@ def test_command_answers_from_a_moved_dataset(case, tmp_path):
     values["data"]["dir"] = str(tmp_path / "gone")
     values["log"]["every_seconds"] = 0.0
     (workdir / "config.json").write_text(json.dumps(values))
+    synthetic_study.seal(workdir)
     with pytest.raises(errors.UsageError, match=r"gone: no dataset\.json.*give --data_dir=DIR"):
         measure(workdir, rank_surgery.Request())
     flags = (f"--workdir={workdir}", "--ranks=16,1", "--layers=all,1", "--tokens=160")

@@ -245,6 +245,7 @@ def test_equal_results_give_equal_bytes(whole: pathlib.Path, tmp_path: pathlib.P
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         rows[-1]["perf/eval_seconds"] = 5.0
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    synthetic_study.seal(copy)
     done = command(f"--workdir={copy}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "index.html")
@@ -258,6 +259,7 @@ def test_equal_results_give_equal_bytes(whole: pathlib.Path, tmp_path: pathlib.P
         (run / "environment.json").write_text(json.dumps({**recorded, "command": ["other"]}))
         summary = json.loads((run / "summary.json").read_text())
         (run / "summary.json").write_text(json.dumps({**summary, "wall_seconds": 7.0}))
+    synthetic_study.seal(copy)
     csv_text = results_csv(material.load(copy))
     assert csv_text == (whole / "report" / "results.csv").read_text()
 
@@ -372,6 +374,7 @@ def test_keys_that_are_all_zero(write: Callable[..., pathlib.Path]):
     with np.load(path) as arrays:
         zeros = {name: 0 * values if "key_" in name else values for name, values in arrays.items()}
     np.savez(path, **zeros)
+    synthetic_study.seal(study)
     page = sections(study)
     assert "no finite value of muon_noqk seed 42" in page["verdicts"]
     assert "Muon, no QK-Norm–" in page["result"]
@@ -386,6 +389,19 @@ def test_a_torn_last_line_is_skipped_with_a_note(write: Callable[..., pathlib.Pa
     page = sections(study)
     assert "Muon + QK-Norm, seed 42: unfinished, at step" in page["missing"]
     assert "torn last line of metrics.jsonl is skipped" in page["missing"]
+
+
+def test_rank_surgery_of_other_parameters_is_left_out(write: Callable[..., pathlib.Path]):
+    study = write()
+    synthetic_study.write_surgery(study, {"muon_qk": (8, 12)}, SEEDS)
+    one, other = (study / "surgery" / "muon_qk" / f"seed_{seed}.csv" for seed in SEEDS)
+    one.write_bytes(other.read_bytes())
+    found = material.load(str(study))
+    assert set(found.surgery) == {("muon_qk", 43)}
+    assert f"{one}: left out, it measured other parameters than the run's last" in found.warnings
+    other.write_text(other.read_text().replace(",12,,", ",16,,", 1))
+    with pytest.raises(errors.UsageError, match=r"seed_43\.csv: damaged \(its rows are not those"):
+        material.load(str(study))
 
 
 @pytest.mark.process
@@ -408,6 +424,7 @@ def test_another_dataset_is_refused_with_both_digests(write: Callable[..., pathl
     path = study / "runs" / "muon_qk" / "seed_43" / "environment.json"
     recorded = json.loads(path.read_text())
     path.write_text(json.dumps({**recorded, "dataset_fingerprint": "f" * 64}))
+    synthetic_study.seal(study)
     done = command(f"--workdir={study}")
     assert done.returncode == 2
     assert f"dataset {'f' * 64}, but" in done.stderr and f"has {'0' * 64}" in done.stderr
@@ -480,6 +497,7 @@ def test_settings_that_runs_do_not_share_are_said(write: Callable[..., pathlib.P
     values["model"] |= {"dtype": "bfloat16", "unroll": 2}
     values["muon"]["dtype"] = "bfloat16"
     path.write_text(json.dumps(values))
+    synthetic_study.seal(study)
     page = sections(study)["warnings"]
     for field in ("model.dtype", "muon.dtype"):
         assert f"runs of one comparison have different values of {field} (float32: " in page
@@ -523,6 +541,7 @@ def test_a_study_without_sweep_spectra_and_scores_says_so(
     monkeypatch.setitem(presets.OPTIMIZERS, "lion", presets.OPTIMIZERS["muon"])
     for path in study.glob("runs/muon_noqk/*/config.json"):  # somebody's own optimiser
         path.write_text(path.read_text().replace('"name": "muon"', '"name": "lion"'))
+    synthetic_study.seal(study)
     page = sections(study)
     assert "none}, answer." in page["verdicts"]
     assert "Muon, no QK-Norm0.0120.003195" in page["sweep"]  # with an auxiliary AdamW
@@ -609,6 +628,7 @@ def test_what_runs_and_results_say_is_text(write: Callable[..., pathlib.Path]):
         recorded = json.loads(path.read_text())
         recorded |= {"command": ["python", evil], "variables": {evil: evil}}
         path.write_text(json.dumps(recorded))
+    synthetic_study.seal(study)
     bos = {"added": True, "token": "<s>", "token_id": 0, "why": evil}
     for path in study.glob("downstream/*/*.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "bos": bos}))
@@ -655,6 +675,7 @@ def test_the_record_names_the_source_commit(write: Callable[..., pathlib.Path]):
     for number, path in enumerate(sorted(study.glob("runs/*/*/environment.json"))):
         git = environment.git_state(study) if number else recorded
         path.write_text(json.dumps({**json.loads(path.read_text()), "git": git}))
+    synthetic_study.seal(study)
     said = sections(study)["record"]
     assert said.count("source") == 1 and f"{recorded['sha']} with changes" in said
 

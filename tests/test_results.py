@@ -82,6 +82,7 @@ def test_the_final_pass_is_what_is_reported(tmp_path: pathlib.Path):
     arrays = {"loss_sum": found.counts * 1.25, "count": found.counts}
     files.write_arrays(run_directory.validation(FINAL), arrays)
     edit(run_directory.summary, **{"val_final/loss": 1.25, "pr_final/key": None})
+    synthetic_study.seal(tmp_path)
     run = results.load_study(tmp_path).runs["muon_noqk", 42]
     assert run.has_final_pass and run.value(LOSS) == 1.25
     assert math.isnan(run.value("pr/key"))  # measured, and not finite
@@ -169,7 +170,10 @@ def cut(run: pathlib.Path, data: Callable[[bytes], bytes]) -> None:
             "step_00000195.npz: missing",
         ),
         (
-            lambda run: edit(run / "environment.json", dataset_fingerprint="1" * 64),
+            lambda run: (
+                edit(run / "environment.json", dataset_fingerprint="1" * 64),
+                synthetic_study.seal(run),
+            ),
             f"dataset {'1' * 64}, but",
         ),
     ],
@@ -194,6 +198,7 @@ def test_numbers_that_the_arrays_do_not_hold_are_refused(
     summary, lines = directory.summary.read_text(), directory.metrics.read_text()
     true = directory.read_metrics()[-1][metric]
     edit(directory.summary, **{metric: true + 0.01})
+    synthetic_study.seal(directory.path)
     message = refusal(study)
     assert f"summary.json: {metric} is {true + 0.01}" in message and str(true) in message
     changed = lines.rstrip("\n").split("\n")
@@ -235,6 +240,7 @@ def test_other_budgets_are_refused(study: pathlib.Path, fields: dict, words: str
     recipe = fields.pop("recipe", "fixed")
     config = synthetic_study.make_config("muon_noqk", 42, "tiny", recipe, **fields)
     files.write_json(run_of(study) / "config.json", config.to_dict())
+    synthetic_study.seal(study)
     message = refusal(study)
     assert words in message and "compared on one dataset and one budget" in message
 
@@ -243,6 +249,7 @@ def test_other_validation_sequences_are_refused(study: pathlib.Path):
     path = run_of(study) / "validation" / f"step_{STEPS:08d}.npz"
     loss = RunDirectory(run_of(study)).read_metrics()[-1][LOSS]
     np.savez(path, loss_sum=np.full(3, 256 * loss, np.float32), count=np.full(3, 256, np.float32))
+    synthetic_study.seal(study)
     assert "validation sequences 3, but" in refusal(study)
 
 
@@ -347,6 +354,23 @@ def test_damaged_learning_rates_are_refused(study: pathlib.Path):
     assert results.load_study(study).learning_rates["muon_qk"]["chosen"] == 0.006
     files.write_json(study / "sweep" / "learning_rates.json", {"muon_qk": {"runs": []}})
     assert "muon_qk lacks chosen, edge, extended" in refusal(study)
+
+
+def test_learning_rates_without_an_arm_are_refused(study: pathlib.Path):
+    files.write_json(study / "sweep" / "learning_rates.json", {})
+    assert "learning_rates.json: damaged (it names no arm)" in refusal(study)
+
+
+def test_items_are_those_that_were_scored(scored: pathlib.Path):
+    path = scored / "downstream" / "muon_noqk" / "seed_42.json"
+    items = path.with_suffix(".items.jsonl")
+    edit(path, items_sha256=files.sha256(items))
+    assert ("muon_noqk", 42) in results.load_study(scored).items
+    text = items.read_text()
+    items.write_text(text.replace('"acc": 1', '"acc": 0', 1))
+    assert "seed_42.items.jsonl: damaged (sha256" in refusal(scored)
+    items.unlink()
+    assert "seed_42.items.jsonl: missing" in results.load_study(scored).notes[0]
 
 
 @pytest.mark.parametrize(

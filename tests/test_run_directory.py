@@ -606,3 +606,93 @@ def test_another_version_of_a_library_is_said_at_resume(tmp_path, caplog):
         RunDirectory(tmp_path).write_environment("f" * 64)
     assert "started with jax 0.0.1" in caplog.text
     assert "started with flax" not in caplog.text
+
+
+# ------------------------------------------------------------------------------- digests of a run
+
+
+def test_a_sealed_file_is_read_as_written_and_refused_when_edited(tmp_path):
+    path = tmp_path / "value.json"
+    files.write_sealed(path, {"a": np.float32(0.1), "b": [1, {"ü": None}]})
+    assert files.read_object(path, "Fix.") == {"a": 0.1, "b": [1, {"ü": None}]}
+    text = path.read_text()
+    path.write_text(json.dumps(dict(reversed(json.loads(text).items()))))  # other bytes, no other
+    assert files.read_object(path, "Fix.")["a"] == 0.1
+    for old, new in (("0.1", "0.2"), ("null", "0"), (': "', ': "0'), ("[", "[2,")):
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(errors.UsageError, match=r"value\.json: damaged \(its values have sha"):
+            files.read_object(path, "Fix.")
+
+
+def test_a_number_beyond_the_floats_is_refused(tmp_path):
+    (tmp_path / "value.json").write_text('{"a": 1e999}')
+    with pytest.raises(errors.UsageError, match="1e999, which is no finite number"):
+        files.read_object(tmp_path / "value.json", "Fix.")
+
+
+@pytest.fixture
+def ended(tmp_path) -> RunDirectory:
+    """A finished run of three steps with two evaluations."""
+    run = RunDirectory(tmp_path / "run")
+    run.record_config(tiny(), "f" * 64)
+    lines = [json.dumps({"step": step, "tokens": step, "val/loss": 1.5}) for step in range(4)]
+    run.metrics.write_text("\n".join(lines) + "\n")
+    for step in (0, 3):
+        run.write_evaluation(step, {"aa": [step]}, {"loss_sum": [1.5], "count": [1]})
+    run.write_summary(SUMMARY)
+    return run
+
+
+def edit(path: pathlib.Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda run: edit(run.metrics, "1.5", "1.25"), "metrics.jsonl: has sha256"),
+        (lambda run: edit(run.environment, "ffff", "0000"), "environment.json: has sha256"),
+        (lambda run: edit(run.config, '"seed": 42', '"seed": 43'), "config.json: has sha256"),
+        (lambda run: edit(run.summary, '"seed": 42', '"seed": 43'), "summary.json: damaged"),
+        (lambda run: run.spectra(0).unlink(), "step_00000000.npz: missing, summary.json lists it"),
+        (
+            lambda run: run.spectra(0).write_bytes(run.spectra(3).read_bytes()),
+            "spectra/step_00000000.npz: has sha256",
+        ),
+    ],
+)
+def test_a_finished_run_knows_its_files(ended, damage, words):
+    ended.check_files()
+    assert ended.read_summary() == SUMMARY
+    damage(ended)
+    with pytest.raises(errors.UsageError) as caught:
+        ended.read_summary()
+        ended.check_files()
+    assert words in str(caught.value)
+
+
+def test_a_summary_of_another_run_is_refused(ended, tmp_path):
+    other = RunDirectory(tmp_path / "other")
+    other.record_config(tiny(seed=1), "f" * 64)
+    other.write_summary(SUMMARY)
+    ended.summary.write_bytes(other.summary.read_bytes())
+    with pytest.raises(errors.UsageError, match=r"config\.json: has sha256"):
+        ended.check_files()
+
+
+def test_what_lies_behind_a_checkpoint_is_compared_at_a_resume(ended):
+    meta = {"step": 3, "record": ended.record_up_to(3)}
+    ended.check_record(meta)
+    rows = ended.metrics.read_text()
+    edit(ended.metrics, '{"step": 3,', '{"step": 3, "pr/key": 2.0,')  # an evaluation made up for
+    with open(ended.metrics, "a") as file:
+        file.write('{"step": 4}\n')  # what a resume cuts
+    ended.check_record(meta)
+    for old, new in (('"step": 3, "tokens": 3', '"step": 3, "tokens": 4'), ("1.5", "1.25")):
+        ended.metrics.write_text(rows.replace(old, new, 1))
+        with pytest.raises(errors.UsageError, match=r"metrics\.jsonl: .* are not those that the"):
+            ended.check_record(meta)
+    ended.metrics.write_text(rows)
+    ended.write_evaluation(0, {"aa": [7]}, {"loss_sum": [1.5], "count": [1]})
+    with pytest.raises(errors.UsageError, match=r"step_00000000\.npz: has sha256"):
+        ended.check_record(meta)

@@ -1,13 +1,12 @@
 """The choice of a learning rate: on which losses, at which edge, with which sensitivity."""
 
-import json
 import pathlib
 
 import numpy as np
 import pytest
 import synthetic_study
 
-from qkjax import errors
+from qkjax import errors, files
 from qkjax.cli import config_flag
 from qkjax.runs.directory import RunDirectory
 from qkjax.study import plan, sweep
@@ -61,7 +60,7 @@ def test_the_lowest_final_loss_inside_the_grid_is_chosen(tmp_path):
     assert [run["learning_rate"] for run in entry["runs"]] == list(grid) == entry["grid"]
     assert [run["directory"] for run in entry["runs"]][1] == "sweep/muon_qk/lr_0.006"
     assert entry["fingerprint"] == study.step(f"sweep/{ARM}/choice").fingerprint
-    recorded = json.loads((tmp_path / "sweep" / "learning_rates.json").read_text())
+    recorded = files.read_object(tmp_path / "sweep" / "learning_rates.json", "")
     assert recorded == {ARM: entry} == sweep.recorded(tmp_path)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import small_run
+import synthetic_study
 from tensorboard.backend.event_processing import event_accumulator
 
 from qkjax import errors, evaluation, flops, model, train
@@ -23,6 +24,7 @@ from qkjax.config import Config
 from qkjax.data import pipeline
 from qkjax.runs import checkpoint, signals, writers
 from qkjax.runs import directory as run_directory
+from qkjax.runs.directory import RunDirectory
 from qkjax.trained import trained_run
 
 ARMS = {
@@ -94,7 +96,10 @@ def test_a_run_leaves_every_file_of_the_contract(finished):
             sigma = arrays["key_post_rope_raw"].astype(np.float64)
             ratio = (sigma.sum(-1) ** 2 / (sigma**2).sum(-1)).mean()
             assert ratio == pytest.approx(rows[step]["pr/key/post_rope/raw"], rel=1e-5)
-    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert RunDirectory(workdir).read_summary() == summary
+    listed = set(json.loads((workdir / "summary.json").read_text())["files"])
+    arrays = {str(path.relative_to(workdir)) for path in workdir.glob("*/*.npz")}
+    assert listed == {"config.json", "environment.json", "metrics.jsonl", *arrays}
     assert summary["step"] == small_run.STEPS and summary["diverged"] is False
     assert summary["val/loss"] == rows[-1]["val/loss"]
     assert summary["val_final/loss"] == pytest.approx(summary["val/loss"], rel=1e-6)
@@ -600,6 +605,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_every_reader(datasets, finish
 
     summary = json.loads((workdir / "summary.json").read_text())
     (copy("other") / "summary.json").write_text(json.dumps({**summary, "params_sha256": "0" * 64}))
+    synthetic_study.seal(tmp_path / "other")
     with pytest.raises(errors.UsageError, match=r"summary\.json: params_sha256 is 000000000000"):
         trained_run.open_run(tmp_path / "other")
     assert trained_run.open_run(workdir).params_sha256 == summary["params_sha256"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -162,11 +163,16 @@ def gather(study: Study) -> Material:
 
 
 def _surgery(study: Study) -> dict[tuple[str, int], list[Row]]:
-    found = {
-        (arm, seed): rank_curves.read_csv(study.workdir / "surgery" / arm / f"seed_{seed}.csv")
-        for arm, seed in study.runs
-    }
-    return {place: rows for place, rows in found.items() if rows}
+    found = {}
+    for (arm, seed), run in study.runs.items():
+        rows = rank_curves.read_csv(_surgery_path(study, arm, seed))
+        if rows and {row.params_sha256 for row in rows} == {run.summary["params_sha256"]}:
+            found[arm, seed] = rows
+    return found
+
+
+def _surgery_path(study: Study, arm: str, seed: int) -> pathlib.Path:
+    return study.workdir / "surgery" / arm / f"seed_{seed}.csv"
 
 
 def _sweep_prs(study: Study) -> Iterator[tuple[str, dict[float, float | None]]]:
@@ -174,7 +180,9 @@ def _sweep_prs(study: Study) -> Iterator[tuple[str, dict[float, float | None]]]:
     for arm, entry in (study.learning_rates or {}).items():
         found: dict[float, float | None] = {}
         for rate in sorted(run["learning_rate"] for run in entry["runs"]):
-            summary = RunDirectory(study.workdir / sweep.directory_of(arm, rate)).read_summary()
+            directory = RunDirectory(study.workdir / sweep.directory_of(arm, rate))
+            summary = directory.read_summary()
+            directory.check_files()
             if summary is not None and (summary["diverged"] or PR in summary):
                 found[rate] = None if summary["diverged"] else summary[PR]
         if found:
@@ -209,6 +217,13 @@ def _more_warnings(study: Study) -> Iterator[str]:
         )
     backends = {place: found.get("backend") for place, found in study.downstream.items()}
     yield from _mixed(backends, "scored downstream tasks by different backends")
+    measured = _surgery(study)
+    for arm, seed in study.runs:
+        if (arm, seed) not in measured and _surgery_path(study, arm, seed).exists():
+            yield (
+                f"{_surgery_path(study, arm, seed)}: left out, it measured other parameters than "
+                "the run's last"
+            )
     for field in dataclasses.fields(config_lib.ModelConfig):
         if field.name not in ("qk_norm", "unroll"):
             values = {

@@ -74,6 +74,7 @@ def load_run(workdir: str | pathlib.Path, label: str = "") -> RunSpectra:
     """
     directory = RunDirectory(workdir)
     config = directory.need_config()
+    directory.check_files()
     rows = directory.read_metrics()
     tokens = {row["step"]: row["tokens"] for row in rows if "tokens" in row}
     evaluations, notes = [], []

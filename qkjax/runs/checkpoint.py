@@ -23,9 +23,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from qkjax import errors
+from qkjax import errors, files
 
 FORMAT_VERSION = 2  # 2 has meta_sha256
+_METADATA = "_CHECKPOINT_METADATA"  # Orbax's own, of a step
 _ITEMS = ("params", "opt_state", "meta")
 
 
@@ -84,6 +85,8 @@ class Checkpoints:
 
         Args:
             keep_all: keep every step instead of step 0 and the latest two.
+        Raises:
+            UsageError: Orbax cannot make sense of a file there.
         """
         self._directory = pathlib.Path(directory).absolute()
         self._num_bytes = 0  # of the checkpoint that was saved last
@@ -93,16 +96,16 @@ class Checkpoints:
         if not read_only:
             self._set_incomplete_aside()
             _quieten()
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=(checkpoint_managers.LatestN(None) if keep_all else policy),
-                read_only=read_only,
-                create=not read_only,
-                cleanup_tmp_directories=not read_only,
-            ),
-            item_names=_ITEMS,
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=(checkpoint_managers.LatestN(None) if keep_all else policy),
+            read_only=read_only,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
         )
+        with self._damage_named():
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, item_names=_ITEMS
+            )
 
     def set_aside_after(self, step: int) -> list[str]:
         """Renames every later checkpoint, so that the run can resume from `step`; loses nothing.
@@ -112,8 +115,24 @@ class Checkpoints:
         """
         later = [path for path in self._step_directories() if int(path.name) > step]
         names = [_set_aside(path, "set-aside").name for path in later]
-        self._manager.reload()
+        with self._damage_named():
+            self._manager.reload()
         return names
+
+    @contextlib.contextmanager
+    def _damage_named(self) -> Iterator[None]:
+        """Of what Orbax reads of every step, it forgives most damage, and raises for the rest."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            damaged = [path for path in self._step_directories() if not _has_sound_metadata(path)]
+            place = damaged[0] / _METADATA if damaged else self._directory
+            raise errors.UsageError(
+                f"{place}: damaged ({errors.one_line(error)}). Move the checkpoint of that step "
+                "away, or restore it from a copy."
+            ) from error
 
     def _set_incomplete_aside(self) -> None:
         """Orbax would count an empty step directory as the latest checkpoint.
@@ -362,8 +381,14 @@ def _drop_closed_loop(
 
 def _own_digest(record: Mapping[str, Any]) -> str:
     """sha256 of a meta record as JSON, its own digest left out."""
-    rest = {name: value for name, value in record.items() if name != "meta_sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return files.digest_of(record, but="meta_sha256")
+
+
+def _has_sound_metadata(path: pathlib.Path) -> bool:
+    try:
+        return files.read_object(path / _METADATA, "") is not None
+    except errors.QkjaxError:
+        return False
 
 
 def _is_complete(path: pathlib.Path) -> bool:

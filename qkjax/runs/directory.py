@@ -5,6 +5,7 @@ the file's name; they import no jax, so that reports start at once.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -30,6 +31,8 @@ _OTHER_STEP = "Restore the checkpoint from a copy, or give an earlier step."
 RESTORE = "Restore it from a copy, or use another --workdir."
 _ARRAYS = re.compile(r"step_(\d{8,})\.npz")
 _NONE = type(None)
+_FILES = "files"  # by name their sha256
+_FOLDERS = ("spectra", "validation")
 _SUMMARY: dict[str, files.Types] = {
     "arm": str,
     "seed": int,
@@ -39,6 +42,7 @@ _SUMMARY: dict[str, files.Types] = {
     "diverged": bool,
     "diverged_step": (int, _NONE),
 }
+_MORE_OF_SUMMARY: dict[str, files.Types] = {"epochs": float, "wall_seconds": float}
 _ENVIRONMENT: dict[str, files.Types] = {
     "dataset_fingerprint": str,
     "versions": dict,
@@ -361,16 +365,152 @@ class RunDirectory:
         summary = files.read_object(self.summary, RESTORE)
         if summary is not None:
             files.need(self.summary, "", summary, _SUMMARY, RESTORE)
+            more = {name: kind for name, kind in _MORE_OF_SUMMARY.items() if name in summary}
+            files.need(self.summary, "", summary, more, RESTORE)
             _check_numbers(self.summary, summary)
+            summary.pop(_FILES, None)  # `check_files` compares them
         return summary
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Marks the run as finished; the last file that a run writes.
 
+        It also holds the sha256 of every file that results are read from, and one of its own.
+
         Raises:
             StorageError: the disk is full or fails.
         """
-        files.write_json(self.summary, summary)
+        recorded = [path for path in (self.config, self.environment, self.metrics) if path.exists()]
+        digests = self._digests([*recorded, *self._arrays()])
+        files.write_sealed(self.summary, {**summary, _FILES: digests})
+
+    def summary_with(self, digests: Mapping[str, str]) -> bytes:
+        """summary.json with these sha256 of files, by name, in place of those that it lists.
+
+        Raises:
+            UsageError: a file is not the one that summary.json lists.
+            StorageError: the disk failed.
+        """
+        self.check_files()
+        summary = files.read_object(self.summary, RESTORE) or {}
+        listed = summary.get(_FILES, {})
+        changed = {name: sha256 for name, sha256 in digests.items() if name in listed}
+        if not changed:
+            return self.summary.read_bytes()
+        return files.sealed_bytes({**summary, _FILES: {**listed, **changed}})
+
+    def check_files(self) -> None:
+        """Refuses a run whose files are not those that it ended with.
+
+        Of a run without summary.json, what lies behind its latest checkpoint is compared; one of a
+        version that recorded no digests passes.
+
+        Raises:
+            UsageError: a file was edited, exchanged or lost; names it.
+            StorageError: the disk failed.
+        """
+        summary = files.read_object(self.summary, RESTORE)
+        if summary is None:
+            self.check_record(self._latest_meta())
+        elif _FILES in summary:
+            files.need(self.summary, "", summary, {_FILES: dict}, RESTORE)
+            self._compare(summary[_FILES], self.summary.name)
+
+    def _latest_meta(self) -> dict[str, Any]:
+        """What the latest checkpoint says of the run; {} where that cannot be read.
+
+        Whoever restores it, reads it through `qkjax.runs.checkpoint`, which refuses a damaged one.
+        """
+        steps = sorted(int(path.name) for path in self.checkpoints.glob("[0-9]*") if _is_step(path))
+        if not steps:
+            return {}
+        path = self.checkpoints / str(steps[-1]) / "meta" / "metadata"
+        with contextlib.suppress(errors.QkjaxError):
+            meta = files.read_object(path, RESTORE) or {}
+            if meta.get("meta_sha256") == files.digest_of(meta, but="meta_sha256"):
+                return meta
+        return {}
+
+    def _arrays(self, last: int | None = None) -> list[pathlib.Path]:
+        """The npz files of evaluations; of those after at most `last` updates where it is given."""
+        found = sorted(path for folder in _FOLDERS for path in (self.path / folder).glob("*.npz"))
+        if last is None:
+            return found
+        steps = {path: _ARRAYS.fullmatch(path.name) for path in found}
+        return [path for path, match in steps.items() if match and int(match[1]) <= last]
+
+    def _digests(self, paths: Sequence[pathlib.Path]) -> dict[str, str]:
+        found = {}
+        for path in paths:
+            try:
+                found[path.relative_to(self.path).as_posix()] = files.sha256(path)
+            except OSError as error:
+                raise files.storage_error(path, error) from error
+        return found
+
+    def _compare(self, recorded: Mapping[str, Any], where: str) -> None:
+        """Refuses files whose sha256 is not the recorded one."""
+        absent = [name for name in recorded if not (self.path / name).is_file()]
+        if absent:
+            raise errors.UsageError(
+                f"{self.path / absent[0]}: missing, {where} lists it. {RESTORE}"
+            )
+        for name, found in self._digests([self.path / name for name in recorded]).items():
+            if found != recorded[name]:
+                raise errors.UsageError(
+                    f"{self.path / name}: has sha256 {found[:12]}, but {where} says "
+                    f"{recorded[name]!r:.14}. {RESTORE}"
+                )
+
+    def record_up_to(self, step: int) -> dict[str, Any]:
+        """Digests of what is on the disk of updates up to `step`, the last row; for a checkpoint.
+
+        Returns:
+            "rows": how many stand before the last; "rows_sha256": of their lines; "row": the last,
+            which a resume may still complete by an evaluation; "files": of the arrays.
+        Raises:
+            UsageError: the last row of metrics.jsonl is damaged.
+            StorageError: the disk failed.
+        """
+        try:
+            lines = self.metrics.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise files.storage_error(self.metrics, error) from error
+        return {
+            "rows": len(lines) - 1,
+            "rows_sha256": hashlib.sha256(b"".join(lines[:-1])).hexdigest(),
+            "row": parse_row(f"{self.metrics}:{len(lines)}", lines[-1]),
+            _FILES: self._digests(self._arrays(step)),
+        }
+
+    def check_record(self, meta: Mapping[str, Any]) -> None:
+        """Refuses rows and arrays that were edited after the checkpoint of `meta` was saved.
+
+        Rows that are missing at the end of metrics.jsonl are none of its business: who resumes
+        warns of them. Checkpoints of versions without a record pass.
+
+        Raises:
+            UsageError: names the file.
+            StorageError: the disk failed.
+        """
+        record, step = meta.get("record"), meta.get("step")
+        if not record:
+            return
+        where = f"the checkpoint of step {step}"
+        self._compare(record[_FILES], where)
+        rows = read_rows(self.metrics) if self.metrics.exists() else []
+        rows = [(line, row) for line, row in rows if row["step"] <= step]
+        if not rows or rows[-1][1]["step"] != step:
+            return
+        before = hashlib.sha256(b"".join(line + b"\n" for line, _ in rows[:-1])).hexdigest()
+        last = rows[-1][1]
+        changed = [name for name, value in record["row"].items() if last.get(name) != value]
+        if len(rows) - 1 != record["rows"] or before != record["rows_sha256"] or changed:
+            which = f"the row of step {step}" if changed else f"rows before step {step}"
+            raise errors.UsageError(
+                f"{self.metrics}: {which} are not those that {where} was saved behind. {RESTORE}"
+            )
 
     def set_summary_aside(self, step: int) -> None:
         """Takes the mark of a finished run away; the summary stays as summary.step_<step>.json.
@@ -587,6 +727,10 @@ def parse_row(place: str, line: bytes) -> dict[str, Any]:
         raise files.damaged(place, f"step is {row['step']}", RESTORE)
     _check_numbers(place, row)
     return row
+
+
+def _is_step(path: pathlib.Path) -> bool:
+    return path.name.isdigit()
 
 
 def _is_torn(line: bytes) -> bool:

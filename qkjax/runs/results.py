@@ -133,6 +133,7 @@ def load_run(workdir: str | pathlib.Path) -> RunResult | str:
     has_final = final_name(LOSS) in summary and directory.validation(FINAL).exists()
     _check_numbers(directory, summary, rows, probes)
     losses = directory.read_validation(FINAL if has_final else probes[-1].step)
+    directory.check_files()  # last: what is known above has a better message
     return RunResult(
         arm=config.arm,
         seed=config.seed,

@@ -62,8 +62,10 @@ def measured_rates(workdir: pathlib.Path) -> dict[str, float]:
     tokens: collections.Counter[str] = collections.Counter()
     seconds: collections.Counter[str] = collections.Counter()
     for path in sorted(workdir.glob("*/*/*/summary.json")):
-        summary = RunDirectory(path.parent).read_summary()
-        if summary is not None and not summary["diverged"]:
+        directory = RunDirectory(path.parent)
+        summary = directory.read_summary()
+        directory.check_files()
+        if summary is not None and not summary["diverged"] and "wall_seconds" in summary:
             tokens[summary["arm"]] += summary["tokens"]
             seconds[summary["arm"]] += summary["wall_seconds"]
     return {arm: tokens[arm] / seconds[arm] for arm in tokens if seconds[arm] > 0}

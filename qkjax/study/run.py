@@ -101,7 +101,7 @@ def _settle_dataset(plan: Plan, directory: pathlib.Path) -> None:
     path = directory / "dataset.json"
     ours = {"name": dataset.manifest.name, "fingerprint": dataset.manifest.fingerprint}
     if not path.exists():
-        files.write_json(path, ours)
+        files.write_sealed(path, ours)
     theirs = study_files.read_object(path) or {}
     if theirs["fingerprint"] != ours["fingerprint"]:
         raise errors.UsageError(
@@ -313,7 +313,7 @@ class _Executor:
     def _note(self, step: Step, state: State) -> None:
         note = self.files.note(step)
         note.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(note, state._asdict())
+        files.write_sealed(note, state._asdict())
         self._settle(step, state)
 
     def _settle(self, step: Step, state: State, seconds: float | None = None) -> None:

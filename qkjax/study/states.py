@@ -271,7 +271,7 @@ def settle_plan(plan: Plan, workdir: pathlib.Path) -> None:
     if path.exists():
         check_plan(plan, workdir)
     else:
-        files.write_json(path, plan.to_dict())
+        files.write_sealed(path, plan.to_dict())
 
 
 def check_plan(plan: Plan, workdir: pathlib.Path) -> None:

@@ -130,7 +130,7 @@ def choose(plan: Plan, workdir: pathlib.Path, arm: str) -> dict[str, Any]:
         "fingerprint": plan.step(f"sweep/{arm}/choice").fingerprint,
     }
     with study_files.locked(workdir):
-        files.write_json(_path(workdir), {**recorded(workdir), arm: entry})
+        files.write_sealed(_path(workdir), {**recorded(workdir), arm: entry})
     if winner is None:
         raise errors.UsageError(
             f"sweep/{arm}: every learning rate diverged ({', '.join(f'{r:g}' for r in rates)}). "
@@ -141,7 +141,11 @@ def choose(plan: Plan, workdir: pathlib.Path, arm: str) -> dict[str, Any]:
 
 def recorded(workdir: pathlib.Path) -> dict[str, Any]:
     """sweep/learning_rates.json; empty where there is none yet."""
-    found = study_files.read_object(_path(workdir)) or {}
+    found = study_files.read_object(_path(workdir))
+    if found is None:
+        return {}
+    if not found:
+        raise study_files.damaged(_path(workdir), "it names no arm")
     for arm, entry in found.items():
         study_files.need(_path(workdir), arm, entry, _ENTRY)
     return found

@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from qkjax import errors
+from qkjax.runs.directory import RunDirectory
 from qkjax.study import states
 from qkjax.study.plan import TRAINING, Step
 from qkjax.study.plan_cost import duration
@@ -39,7 +41,11 @@ def print_status(files: states.StudyFiles) -> None:
         shown = state.status in (states.DONE, states.DIVERGED, states.RUNNING, states.UNFINISHED)
         glance = None
         if step.kind in TRAINING and shown and state.detail != "not needed":
-            glance = states.Watch(files.directory(step)).look()
+            try:
+                RunDirectory(files.directory(step)).check_files()
+                glance = states.Watch(files.directory(step)).look()
+            except errors.UsageError as error:
+                state = found[step] = states.State(states.REFUSED, str(error))
         rows.append((step, state, glance))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(_table(rows))

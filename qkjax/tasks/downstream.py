@@ -89,6 +89,7 @@ def run(request: Request, report: Callable[[str], None] = print) -> dict[str, An
             results[one.name] = result
             items += of_task
             report(scores.summary(result, is_sample=request.limit is not None))
+    lines = "".join(json.dumps(files.plain(item)) + "\n" for item in items)
     record = {
         "format_version": 1,
         "backend": backend,
@@ -99,12 +100,12 @@ def run(request: Request, report: Callable[[str], None] = print) -> dict[str, An
         "tasks": results,
         "bos": subject.bos,
         "tokens_computed": sum(result["tokens_computed"] for result in results.values()),
+        "items_sha256": hashlib.sha256(lines.encode()).hexdigest(),
         "versions": _versions(backend),
         "wall_seconds": time.monotonic() - started,
     }
-    lines = "".join(json.dumps(files.plain(item)) + "\n" for item in items)
     files.replace(request.out.with_suffix(_ITEMS_SUFFIX), lines.encode())
-    files.write_json(request.out, record)  # last: the mark of a whole result
+    files.write_sealed(request.out, record)  # last: the mark of a whole result
     report(str(request.out))
     return record
 

@@ -4,6 +4,7 @@ Without jax: the report uses it too.
 """
 
 import csv
+import hashlib
 import io
 import pathlib
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from qkjax import errors, files
 
 KINDS = ("top", "random")
 ALL = "all"  # every layer's keys are projected, instead of one layer's
+_SEAL = "table_sha256"
 TOLERANCE = 0.01  # nats of validation loss
 
 
@@ -64,13 +66,26 @@ def _used(rows: Sequence[Row]) -> list[Row]:
 
 
 def to_csv(rows: Sequence[Row]) -> bytes:
-    """The rows as a CSV file with a header; numbers keep their float32 digits."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Row._fields)
+    """The rows as a CSV file with a header; numbers keep their float32 digits.
+
+    The last column is the same in every row: the sha256 of the other columns, header and all.
+    """
+    plain = [list(Row._fields)]
     for row in rows:
-        writer.writerow([*row[:-2], f"{row.val_loss:.9g}", f"{row.delta:.6g}"])
-    return text.getvalue().encode()
+        cells = ["" if cell is None else str(cell) for cell in row[:-2]]
+        plain.append([*cells, f"{row.val_loss:.9g}", f"{row.delta:.6g}"])
+    digest = _digest(plain)
+    return _text([[*cells, digest if i else _SEAL] for i, cells in enumerate(plain)]).encode()
+
+
+def _text(lines: Sequence[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def _digest(lines: Sequence[Sequence[str]]) -> str:
+    return hashlib.sha256(_text(lines).encode()).hexdigest()
 
 
 def read_csv(path: pathlib.Path) -> list[Row]:
@@ -89,8 +104,14 @@ def read_csv(path: pathlib.Path) -> list[Row]:
         raise files.storage_error(path, error) from error
     except (ValueError, csv.Error) as error:
         raise files.damaged(path, errors.one_line(error), fix) from error
-    if len(lines) < 2 or lines[0] != list(Row._fields):
-        raise files.damaged(path, f"expected rows under {','.join(Row._fields)}", fix)
+    heads = [list(Row._fields), [*Row._fields, _SEAL]]  # earlier versions wrote no digest
+    if len(lines) < 2 or lines[0] not in heads:
+        raise files.damaged(path, f"expected rows under {','.join(heads[-1])}", fix)
+    if lines[0] == heads[-1]:
+        digest, found = _digest([cells[:-1] for cells in lines]), {c[-1] for c in lines[1:] if c}
+        if found != {digest}:
+            raise files.damaged(path, f"its rows are not those of their {_SEAL}", fix)
+        lines = [cells[:-1] for cells in lines]
     try:
         return [_row(line) for line in lines[1:]]
     except (ValueError, TypeError) as error:

@@ -166,7 +166,7 @@ class _Part:
         """Appends one row and writes all."""
         self.rows.append(row)
         rows = [each._asdict() for each in self.rows]
-        files.write_json(self.path, {"identity": self._identity, "rows": rows})
+        files.write_sealed(self.path, {"identity": self._identity, "rows": rows})
 
     def finish(self) -> None:
         """Makes the CSV of the rows; the part goes."""

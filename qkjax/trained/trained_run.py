@@ -87,6 +87,7 @@ def open_run(
             f"Give the directory of the run's own dataset as {data_flag}=DIR."
         )
     params, meta = _restore(directory, config, trained_on, step)
+    directory.check_files()
     return TrainedRun(
         workdir=workdir,
         config=config,

@@ -130,6 +130,8 @@ def load_study(workdir: str | pathlib.Path) -> Study:
             runs[arm, seed] = dataclasses.replace(result, functional_rank=rank)
     _check_comparable(list(runs.values()))
     rates = study_files.read_object(path / "sweep" / "learning_rates.json")
+    if rates is not None and not rates:
+        raise study_files.damaged(path / "sweep" / "learning_rates.json", "it names no arm")
     for arm, entry in (rates or {}).items():
         study_files.need(path / "sweep" / "learning_rates.json", arm, entry, _RATE_FIELDS)
     notes = [

@@ -1,5 +1,6 @@
 """Downstream results of a study: read, checked, and refused where they cannot be compared."""
 
+import hashlib
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -49,7 +50,10 @@ def read(folder: pathlib.Path, trained: Mapping[tuple[str, int], str]) -> Scores
         found.results[arm, seed] = result
         lines = file.with_suffix(".items.jsonl")
         if lines.exists():
-            found.items[arm, seed] = _read_items(lines)
+            found.items[arm, seed] = _read_items(lines, result.get("items_sha256"))
+        elif "items_sha256" in result:
+            note = f"{lines}: missing, so items are not compared; restore it from a copy"
+            found = found._replace(notes=(*found.notes, note))
     _check_alike(folder, found.results)
     return found
 
@@ -97,14 +101,23 @@ def _conditions(found: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         yield task, "bos", found["bos"]
 
 
-def _read_items(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The items of a downstream result, each with the fields of its task."""
+def _read_items(path: pathlib.Path, sha256: str | None) -> list[dict[str, Any]]:
+    """The items of a downstream result, each with the fields of its task.
+
+    Args:
+        sha256: of the file, as the result has it; None: an older result has none.
+    """
     try:
-        lines = path.read_text().splitlines()
+        data = path.read_bytes()
+        lines = data.decode().splitlines()
     except ValueError as error:
         raise study_files.damaged(path, str(error)) from error
     except OSError as error:
         raise files.storage_error(path, error) from error
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256:
+        result = path.name.replace(".items.jsonl", ".json")
+        raise study_files.damaged(path, f"sha256 {found[:12]}, {result} has {sha256!r:.14}")
     return [_read_item(path, number, line) for number, line in enumerate(lines, start=1)]
 
 

@@ -5,6 +5,7 @@ Unpacked over each other with `tar -xzf`, the archives of a study are that part 
 """
 
 import dataclasses
+import hashlib
 import io
 import pathlib
 import tarfile
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from qkjax import errors, files
+from qkjax.runs.directory import RunDirectory
 
 MEBIBYTE = 2**20
 # Of a study, and of every run; sizes are those of an 88M run: 3 MB, of which half is spectra.
@@ -149,7 +151,13 @@ def _archive(workdir: pathlib.Path, paths: Sequence[pathlib.Path]) -> bytes:
 
 
 def _content(path: pathlib.Path) -> bytes:
-    return _as_float16(path) if path.parent.name == "spectra" else path.read_bytes()
+    if path.parent.name == "spectra":
+        return _as_float16(path)
+    if path.name == "summary.json":  # it lists the sha256 of the spectra
+        spectra = {f"spectra/{p.name}": p for p in path.parent.glob("spectra/*.npz")}
+        digests = {name: hashlib.sha256(_as_float16(p)).hexdigest() for name, p in spectra.items()}
+        return RunDirectory(path.parent).summary_with(digests)
+    return path.read_bytes()
 
 
 def _as_float16(path: pathlib.Path) -> bytes:
