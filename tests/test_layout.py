@@ -21,7 +21,7 @@ STREET = (
     "model optimizer flops audit cli data __init__",
     "measures after_update train_step",
     "evaluation runs",
-    "train main trained export tasks study verdicts report commands",
+    "train main trained export tasks study verdicts report observatory commands",
 )
 PLACES = {
     room: (row, position)
@@ -44,6 +44,7 @@ LIGHT = (
     *(f"commands.{verb}" for verb in commands.VERBS),
     "data.check",
     "data.dataset",
+    "observatory.gallery",
     "report.figures",
     "report.report",
     "runs.directory",
@@ -58,9 +59,14 @@ ONLY_IN = {
     "flax": {"model"},
     "orbax": {"runs.checkpoint"},
     "clu": {"runs.tensorboard"},
-    "torch": {"export.verify", "tasks.stock_model"},
+    "torch": {
+        "export.verify",
+        "observatory.capture",
+        "observatory.loading",
+        "tasks.stock_model",
+    },
     "tensorflow": set(),
-    "transformers": {"export.verify"},
+    "transformers": {"export.verify", "observatory.capture", "observatory.loading"},
     "lm_eval": {"tasks.benchmarks", "tasks.stock_model", "tasks.scorer", "tasks.downstream"},
 }
 

@@ -22,6 +22,8 @@ VERBS = {
     "generate": "continue a text",
     "export": "write a run as a Hugging Face directory",
     "evaluate": "score HellaSwag and LAMBADA",
+    "measure": "measure the keys of a public model",
+    "gallery": "set models and runs side by side on one page",
     "audit": "sum the decay of gammas over a run or a public recipe",
     "determinism": "repeat and resume a run, and compare to the bit",
 }

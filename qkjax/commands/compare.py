@@ -2,7 +2,9 @@
 
 A CSV (run, arm, seed, step, tokens, layer, head, value, difference to the first run) and a figure
 of one measure, per layer and head, after equally many training tokens; and a figure of it over
-training. The runs must share dataset, validation tokens and shapes.
+training. The runs must share dataset, validation tokens and shapes. Directories of qkjax measure
+may stand among them: then each has its own text and shape, and the figure is of the share of
+head_dim against depth, with no differences.
 """
 
 import pathlib
@@ -69,10 +71,13 @@ def _compare(*workdirs: str) -> None:
     path = stem.with_suffix(".csv")
     files.replace(path, run_spectra.comparison_csv(compared).encode())
     print(path)  # before the figure, which needs matplotlib
-    drawn = {
-        stem: figures.comparison(compared, quantity),
-        stem.with_name(f"{stem.name}_trajectory"): figures.trajectories(runs, [quantity]),
-    }
+    if any(run.is_model for run in runs):
+        drawn = {stem: figures.beside(compared, quantity)}
+    else:
+        drawn = {
+            stem: figures.comparison(compared, quantity),
+            stem.with_name(f"{stem.name}_trajectory"): figures.trajectories(runs, [quantity]),
+        }
     for stem, figure in drawn.items():
         for path in drawing.save(figure, stem, formats):
             print(path)

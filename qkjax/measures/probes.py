@@ -40,9 +40,9 @@ QUERY_BLOCK = 256  # queries whose logits exist at one time
 # 0.8% wide. What lies outside 2^-20 .. 2^20 is counted in the outermost bins.
 _SPLIT_BITS = 7
 _LOWEST, _HIGHEST = -20, 20
-_NUM_BINS = (_HIGHEST - _LOWEST) << _SPLIT_BITS
-_DROPPED_BITS = 23 - _SPLIT_BITS  # of a float32's mantissa
-_FIRST_BIN = (127 + _LOWEST) << _SPLIT_BITS
+NUM_BINS = (_HIGHEST - _LOWEST) << _SPLIT_BITS
+DROPPED_BITS = 23 - _SPLIT_BITS  # of a float32's mantissa
+FIRST_BIN = (127 + _LOWEST) << _SPLIT_BITS
 _QUANTILE = 0.99
 
 Stream = spectral.Factor | moments.Moments
@@ -232,7 +232,7 @@ def norm_quantile(norms: Norms) -> jax.Array:
     """
     target = _QUANTILE * norms.count[..., None].astype(jnp.float32)
     reached = jnp.cumsum(norms.histogram, axis=-1).astype(jnp.float32)
-    bin_ = jnp.minimum((reached < target).sum(axis=-1, keepdims=True), _NUM_BINS - 1)
+    bin_ = jnp.minimum((reached < target).sum(axis=-1, keepdims=True), NUM_BINS - 1)
     inside = jnp.take_along_axis(norms.histogram, bin_, axis=-1).astype(jnp.float32)
     before = jnp.take_along_axis(reached, bin_, axis=-1) - inside
     share = (target - before) / jnp.maximum(inside, 1)
@@ -242,7 +242,7 @@ def norm_quantile(norms: Norms) -> jax.Array:
 
 
 def _edge(bin_: jax.Array) -> jax.Array:
-    bits = (bin_.astype(jnp.int32) + _FIRST_BIN) << _DROPPED_BITS
+    bits = (bin_.astype(jnp.int32) + FIRST_BIN) << DROPPED_BITS
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
@@ -254,15 +254,15 @@ def _norms(vectors_BTHK: jax.Array, valid_B: jax.Array) -> Norms:
     count = valid_B.sum(dtype=jnp.int32) * T
     norm_BTH = jnp.where(valid, norm_BTH, 0.0)
     mean = norm_BTH.sum(axis=(0, 1)) / jnp.maximum(count, 1).astype(jnp.float32)
-    bits = jax.lax.bitcast_convert_type(norm_BTH, jnp.int32) >> _DROPPED_BITS
-    bins = jnp.clip(bits - _FIRST_BIN, 0, _NUM_BINS - 1) + _NUM_BINS * jnp.arange(H)
+    bits = jax.lax.bitcast_convert_type(norm_BTH, jnp.int32) >> DROPPED_BITS
+    bins = jnp.clip(bits - FIRST_BIN, 0, NUM_BINS - 1) + NUM_BINS * jnp.arange(H)
     ones = jnp.broadcast_to(valid, bins.shape).astype(jnp.int32)
-    histogram = jnp.zeros(H * _NUM_BINS, jnp.int32).at[bins].add(ones)
+    histogram = jnp.zeros(H * NUM_BINS, jnp.int32).at[bins].add(ones)
     return Norms(
         jnp.broadcast_to(count, (H,)),
         mean,
         norm_BTH.max(axis=(0, 1)),
-        histogram.reshape(H, _NUM_BINS),
+        histogram.reshape(H, NUM_BINS),
     )
 
 
@@ -281,7 +281,7 @@ def _empty_norms(batch_shape: tuple[int, ...]) -> Norms:
         jnp.zeros(batch_shape, jnp.int32),
         jnp.zeros(batch_shape, jnp.float32),
         jnp.zeros(batch_shape, jnp.float32),
-        jnp.zeros((*batch_shape, _NUM_BINS), jnp.int32),
+        jnp.zeros((*batch_shape, NUM_BINS), jnp.int32),
     )
 
 

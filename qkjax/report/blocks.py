@@ -107,6 +107,7 @@ class Report:
     title: str
     subtitle: str
     sections: tuple[Section, ...]
+    made_by: str = "tools/make_report.py"
 
     @property
     def charts(self) -> list[Chart]:

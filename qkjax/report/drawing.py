@@ -145,8 +145,8 @@ def save(figure: "Figure", stem: pathlib.Path, formats: Sequence[str]) -> list[p
 
 
 def count(number: int) -> str:
-    """A number of tokens, short: 0, 980, 20k, 1.5M, 0.3B."""
-    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+    """A number of tokens, short: 0, 980, 20k, 1.5M, 0.3B, 11T."""
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return str(number)

@@ -69,7 +69,8 @@ def figures_of_run(
         if absent:
             notes.append(f"{run.workdir}: {', '.join(absent)} not recorded")
         if recorded:
-            figures[f"{measure}_{vectors}_trajectory"] = trajectories([run], quantities)
+            if run.ages_known:
+                figures[f"{measure}_{vectors}_trajectory"] = trajectories([run], quantities)
             figures[f"{measure}_{vectors}_heat_maps"] = heat_maps(run, quantities, steps)
             figures[f"{vectors}_singular_values"] = singular_value_curves(run, quantities)
     for name, quantities in _more(measure).items():
@@ -87,7 +88,8 @@ def figures_of_run(
         ("attention", attention_curves, ("max_logit", "entropy", "sink_mass")),
     ):
         if any(run.series(array) for array in arrays):
-            figures[name] = draw(run)
+            if run.ages_known:
+                figures[name] = draw(run)
             continue
         why = " (the arm has no QK-Norm)" if name == "gamma" and run.qk_norm == "none" else ""
         notes.append(f"{run.workdir}: {', '.join(arrays)} not recorded{why}; no figure {name}")
@@ -182,7 +184,7 @@ def singular_value_curves(run: RunSpectra, quantities: Sequence[Quantity]) -> "F
             hues = drawing.colours(len(evaluations))
             for evaluation, hue in zip(evaluations, hues, strict=True):
                 curve = _normalised(evaluation.arrays[shown.array][layer])
-                label = f"{drawing.count(evaluation.tokens)} tokens"
+                label = _age(run, evaluation)
                 (lines[label],) = axes.plot(
                     np.arange(1, len(curve) + 1), curve, color=hue, lw=1.2, label=label
                 )
@@ -319,7 +321,7 @@ def heat_maps(run: RunSpectra, quantities: Sequence[Quantity], steps: Sequence[i
     mesh = None
     for row, evaluation, cells in zip(panels, evaluations, values, strict=True):
         for axes, shown, value in zip(row, quantities, cells, strict=True):
-            axes.set_title(f"{shown.source}: {drawing.count(evaluation.tokens)} tokens")
+            axes.set_title(f"{shown.source}: {_age(run, evaluation)}")
             if value is None:
                 drawing.say_not_recorded(axes)
             else:
@@ -368,6 +370,33 @@ def comparison(compared: Sequence[Compared], shown: Quantity) -> "Figure":
     return figure
 
 
+@drawing.styled
+def beside(compared: Sequence[Compared], shown: Quantity) -> "Figure":
+    """Runs and public models in one panel: mean over heads against depth, 0 first and 1 last layer.
+
+    Counts of directions are drawn as a share of each one's head_dim: 64 directions of 256 are not
+    64 of 64.
+    """
+    figure = drawing.new_figure(5.6, 4.2)
+    axes = figure.subplots()
+    for i, each in enumerate(compared):
+        hue, marker = drawing.hue_and_marker(i)
+        mean = drawing.nanmean(each.values)
+        if shown.counts_directions:
+            mean = mean / each.run.head_dim
+        depth = np.arange(len(mean)) / max(len(mean) - 1, 1)
+        label = f"{_who(each.run)}, {_age(each.run, each.evaluation)}"
+        axes.plot(depth, mean, color=hue, marker=marker, label=label)
+    unit = shown.unit(compared[0].run.head_dim)
+    words = "share of head_dim" if shown.counts_directions else unit
+    axes.set(xlabel="depth (layer / last layer)", ylabel=f"{shown.title}\n({words})")
+    if shown.counts_directions:
+        axes.set_ylim(0, 1)
+    figure.legend(loc="outside lower center", ncols=1)
+    figure.suptitle(": ".join(filter(None, (shown.title, shown.source))))
+    return figure
+
+
 def _scale(shown: Quantity, head_dim: int, values: Sequence[np.ndarray]) -> tuple[float, float]:
     """One scale for all panels; counts of directions have the same one in every figure."""
     if shown.counts_directions:
@@ -377,7 +406,14 @@ def _scale(shown: Quantity, head_dim: int, values: Sequence[np.ndarray]) -> tupl
     return float(low), float(high) if high > low else float(low) + 1.0
 
 
+def _age(run: RunSpectra, evaluation: Evaluation) -> str:
+    """How long a run was trained before an evaluation."""
+    return f"{drawing.count(evaluation.tokens)} tokens" if run.ages_known else "as published"
+
+
 def _who(run: RunSpectra) -> str:
+    if run.is_model:
+        return f"{run.label} ({run.arm})"
     named = run.arm in run.label.split("/")
     return f"{run.label}, seed {run.seed}" if named else f"{run.label} ({run.arm}, seed {run.seed})"
 

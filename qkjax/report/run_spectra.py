@@ -1,11 +1,14 @@
-"""What the evaluations of runs measured: read from run directories, and compared."""
+"""What the evaluations of runs measured: read from run directories, and compared.
+
+A public model that `qkjax measure` has measured is read as a run is: it stands beside runs.
+"""
 
 import csv
 import io
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +23,7 @@ class Evaluation(NamedTuple):
     """One pass over the validation data."""
 
     step: int
-    tokens: int  # trained on before it
+    tokens: int  # trained on before it; 0 too where nobody says how many (RunSpectra.ages_known)
     arrays: dict[str, np.ndarray]  # of docs/run_directory.md
 
 
@@ -29,8 +32,8 @@ class RunSpectra(NamedTuple):
 
     label: str  # end of the path, as short as tells the runs of a figure apart
     workdir: pathlib.Path
-    arm: str
-    seed: int
+    arm: str  # of a public model its class
+    seed: int | None  # None: a public model
     qk_norm: str
     head_dim: int
     sequence_length: int
@@ -38,6 +41,12 @@ class RunSpectra(NamedTuple):
     evaluations: tuple[Evaluation, ...]
     notes: tuple[str, ...]  # what was left out, for people
     clips: np.ndarray  # [steps, 3] of QK-Clip: tokens, largest logit, heads clipped; else [0, 3]
+    ages_known: bool = True  # False: a public model, and nobody says how long it was trained
+
+    @property
+    def is_model(self) -> bool:
+        """Whether others have trained it."""
+        return self.seed is None
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -73,10 +82,11 @@ def load_run(workdir: str | pathlib.Path, label: str = "") -> RunSpectra:
         StorageError: the disk failed.
     """
     directory = RunDirectory(workdir)
-    config = directory.need_config()
+    model = directory.read_model()
+    config = directory.need_config() if model is None else None
     directory.check_files()
     rows = directory.read_metrics()
-    tokens = {row["step"]: row["tokens"] for row in rows if "tokens" in row}
+    tokens = {row["step"]: row["tokens"] or 0 for row in rows if "tokens" in row}
     evaluations, notes = [], []
     for step in directory.spectra_steps():
         if step not in tokens:  # the run trains, or was killed, between the two files
@@ -89,18 +99,12 @@ def load_run(workdir: str | pathlib.Path, label: str = "") -> RunSpectra:
             f"{directory.path / 'spectra'}: no evaluation in it, expected step_*.npz. "
             "Wait for the run's first evaluation."
         )
-    return RunSpectra(
-        label=label or directory.path.absolute().name,
-        workdir=directory.path,
-        arm=config.arm,
-        seed=config.seed,
-        qk_norm=config.model.qk_norm,
-        head_dim=config.model.head_dim,
-        sequence_length=config.model.sequence_length,
-        dataset_fingerprint=directory.need_environment()["dataset_fingerprint"],
-        evaluations=tuple(sorted(evaluations, key=lambda evaluation: evaluation.step)),
-        notes=tuple(notes),
-        clips=np.array(
+    facts: dict[str, Any] = {
+        "label": label or directory.path.absolute().name,
+        "workdir": directory.path,
+        "dataset_fingerprint": directory.need_environment()["dataset_fingerprint"],
+        "evaluations": tuple(sorted(evaluations, key=lambda evaluation: evaluation.step)),
+        "clips": np.array(
             [
                 (row["tokens"], *(math.nan if row[name] is None else row[name] for name in _CLIPS))
                 for row in rows
@@ -108,6 +112,30 @@ def load_run(workdir: str | pathlib.Path, label: str = "") -> RunSpectra:
             ],
             np.float64,
         ).reshape(-1, 3),
+    }
+    if config is not None:
+        return RunSpectra(
+            arm=config.arm,
+            seed=config.seed,
+            qk_norm=config.model.qk_norm,
+            head_dim=config.model.head_dim,
+            sequence_length=config.model.sequence_length,
+            notes=tuple(notes),
+            **facts,
+        )
+    assert model is not None
+    ages_known = all(row.get("tokens") is not None for row in rows)
+    if not ages_known:
+        notes.append(f"{directory.model}: names no training tokens; nothing is drawn over them")
+    return RunSpectra(
+        arm=model["class"],
+        seed=None,
+        qk_norm=model["qk_norm"],
+        head_dim=model["head_dim"],
+        sequence_length=model["text"]["sequence_length"],
+        notes=tuple(notes),
+        ages_known=ages_known,
+        **facts,
     )
 
 
@@ -146,6 +174,9 @@ def compare(
 ) -> list[Compared]:
     """Runs after equally many training tokens, with their differences to the first one.
 
+    A public model has its own text, age and shape: with one among them, each stands with its last
+    evaluation, and differences are NaN, which is no number.
+
     Args:
         step: an evaluation of the first run; None is the last one that every run has.
     Raises:
@@ -153,6 +184,8 @@ def compare(
             the evaluation or the quantity.
     """
     first = runs[0]
+    if any(run.is_model for run in runs):
+        return [_beside(run, quantity, step if run is first else None) for run in runs]
     for run in runs[1:]:
         if run.dataset_fingerprint != first.dataset_fingerprint:
             raise errors.UsageError(
@@ -162,16 +195,27 @@ def compare(
             )
     compared: list[Compared] = []
     for run, evaluation in zip(runs, _evaluations(runs, step), strict=True):
-        values = quantity.values(evaluation.arrays)
-        if values is None:
-            raise errors.UsageError(
-                f"{run.workdir}: step {evaluation.step} has not recorded {quantity.array}. "
-                f"Recorded: {', '.join(sorted(evaluation.arrays))}."
-            )
+        values = _recorded(run, evaluation, quantity)
         base = compared[0] if compared else Compared(run, evaluation, values, values)
         _check_comparable(base, run, evaluation, quantity.array)
         compared.append(Compared(run, evaluation, values, values - base.values))
     return compared
+
+
+def _recorded(run: RunSpectra, evaluation: Evaluation, quantity: Quantity) -> np.ndarray:
+    values = quantity.values(evaluation.arrays)
+    if values is None:
+        raise errors.UsageError(
+            f"{run.workdir}: step {evaluation.step} has not recorded {quantity.array}. "
+            f"Recorded: {', '.join(sorted(evaluation.arrays))}."
+        )
+    return values
+
+
+def _beside(run: RunSpectra, quantity: Quantity, step: int | None) -> Compared:
+    evaluation = run.evaluations[-1] if step is None else run.at(step)
+    values = _recorded(run, evaluation, quantity)
+    return Compared(run, evaluation, values, np.full_like(values, np.nan))
 
 
 def _check_comparable(base: Compared, run: RunSpectra, evaluation: Evaluation, array: str) -> None:
@@ -221,7 +265,8 @@ def comparison_csv(compared: Sequence[Compared]) -> str:
     for run, evaluation, values, difference in compared:
         for layer, head in np.ndindex(values.shape):
             cells = (_cell(float(values[layer, head])), _cell(float(difference[layer, head])))
-            run_is = (run.label, run.arm, run.seed, evaluation.step, evaluation.tokens)
+            tokens = evaluation.tokens if run.ages_known else ""
+            run_is = (run.label, run.arm, run.seed, evaluation.step, tokens)
             writer.writerow((*run_is, layer, head, *cells))
     return text.getvalue()
 

@@ -1,5 +1,8 @@
 """A run directory: the name of every file in it, and the one way to read or write each.
 
+A model that others have trained and `qkjax measure` has measured lies in the same files, with a
+model.json in the place of config.json.
+
 docs/run_directory.md describes the format. Readers return what they have checked, or refuse with
 the file's name; they import no jax, so that reports start at once.
 """
@@ -55,6 +58,29 @@ _ENVIRONMENT: dict[str, files.Types] = {
 }
 
 
+_MODEL: dict[str, files.Types] = {
+    "kind": str,
+    "format_version": int,
+    "name": str,
+    "class": str,
+    "qk_norm": str,
+    "num_layers": int,
+    "num_heads": int,
+    "num_kv_heads": int,
+    "head_dim": int,
+    "parameters": int,
+    "text": dict,
+    "revisions": list,
+}
+_REVISION: dict[str, files.Types] = {
+    "revision": str,
+    "step": int,
+    "tokens": (int, _NONE),
+    "params_sha256": str,
+}
+MODEL_KIND, MODEL_FORMAT = "model", 1
+
+
 class SequenceLosses(NamedTuple):
     """The losses of one evaluation, by validation sequence."""
 
@@ -73,6 +99,7 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
         self.config = self.path / "config.json"
+        self.model = self.path / "model.json"
         self.environment = self.path / "environment.json"
         self.parameters = self.path / "parameters.txt"
         self.metrics = self.path / "metrics.jsonl"
@@ -135,6 +162,36 @@ class RunDirectory:
                 "Give the --workdir of a run."
             )
         return config
+
+    def read_model(self) -> dict[str, Any] | None:
+        """model.json, what a measured model is; None where the directory is not one of a model.
+
+        Raises:
+            UsageError: the file is damaged, or of a newer version.
+            StorageError: the disk failed.
+        """
+        record = files.read_object(self.model, RESTORE)
+        if record is None:
+            return None
+        files.need(self.model, "", record, _MODEL, RESTORE)
+        found = (record["kind"], record["format_version"])
+        if found != (MODEL_KIND, MODEL_FORMAT):
+            raise errors.UsageError(
+                f"{self.model}: kind and format_version are {found}, expected "
+                f"{(MODEL_KIND, MODEL_FORMAT)}. Read it with the version of qkjax that wrote it."
+            )
+        files.need(self.model, "text", record["text"], {"sequence_length": int}, RESTORE)
+        for i, revision in enumerate(record["revisions"]):
+            files.need(self.model, f"revisions[{i}]", revision, _REVISION, RESTORE)
+        return record
+
+    def write_model(self, record: Mapping[str, Any]) -> None:
+        """Writes model.json, of `read_model`'s form; kind and format_version are added.
+
+        Raises:
+            StorageError: the disk is full or fails.
+        """
+        files.write_json(self.model, {"kind": MODEL_KIND, "format_version": MODEL_FORMAT, **record})
 
     def read_environment(self) -> dict[str, Any] | None:
         """What the run's starts ran on, as `write_environment` records it; None: no file yet.
@@ -354,6 +411,17 @@ class RunDirectory:
                 "Give a run directory."
             )
         return [row for _, row in read_rows(self.metrics)]
+
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replaces metrics.jsonl: a row with `step` for each, in ascending steps.
+
+        Of a measured model alone; a run appends with `writers.JsonlWriter`.
+
+        Raises:
+            StorageError: the disk is full or fails.
+        """
+        lines = [json.dumps(files.plain(row), allow_nan=False) + "\n" for row in rows]
+        files.replace(self.metrics, "".join(lines).encode())
 
     def read_summary(self) -> dict[str, Any] | None:
         """summary.json, the mark of a finished run; None where the run is not finished.
