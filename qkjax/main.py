@@ -37,6 +37,14 @@ _PRINT_CONFIG = flags.DEFINE_bool(
 )
 
 
+_INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    None,
+    "Start from the parameters of this Llama or Qwen3 directory, public or exported.",
+    flag_values=FLAGS,
+)
+
+
 def main() -> None:
     """Checks the command line, then trains; ends the process."""
     command_line.run(_train, FLAGS, __doc__, parse=config_flag.parse, exit_at_once=True)
@@ -58,12 +66,14 @@ def _train() -> None:
     dataset_lib.require_directory(config)
 
     from qkjax import train  # jax and all: only once the command line is known to be sound
+    from qkjax.export import hf
 
     train.train_and_evaluate(
         config,
         _WORKDIR.value,
         restore_step=_RESTORE_STEP.value,
         allow_config_change=tuple(_ALLOW_CONFIG_CHANGE.value),
+        origin=hf.read_origin(_INIT_FROM.value, config.model) if _INIT_FROM.value else None,
     )
 
 

@@ -36,6 +36,7 @@ def train_and_evaluate(
     *,
     restore_step: int | None = None,
     allow_config_change: tuple[str, ...] = (),
+    origin: checkpoint.Origin | None = None,
 ) -> dict[str, Any]:
     """Trains one arm in `workdir`, or resumes what an earlier call left.
 
@@ -44,6 +45,7 @@ def train_and_evaluate(
         workdir: the run directory (docs/run_directory.md).
         restore_step: resume from this checkpoint instead of the latest.
         allow_config_change: fields that may differ from the directory's config.json.
+        origin: what a new run starts from; None: random parameters of its seed.
     Returns:
         The summary, as summary.json holds it.
     Raises:
@@ -57,7 +59,7 @@ def train_and_evaluate(
     config = attention_check.settle(config.for_platform(platform), platform)
     with directory.lock(), signals.StopRequest() as stop:
         dataset = dataset_lib.open_dataset(config, directory.recorded_dataset())
-        run = _Run(config, directory, dataset, stop)
+        run = _Run(config, directory, dataset, stop, origin)
         changes = directory.config_changes(
             config, dataset.manifest.fingerprint, allow_config_change
         )
@@ -168,8 +170,10 @@ class _Run:
         directory: RunDirectory,
         dataset: dataset_lib.Dataset,
         stop: signals.StopRequest,
+        origin: checkpoint.Origin | None,
     ) -> None:
         self.config = config
+        self.origin = origin
         self.directory = directory
         self.dataset = dataset
         self.stop = stop
@@ -230,6 +234,8 @@ class _Run:
             self.directory.set_summary_aside(summary["step"])
         self.directory.record_config(self.config, fingerprint, changes)
         self.directory.write_environment(fingerprint)
+        if self.origin is not None:
+            self.directory.record_init_from(self.origin.name, self.origin.params_sha256)
         routes = optimizer.routing_table(model.parameter_shapes(self.config.model), self.config)
         table = optimizer.format_routing_table(routes)
         self.directory.write_parameters(table)
@@ -240,6 +246,8 @@ class _Run:
     ) -> checkpoint.Restored | None:
         """The checkpoint to resume from, verified; None where there is none. Changes nothing."""
         steps = self.checkpoints.steps()
+        if self.origin is not None:
+            self.directory.check_init_from(self.origin.params_sha256, bool(steps))
         if restore_step is not None and restore_step not in steps:
             raise errors.UsageError(
                 f"--restore_step: {self.directory} has no checkpoint of step {restore_step}. "
@@ -260,6 +268,8 @@ class _Run:
     def _start(self) -> train_step.TrainState:
         self.writer = writers.create_run_writer(self.directory.path, resume_step=-1)
         self.writer.write_hparams(flatten(self.config.to_dict()))
+        if self.origin is not None:
+            return train_step.state_of(self.origin.params, self.transformation, self.mesh)
         return train_step.init_state(
             initialisation_key(self.config.seed), self.config, self.transformation, self.mesh
         )

@@ -40,6 +40,17 @@ def init_state(
     return jax.jit(init, out_shardings=sharding.replicated(mesh))(key)
 
 
+def state_of(
+    params: model.Params, transformation: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state before the first update of given parameters, with a copy on each device."""
+    replicated = sharding.replicated(mesh)
+    params = jax.device_put(params, replicated)
+    opt_state = jax.jit(transformation.init, out_shardings=replicated)(params)
+    fresh = TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.ones((), bool))
+    return jax.device_put(fresh, replicated)
+
+
 def state_shapes(config: Config, transformation: optax.GradientTransformation) -> TrainState:
     """The tree of `init_state` as jax.ShapeDtypeStruct."""
     return jax.eval_shape(lambda: _init(jax.random.key(0), config, transformation))

@@ -725,3 +725,125 @@ def test_flags_are_refused_in_one_line(place, tmp_path):
         done = command(*flags)
         assert done.returncode == 2, (flags, done.stderr)
         assert done.stderr.startswith(f"ERROR: {text}") and done.stderr.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------
+# Public models of the same classes.
+
+
+def public(place: pathlib.Path, name: str, shards: str = "5GB", **fields) -> pathlib.Path:
+    """A random tied model as transformers saves it, another head_dim than the width's share."""
+    import torch
+    import transformers
+
+    values = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
+        **({"head_dim": 16} if name == "Qwen3" else {}),
+        **fields,
+    }
+    torch.manual_seed(0)
+    model_ = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**values)
+    )
+    for parameter in model_.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    model_.save_pretrained(place, max_shard_size=shards)
+    return place
+
+
+def forget(directory_: pathlib.Path, *names: str, **fields) -> None:
+    """Takes fields out of config.json, as older and shorter ones lack them, and sets others."""
+    path = directory_ / "config.json"
+    values = json.loads(path.read_text())
+    kept = {name: value for name, value in values.items() if name not in names}
+    path.write_text(json.dumps({**kept, **fields}))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3"])
+def test_a_public_model_computes_the_same_in_our_code(torch, name, tmp_path):
+    import jax
+    import transformers
+
+    place_ = public(tmp_path / "model", name, shards="20KB")
+    assert (place_ / hf.INDEX_FILE).is_file()  # in several files
+    tokens = np.random.default_rng(0).integers(0, 97, (2, 24))
+    stock = transformers.AutoModelForCausalLM.from_pretrained(place_).eval()
+    with torch.inference_mode():
+        expected = stock(input_ids=torch.tensor(tokens)).logits.numpy()
+    # As the models of transformers 4 say it, with nothing that they need not say.
+    gone = ["rope_parameters", "transformers_version", "head_dim", "attention_bias", "hidden_act"]
+    gone = [field for field in gone if (name, field) != ("Qwen3", "head_dim")]
+    forget(place_, *gone, "mlp_bias", "dtype", rope_theta=50_000.0, transformers_version="4.40.0")
+    config, params = hf.read_directory(place_)
+    assert (config.head_dim, config.rope_base) == (16 if name == "Qwen3" else 12, 50_000.0)
+    with jax.default_matmul_precision("highest"):
+        found = np.asarray(model.logits(params, tokens, config))
+    assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+
+
+def test_what_our_model_does_not_have_is_refused(torch, tmp_path):
+    place_ = public(tmp_path / "model", "Llama")
+    whole = (place_ / "config.json").read_text()
+    for fields, text in (
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False, expected True"),
+        ({"mlp_bias": True}, "mlp_bias is True, expected False"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "type 'llama3', expected"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "turns 0.5 of a head"),
+        ({"hidden_size": "48"}, "is no whole number"),
+    ):
+        forget(place_, **fields)
+        with pytest.raises(errors.UsageError, match=text):
+            hf.read_directory(place_)
+        (place_ / "config.json").write_text(whole)
+    forget(place_, "tie_word_embeddings")  # the class's default is an untied head
+    with pytest.raises(errors.UsageError, match="tie_word_embeddings is False"):
+        hf.read_directory(place_)
+    untied = public(tmp_path / "untied", "Llama", tie_word_embeddings=False)
+    forget(untied, tie_word_embeddings=True)
+    with pytest.raises(errors.UsageError, match="expected a tied head"):
+        hf.read_directory(untied)
+
+
+def test_another_model_than_the_config_is_refused_with_the_flags(place):
+    config_ = opened(place, "qwen3").config.model
+    origin = hf.read_origin(place / "exports" / "qwen3", config_)
+    assert (origin.name, len(origin.params_sha256)) == ("qwen3", 64)
+    wide = config_lib.ModelConfig(**{**config_.__dict__, "d_model": 64, "qk_norm": "none"})
+    with pytest.raises(errors.UsageError) as caught:
+        hf.read_origin(place / "exports" / "qwen3", wide)
+    assert "--config.model.d_model=32 --config.model.qk_norm=learned" in str(caught.value)
+    long = config_lib.ModelConfig(**{**config_.__dict__, "sequence_length": 4096})
+    with pytest.raises(errors.UsageError, match="its context is 32"):
+        hf.read_origin(place / "exports" / "qwen3", long)
+
+
+@pytest.mark.long
+def test_a_run_starts_from_a_directory(place, tmp_path):
+    dataset = place / "dataset"
+    config_ = small_run.make_config(
+        dataset, "muon", "none", model__num_kv_heads=2, model__num_heads=4, model__head_dim=8
+    )
+    origin = hf.read_origin(place / "exports" / "llama", config_.model)
+    workdir = tmp_path / "run"
+    train.train_and_evaluate(config_, workdir, origin=origin)
+    run = trained_run.open_run(workdir, step=0)
+    assert run.params_sha256 == origin.params_sha256
+    assert run.environment["init_from"] == {
+        "name": "llama",
+        "params_sha256": origin.params_sha256,
+    }
+    train.train_and_evaluate(config_, workdir)  # the same run, without the flag
+    other = origin._replace(params_sha256="0" * 64)
+    resumed = train.train_and_evaluate
+    with pytest.raises(errors.UsageError, match="started from"):
+        resumed(config_, workdir, origin=other, restore_step=0)

@@ -21,7 +21,7 @@ STREET = (
     "model optimizer flops audit cli data __init__",
     "measures after_update train_step",
     "evaluation runs",
-    "train main trained export tasks study verdicts report observatory commands",
+    "train trained export main tasks study verdicts report observatory commands",
 )
 PLACES = {
     room: (row, position)

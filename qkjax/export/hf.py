@@ -6,6 +6,7 @@ sqrt(d), so it is stored multiplied, and the final norm's gamma is divided by sq
 tied head has grown by as much.
 """
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
@@ -21,8 +22,10 @@ from qkjax.runs import checkpoint
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"  # of large models, in several files
 RECORD_FILE = "qkjax.json"  # which run it was; transformers does not look at it
 _EMBEDDING, _FINAL_NORM = "model.embed_tokens.weight", "model.norm.weight"
+_HEAD = "lm_head.weight"
 
 
 class _Stock(NamedTuple):
@@ -103,11 +106,32 @@ def config_json(config: ModelConfig, *, eos_id: int, dtype: str = "float32") -> 
     return values
 
 
+# What a config may leave out, by class: transformers' own defaults; head_dim and kv heads follow.
+_DEFAULTS: dict[str, Mapping[str, Any]] = {
+    "llama": {"hidden_act": "silu", "max_position_embeddings": 2048},
+    "qwen3": {"hidden_act": "silu", "max_position_embeddings": 32768, "head_dim": 128},
+    "arcee": {"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "apertus": {"hidden_act": "xielu", "max_position_embeddings": 65536, "rms_norm_eps": 1e-5},
+}
+_OF_ALL = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+# Present or not, it must be this: our model has no other form.
+_NEEDED: dict[str, Any] = {
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+}
+
+
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """The inverse of `config_json`. "frozen" comes back as "learned": both compute the same.
+    """The inverse of `config_json`, of public models too: absent fields are the class's defaults.
+
+    "frozen" comes back as "learned": both compute the same. Fields that change no number, such as
+    transformers_version, are ignored.
 
     Raises:
-        UsageError: not a config of the four classes as this project writes them.
+        UsageError: not one of the four classes, or one with what our model does not have: an
+            untied head, biases, windows, scaled RoPE.
     """
     found = [
         key for key, stock in _STOCK.items() if values.get("architectures") == [stock.architecture]
@@ -115,38 +139,70 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     if not found:
         raise errors.UsageError(
             f"{CONFIG_FILE}: architectures is {values.get('architectures')!r}, expected one of "
-            f"{[stock.architecture for stock in _STOCK.values()]}. Give an exported directory."
+            f"{[stock.architecture for stock in _STOCK.values()]}. Give such a directory."
         )
     ((mlp, normalised),) = found
+    model_type = _STOCK[found[0]].model_type
+    given = {name: value for name, value in values.items() if value is not None}
+    full: dict[str, Any] = {**_OF_ALL, **_DEFAULTS[model_type], **given}
+    needed = {**_NEEDED, "hidden_act": _HIDDEN_ACT[mlp]}
+    wrong = [
+        f"{name} is {full[name]!r}, expected {value!r}"
+        for name, value in needed.items()
+        if full.get(name, value) != value
+    ]
+    rope, rope_wrong = _rope(full)
+    wrong += rope_wrong
+    if wrong:
+        raise errors.UsageError(
+            f"{CONFIG_FILE}: not a model that this project's code computes: {'; '.join(wrong)}. "
+            "Give another; qkjax measure takes any decoder."
+        )
     try:
-        config = ModelConfig(
+        d_model, heads = _whole(full["hidden_size"]), _whole(full["num_attention_heads"])
+        return ModelConfig(
             qk_norm="learned" if normalised else "none",
             mlp=mlp,
-            num_layers=values["num_hidden_layers"],
-            d_model=values["hidden_size"],
-            num_heads=values["num_attention_heads"],
-            num_kv_heads=values["num_key_value_heads"],
-            head_dim=values["head_dim"],
-            d_ff=values["intermediate_size"],
-            vocab_size=values["vocab_size"],
-            sequence_length=values["max_position_embeddings"],
-            norm_eps=values["rms_norm_eps"],
-            rope_base=values["rope_parameters"]["rope_theta"],
+            num_layers=_whole(full["num_hidden_layers"]),
+            d_model=d_model,
+            num_heads=heads,
+            num_kv_heads=_whole(full.get("num_key_value_heads", heads)),
+            head_dim=_whole(full.get("head_dim", d_model // heads)),
+            d_ff=_whole(full["intermediate_size"]),
+            vocab_size=_whole(full["vocab_size"]),
+            sequence_length=_whole(full["max_position_embeddings"]),
+            norm_eps=float(full["rms_norm_eps"]),
+            rope_base=float(rope),
             dtype="float32",
             unroll=1,
             attention="auto",
         )
-        expected = config_json(config, eos_id=values["eos_token_id"], dtype=values["dtype"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise errors.UsageError(
-            f"{CONFIG_FILE}: lacks a field ({error!r}). Give a directory of `qkjax export`."
+            f"{CONFIG_FILE}: lacks a field ({error!r}). Give the config that came with the model."
         ) from error
-    if different := differences(expected, values):
-        raise errors.UsageError(
-            f"{CONFIG_FILE}: not a model of this project: {'; '.join(different)}. "
-            "Give a directory of `qkjax export`."
-        )
-    return config
+
+
+def _rope(values: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """The base of RoPE, and what is not plain about it."""
+    parameters = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or {}
+    base = parameters.get("rope_theta", values.get("rope_theta", 10_000.0))
+    wrong = []
+    for name, fields in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        kind = fields.get("rope_type", fields.get("type", "default"))
+        if kind != "default":
+            wrong.append(f"{name} is of type {kind!r}, expected 'default'")
+        share = fields.get("partial_rotary_factor", 1.0)
+        if share != 1.0:
+            wrong.append(f"{name} turns {share} of a head, expected all of it")
+    return base, wrong
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r} is no whole number above 0")
+    return value
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
@@ -297,7 +353,7 @@ def load_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     except (OSError, safetensors.SafetensorError, KeyError, TypeError) as error:
         raise errors.UsageError(
             f"{path}: not a readable safetensors file ({errors.one_line(error)}). "
-            "Export the run again."
+            "Export the run, or download the model, again."
         ) from error
 
 
@@ -317,16 +373,94 @@ def require_safetensors() -> None:
 
 
 def read_directory(directory: str | pathlib.Path) -> tuple[ModelConfig, model.Params]:
-    """The model of an exported directory, for `model.apply`: float32, numpy.
+    """The model of a directory for `model.apply`: float32, numpy.
+
+    An exported one, or a public model of the same classes, in one file of weights or several.
 
     Raises:
-        UsageError: a missing or damaged file, a foreign model, or tensors that do not fit.
+        UsageError: a missing or damaged file, a model that our code does not compute, or tensors
+            that do not fit.
     """
     directory = pathlib.Path(directory)
     path = directory / CONFIG_FILE
-    fix = "Give a directory of `qkjax export`."
+    fix = "Give a directory of `qkjax export`, or of a public Llama or Qwen3."
     values = files.read_object(path, fix)
     if values is None:
         raise errors.UsageError(f"{path}: missing, expected a model's config. {fix}")
     config = model_config(values)
-    return config, from_tensors(load_tensors(directory / WEIGHTS_FILE), config)
+    return config, from_tensors(_own_tensors(_all_tensors(directory)), config)
+
+
+# What the parameters of another model must agree in. A longer context is none of ours.
+_COMPARED = (
+    "num_layers",
+    "d_model",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "d_ff",
+    "vocab_size",
+    "mlp",
+    "qk_norm",
+    "norm_eps",
+    "rope_base",
+)
+
+
+def read_origin(directory: str | pathlib.Path, config: ModelConfig) -> checkpoint.Origin:
+    """The parameters of a directory, as what a run of `config` starts from.
+
+    Raises:
+        UsageError: as `read_directory`; or the model is another than the config's: names every
+            field, with the flags that set them.
+    """
+    found, params = read_directory(directory)
+    theirs = dataclasses.asdict(found)
+    different = [name for name in _COMPARED if theirs[name] != getattr(config, name)]
+    if different:
+        fields = ", ".join(
+            f"model.{name} is {getattr(config, name)}, expected {theirs[name]}"
+            for name in different
+        )
+        flags = " ".join(f"--config.model.{name}={theirs[name]}" for name in different)
+        raise errors.UsageError(f"--init_from={directory}: {fields}. Give {flags}.")
+    if config.sequence_length > found.sequence_length:
+        raise errors.UsageError(
+            f"--init_from={directory}: its context is {found.sequence_length}, and "
+            f"model.sequence_length is {config.sequence_length}. Use a dataset of shorter records."
+        )
+    name = pathlib.Path(directory).absolute().name  # where it lies says nothing of what it is
+    return checkpoint.Origin(name, params, checkpoint.digests(params)[1])
+
+
+def _all_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Of model.safetensors, or of every file that its index names."""
+    index = files.read_object(directory / INDEX_FILE, "Download it again.")
+    if index is None:
+        return load_tensors(directory / WEIGHTS_FILE)
+    places = index.get("weight_map")
+    files.need(directory / INDEX_FILE, "", index, {"weight_map": dict}, "Download it again.")
+    assert isinstance(places, dict)
+    tensors: dict[str, np.ndarray] = {}
+    for name in sorted(set(map(str, places.values()))):
+        tensors |= load_tensors(directory / pathlib.Path(name).name)
+    return tensors
+
+
+def _own_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without what public files repeat: the tied head, and tables of RoPE.
+
+    Raises:
+        UsageError: the head is not the embedding, so it is not tied.
+    """
+    head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
+    if head is not None and embedding is not None and not np.array_equal(head, embedding):
+        raise errors.UsageError(
+            f"{WEIGHTS_FILE}: {_HEAD} is not {_EMBEDDING}, expected a tied head. "
+            "Give another model; qkjax measure takes any decoder."
+        )
+    return {
+        name: value
+        for name, value in tensors.items()
+        if name != _HEAD and not name.endswith(".rotary_emb.inv_freq")
+    }

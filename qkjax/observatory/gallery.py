@@ -210,7 +210,7 @@ def _report(runs: Sequence[RunSpectra], rows: Sequence[Sequence[Row]]) -> Report
         "Keys of models and runs",
         f"{len(runs)} side by side, PR as a share of head_dim",
         tuple(sections),
-        made_by="tools/make_gallery.py",
+        made_by="qkjax gallery",
     )
 
 

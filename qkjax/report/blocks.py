@@ -107,7 +107,7 @@ class Report:
     title: str
     subtitle: str
     sections: tuple[Section, ...]
-    made_by: str = "tools/make_report.py"
+    made_by: str = "qkjax report"
 
     @property
     def charts(self) -> list[Chart]:

@@ -38,6 +38,14 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
+class Origin(NamedTuple):
+    """Parameters of another model that a run starts from."""
+
+    name: str
+    params: Any  # the tree of `model.init`, float32, numpy
+    params_sha256: str
+
+
 def leaf_names(tree: Any) -> list[str]:
     """The '/'-joined path of every leaf, in the order of jax.tree.leaves."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]

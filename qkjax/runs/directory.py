@@ -55,6 +55,7 @@ _ENVIRONMENT: dict[str, files.Types] = {
     "command": list,
     "starts": list,
     "allowed_config_changes": list,
+    "init_from": dict,
 }
 
 
@@ -326,7 +327,7 @@ class RunDirectory:
             for name, value in now.items()
             if name in always or record.get(name) != files.plain(value)
         }
-        kept = ("dataset_fingerprint", "allowed_config_changes", "starts")
+        kept = ("dataset_fingerprint", "init_from", "allowed_config_changes", "starts")
         files.write_json(
             self.environment,
             {
@@ -384,6 +385,34 @@ class RunDirectory:
                     f"checkpoint of step {meta['step']} has {meta['params_sha256'][:12]}. "
                     "Restore both from one copy of the run."
                 )
+
+    def check_init_from(self, params_sha256: str, started: bool) -> None:
+        """Refuses to resume a run under --init_from that started from something else.
+
+        Args:
+            params_sha256: of the parameters that the flag names.
+            started: whether the directory has a checkpoint.
+        Raises:
+            UsageError: the run started from other parameters, or environment.json is damaged.
+            StorageError: the disk failed.
+        """
+        recorded = ((self.read_environment() or {}).get("init_from") or {}).get("params_sha256")
+        if started and recorded != params_sha256:
+            found = str(recorded)[:12] if recorded else "random ones"
+            raise errors.UsageError(
+                f"--init_from: its parameters are {params_sha256[:12]}, but {self.path} started "
+                f"from {found}. Leave the flag out to resume, or use another --workdir."
+            )
+
+    def record_init_from(self, name: str, params_sha256: str) -> None:
+        """Records in environment.json what the run starts from.
+
+        Raises:
+            UsageError: environment.json is damaged.
+            StorageError: the disk failed.
+        """
+        origin = {"name": name, "params_sha256": params_sha256}
+        files.write_json(self.environment, {**(self.read_environment() or {}), "init_from": origin})
 
     def write_parameters(self, table: str) -> None:
         """Writes parameters.txt: which optimiser updates which parameter, for people.
