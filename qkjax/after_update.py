@@ -123,7 +123,9 @@ def max_logits(params: model.Params, tokens: jax.Array, config: Config, mesh: Me
         [layers, heads] float32; not finite where a logit is not.
     """
     with sharding.ambient(mesh):
-        _, found = model.apply_with_probe(params, tokens[:, :-1], config.model, _largest_by_head)
+        _, found = model.apply_with_probe(
+            params, tokens[:, :-1], config.model.on(sharding.platform(mesh)), _largest_by_head
+        )
     return found
 
 

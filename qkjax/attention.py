@@ -37,15 +37,6 @@ def apply_rotary(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def choose_implementation(wanted: str, platform: str, dtype: str) -> str:
-    """What "auto" stands for on a platform of jax.default_backend(); other names stay."""
-    if wanted != "auto":
-        return wanted
-    if platform == "cpu":
-        return "blocked"
-    return "cudnn" if platform == "gpu" and dtype == "bfloat16" else "xla"
-
-
 def causal_attention(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, implementation: str = "xla"
 ) -> jax.Array:

@@ -20,6 +20,8 @@ from qkjax import errors, presets
 
 # Raised with every change after which the same config no longer gives the same bits.
 NUMERICS_VERSION = 1
+# Deeper models keep their layer loop where model.unroll is 0.
+_MOST_UNROLLED = 24
 # More steps than these are kept as the rule that makes them, not one by one.
 _MOST_LISTED = 10_000
 
@@ -249,9 +251,36 @@ class ModelConfig:
     rope_base: float = option(10_000.0, ABOVE_0)
     # Of the computation; parameters are always float32. "auto" is settled by the platform.
     dtype: str = option("auto", OneOf(("auto", "float32", "bfloat16")))
-    # Layers per iteration of the layer loop.
-    unroll: int = option(1, ABOVE_0)
+    # Layers per iteration of the layer loop; 0 is settled by the platform.
+    unroll: int = option(0, FROM_0)
     attention: str = option("auto", OneOf(("auto", "cudnn", "blocked", "xla")))
+
+    def attention_on(self, platform: str) -> str:
+        """What attention "auto" stands for on a platform of jax's devices; other names stay."""
+        if self.attention != "auto":
+            return self.attention
+        if platform == "cpu":
+            return "blocked"
+        return "cudnn" if platform == "gpu" and self.dtype == "bfloat16" else "xla"
+
+    def on(self, platform: str) -> "ModelConfig":
+        """What the model computes with on this platform: attention and unroll are settled.
+
+        Args:
+            platform: of the devices: "cpu", "gpu" or "tpu". Dtypes are settled before, by
+                `Config.for_platform`.
+        """
+        return dataclasses.replace(
+            self, attention=self.attention_on(platform), unroll=self._unroll_on(platform)
+        )
+
+    def _unroll_on(self, platform: str) -> int:
+        if self.unroll:
+            return min(self.unroll, self.num_layers)
+        # A GPU stacks and unstacks what a loop's layers keep for the backward pass: 16% of a step
+        # of 22 layers (docs/performance.md). Deeper models would take minutes to compile.
+        is_worth_it = platform == "gpu" and self.num_layers <= _MOST_UNROLLED
+        return self.num_layers if is_worth_it else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,6 +442,14 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeterminismConfig:
+    """Promises of equal bits that cost time."""
+
+    # On GPUs: operations with one order of sums only. Without effect on other platforms.
+    gpu: bool = option(True, fixed=True, since="2026-11-28", absent=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class ProfileConfig:
     """Which updates are traced for TensorBoard and Perfetto."""
 
@@ -453,13 +490,19 @@ class Config:
     train: TrainConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
+    determinism: DeterminismConfig
     profile: ProfileConfig
     log: LogConfig
 
     def for_platform(self, platform: str) -> "Config":
-        """Replaces every dtype "auto": float32 on "cpu", bfloat16 on accelerators."""
+        """Replaces every dtype "auto" and unroll 0, which run directories record.
+
+        Dtypes become float32 on "cpu", bfloat16 on accelerators. Attention "auto" stays: a run may
+        be opened on another machine.
+        """
         auto = "float32" if platform == "cpu" else "bfloat16"
         model, muon = self.model, self.muon
+        model = dataclasses.replace(model, unroll=model.on(platform).unroll)
         if model.dtype == "auto":
             model = dataclasses.replace(model, dtype=auto)
         if muon.dtype == "auto":
@@ -482,7 +525,9 @@ class Config:
             for name, field in FIELDS.items()
             if not field.free and not (field.since and values[name] == field.absent)
         }
-        return {**kept, "recipe": presets.former_recipe(self.recipe)}
+        unroll = self.model.unroll or 1  # what stood for the platform's own before 0 did
+        former = {"recipe": presets.former_recipe(self.recipe), "model.unroll": unroll}
+        return {**kept, **former}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -583,6 +628,11 @@ def _as_kind(value: Any, kind: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def is_left_to_platform(name: str, value: Any) -> bool:
+    """Whether a field's value is one that `Config.for_platform` replaces, or the model's `on`."""
+    return value == "auto" or (name == "model.unroll" and value == 0)
+
+
 # --------------------------------------------------------------------------------------------
 # Stored configs.
 
@@ -596,7 +646,7 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     values = presets.with_present_recipe(values)
     for name, field in FIELDS.items():
         *section, leaf = name.split(".")
-        inside = values.get(section[0]) if section else values
+        inside = values.get(section[0], {}) if section else values
         if field.since and isinstance(inside, dict) and leaf not in inside:
             filled = {**inside, leaf: field.absent}
             values = {**values, section[0]: filled} if section else filled

@@ -34,7 +34,7 @@ LossStep = Callable[[model.Params, jax.Array, jax.Array], jax.Array]
 
 def empty_statistics(config: Config, mesh: Mesh) -> probes.Statistics:
     """The start of an evaluation: nothing seen; on every device of the mesh."""
-    empty = probes.empty_statistics(config, mesh.devices.flat[0].platform)
+    empty = probes.empty_statistics(config, sharding.platform(mesh))
     return jax.device_put(empty, sharding.replicated(mesh))
 
 
@@ -56,7 +56,9 @@ def make_eval_step(config: Config, mesh: Mesh) -> EvalStep:
             return probes.look(vectors, rows, exact)
 
         with sharding.ambient(mesh):
-            hidden, seen = model.apply_with_probe(params, tokens[:, :-1], config.model, probe)
+            hidden, seen = model.apply_with_probe(
+                params, tokens[:, :-1], config.model.on(sharding.platform(mesh)), probe
+            )
         return probes.merge(statistics, seen), _loss_sums(
             config, mesh, params, hidden, tokens, valid
         )
@@ -75,7 +77,7 @@ def make_loss_step(config: Config, mesh: Mesh) -> LossStep:
 
     def step(params: model.Params, tokens: jax.Array, valid: jax.Array) -> jax.Array:
         with sharding.ambient(mesh):
-            hidden = model.apply(params, tokens[:, :-1], config.model)
+            hidden = model.apply(params, tokens[:, :-1], config.model.on(sharding.platform(mesh)))
         return _loss_sums(config, mesh, params, hidden, tokens, valid)
 
     replicated, over_rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)

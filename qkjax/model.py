@@ -5,6 +5,7 @@ kernel is stored [in, out]. Parameter names are the contract that `optimizer.py`
 read: see `parameter_shapes`.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -62,7 +63,9 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
     A parameter's values depend on the key and on its own name alone, so the arms of a seed share
     the initial values of every tensor that they have in common.
     """
-    return _decoder(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    # Traced only, never computed: parameters depend on neither, and some trace on GPUs alone.
+    anywhere = dataclasses.replace(config, attention="xla", unroll=1)
+    return _decoder(anywhere).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def parameter_shapes(config: ModelConfig) -> Params:
@@ -71,7 +74,12 @@ def parameter_shapes(config: ModelConfig) -> Params:
 
 
 def apply(params: Params, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    """Final hidden states [B, T, D] in the compute dtype; logits are hidden @ embedding^T."""
+    """Final hidden states [B, T, D] in the compute dtype; logits are hidden @ embedding^T.
+
+    Args:
+        config: settled for the platform that computes, by `ModelConfig.on`; so in all functions
+            of this module but `init` and `parameter_shapes`.
+    """
     return _decoder(config).apply({"params": params}, tokens_BT)[0]
 
 
@@ -196,9 +204,7 @@ class _Attention(nn.Module):
         seen = vectors(dtype)
         attend = functools.partial(
             attention.causal_attention,
-            implementation=attention.choose_implementation(
-                c.attention, jax.default_backend(), c.dtype
-            ),
+            implementation=c.attention,
         )
         out_BTHK = sharding.per_device(attend)(
             seen.query_post_BTHK.astype(dtype), seen.key_post_BTGK.astype(dtype), seen.value_BTGK
@@ -263,7 +269,7 @@ class _Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
             length=c.num_layers,
-            unroll=min(c.unroll, c.num_layers),
+            unroll=c.unroll,
         )(c, self.probe, name="blocks")
         x_BTD, probed = blocks(x_BTD, rotary, projection)
         return _RMSNorm(c.norm_eps, name="final_norm")(x_BTD).astype(dtype), probed

@@ -1,7 +1,7 @@
 """The data-parallel mesh: one axis `data` over all devices; parameters on every device."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -12,9 +12,15 @@ from qkjax import errors
 DATA_AXIS = "data"
 
 
-def make_mesh() -> Mesh:
-    """A mesh of every device of every process along the axis `data`."""
-    return jax.make_mesh((jax.device_count(),), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of devices along the axis `data`; None: every device of every process."""
+    chosen = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(chosen),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
+
+
+def platform(mesh: Mesh) -> str:
+    """What its devices are: "cpu", "gpu" or "tpu"."""
+    return str(mesh.devices.flat[0].platform)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -63,6 +69,12 @@ def microbatches(mesh: Mesh, sequences_per_step: int, microbatch_sequences: int)
         UsageError: the devices cannot share the step, or a device's share the passes, evenly.
     """
     devices = mesh.size
+    if sequences_per_step < devices:
+        raise errors.UsageError(
+            f"train.tokens_per_step: {sequences_per_step} sequences a step for {devices} devices, "
+            f"each of which takes whole sequences. Use at most {sequences_per_step} devices "
+            f"(CUDA_VISIBLE_DEVICES), or steps of {devices} sequences."
+        )
     if sequences_per_step % devices:
         nearest = round_up_to_devices(mesh, sequences_per_step)
         raise errors.UsageError(

@@ -23,6 +23,7 @@ from qkjax import (
     sharding,
     train_step,
 )
+from qkjax.cli import startup
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import pipeline
@@ -56,6 +57,7 @@ def train_and_evaluate(
     """
     directory = RunDirectory.make(workdir)
     platform = jax.default_backend()
+    _check_determinism(config, platform)
     config = attention_check.settle(config.for_platform(platform), platform)
     with directory.lock(), signals.StopRequest() as stop:
         dataset = dataset_lib.open_dataset(config, directory.recorded_dataset())
@@ -72,6 +74,18 @@ def train_and_evaluate(
             return run.execute(restore_step, changes)
         except jax.errors.JaxRuntimeError as error:
             raise resources.explain(error, config, run.transformation) from error
+
+
+def _check_determinism(config: Config, platform: str) -> None:
+    """Refuses a GPU whose compiler was asked for something else than the config says."""
+    asked = bool(startup.gpu_determinism())
+    if platform == "gpu" and asked != config.determinism.gpu:
+        raise errors.UsageError(
+            f"determinism.gpu: {str(config.determinism.gpu).lower()}, but XLA_FLAGS asks for "
+            f"{'deterministic' if asked else 'other'} operations. Call qkjax.prepare_process() "
+            "before jax is imported, leave --xla_gpu_deterministic_ops out of XLA_FLAGS, or set "
+            f"determinism.gpu={str(asked).lower()}."
+        )
 
 
 class Programs(NamedTuple):

@@ -121,7 +121,7 @@ def _loss_and_gradients(
 
     def summed_loss(params: model.Params, tokens: jax.Array) -> jax.Array:
         with sharding.ambient(mesh):
-            hidden = model.apply(params, tokens[:, :-1], config.model)
+            hidden = model.apply(params, tokens[:, :-1], config.model.on(sharding.platform(mesh)))
         return losses.next_token_loss(
             hidden,
             params["embedding"],

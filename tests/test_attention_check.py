@@ -45,6 +45,18 @@ def test_auto_falls_back_loudly_and_a_named_cudnn_is_refused():
         attention_check.settle(make_config("cudnn"), "gpu", said.append)
 
 
+@pytest.mark.parametrize("scale", ["pilot", "full", "1b5"])
+def test_a_long_run_is_not_made_slower_unasked(scale):
+    given = dataclasses.replace(make_config("auto"), scale=scale)
+    with pytest.raises(errors.UsageError, match=r"does not work here .* 2\.5 times slower"):
+        attention_check.settle(given, "gpu", pytest.fail)
+    said = []
+    opened = attention_check.settle(given, "gpu", said.append, may_be_slow=True)
+    assert opened.model.attention == "xla" and said[0].startswith("WARNING: ")
+    asked = dataclasses.replace(make_config("xla"), scale=scale)
+    assert attention_check.settle(asked, "gpu", pytest.fail) is asked
+
+
 def test_other_numbers_are_a_fault(monkeypatch):
     pretend_cudnn(monkeypatch, 1.05)
     said = []

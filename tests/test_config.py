@@ -434,7 +434,7 @@ INVALID = {
     "model.norm_eps": 0.0,
     "model.rope_base": math.inf,
     "model.dtype": "float16",
-    "model.unroll": 0,
+    "model.unroll": -1,
     "model.attention": "flash",
     "optimizer.name": "sgd",
     "optimizer.learning_rate": 0.0,
@@ -490,7 +490,13 @@ def test_every_mistake_is_in_one_message():
     for field, value in INVALID.items():
         assert f"{field} is {value!r}, it must be " in message, field
     # Nothing but a path and truth values can be set without a check.
-    free = {"checkpoint.keep_all", "data.dir", "data.end_of_text", "muon.nesterov"}
+    free = {
+        "checkpoint.keep_all",
+        "data.dir",
+        "data.end_of_text",
+        "determinism.gpu",
+        "muon.nesterov",
+    }
     assert set(leaves(given)) - INVALID.keys() == free
 
 
@@ -635,6 +641,7 @@ LATER = {
     "optimizer.qk_clip": 0.0,
     "optimizer.qk_clip_sequences": 4,
     "muon.group_heads": 1,
+    "determinism.gpu": True,
 }
 
 
@@ -644,9 +651,14 @@ def test_fields_that_came_later_are_filled_in_and_enter_no_fingerprint():
     c = resolved("muon", "learned", "tiny")
     old = stored(**{name.replace(".", "__"): None for name in LATER})
     assert config_lib.from_dict(old) == c
+    del old["determinism"]  # a section of later fields alone
+    assert config_lib.from_dict(old) == c
     assert not LATER.keys() & c.fingerprinted().keys()
     changed = resolved("muon", "learned", "tiny", optimizer__gamma_learning_rate=0.01)
     assert changed.fingerprinted()["optimizer.gamma_learning_rate"] == 0.01
+    assert c.model.unroll == 0 and c.fingerprinted()["model.unroll"] == 1  # as before 0 was auto
+    unrolled = resolved("muon", "learned", "tiny", model__unroll=2)
+    assert unrolled.fingerprinted()["model.unroll"] == 2
 
 
 def test_the_control_decayed_of_before_has_a_name_of_its_own():

@@ -13,7 +13,7 @@ from qkjax import attention, flops, model
 from qkjax import config as config_lib
 
 SMALL = dataclasses.replace(
-    config_lib.resolve(config_lib.base("muon", "none", "tiny")).for_platform("cpu").model,
+    config_lib.resolve(config_lib.base("muon", "none", "tiny")).for_platform("cpu").model.on("cpu"),
     num_layers=2,
     d_model=48,
     num_heads=4,
@@ -247,15 +247,29 @@ def test_gradients_keep_linear_layers_and_attention_alone(implementation: str):
 
 
 def test_attention_is_chosen_by_platform_and_refused_by_name():
-    choose = attention.choose_implementation
-    assert choose("auto", "cpu", "float32") == "blocked"
-    assert choose("auto", "gpu", "bfloat16") == "cudnn"
-    assert choose("auto", "gpu", "float32") == "xla"  # cuDNN's kernels have none
-    assert choose("auto", "tpu", "bfloat16") == "xla"
-    assert choose("blocked", "tpu", "bfloat16") == "blocked"
+    def chosen(wanted: str, platform: str, dtype: str) -> str:
+        return small(attention=wanted, dtype=dtype).on(platform).attention
+
+    assert chosen("auto", "cpu", "float32") == "blocked"
+    assert chosen("auto", "gpu", "bfloat16") == "cudnn"
+    assert chosen("auto", "gpu", "float32") == "xla"  # cuDNN's kernels have none
+    assert chosen("auto", "tpu", "bfloat16") == "xla"
+    assert chosen("blocked", "tpu", "bfloat16") == "blocked"
     q, k, v, _ = attention_inputs(2, 1, 1)
-    with pytest.raises(ValueError, match="'flash' is unknown"):
-        attention.causal_attention(q, k, v, implementation="flash")
+    for name in ("flash", "auto"):  # what the model computes with is settled before
+        with pytest.raises(ValueError, match=f"'{name}' is unknown"):
+            attention.causal_attention(q, k, v, implementation=name)
+
+
+def test_unroll_is_chosen_by_platform_and_kept_by_number():
+    def chosen(unroll: int, platform: str, num_layers: int = 22) -> int:
+        return small(unroll=unroll, num_layers=num_layers).on(platform).unroll
+
+    assert chosen(0, "cpu") == chosen(0, "tpu") == 1
+    assert chosen(0, "gpu") == 22
+    assert chosen(0, "gpu", num_layers=32) == 1  # minutes of compilation
+    assert chosen(4, "gpu") == chosen(4, "cpu") == 4
+    assert chosen(99, "cpu") == 22
 
 
 def test_arms_of_a_seed_share_initial_values():

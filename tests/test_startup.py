@@ -112,8 +112,29 @@ def test_an_accelerator_gets_no_cpu_flag_and_the_users_values_stay(bare):
     bare.setenv("JAX_PLATFORMS", "cuda")
     bare.setenv("OPENBLAS_NUM_THREADS", "3")
     startup.prepare_process()
-    assert "XLA_FLAGS" not in os.environ
+    assert YNN not in os.environ["XLA_FLAGS"]
     assert os.environ["OPENBLAS_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("platforms", "given", "asked"),
+    [
+        ("cuda", "", True),
+        ("cuda", "--a=1", True),
+        ("gpu,cpu", "", True),
+        ("cuda", "--xla_gpu_deterministic_ops=false", False),  # the user's own
+        ("cpu", "", None),
+        ("tpu", "", None),
+    ],
+)
+def test_gpus_are_asked_for_one_order_of_sums(bare, platforms, given, asked):
+    bare.setenv("JAX_PLATFORMS", platforms)
+    bare.setenv("XLA_FLAGS", given)
+    startup.prepare_process()
+    assert startup.gpu_determinism() is asked
+    assert given in os.environ["XLA_FLAGS"]
+    startup.allow_gpu_nondeterminism()
+    assert startup.gpu_determinism() is (None if asked is None else False)
 
 
 @has_ynn

@@ -16,6 +16,8 @@ _YNN_VERSIONS = ("0.10.2", "0.11.0")
 # Options of glibc's mallopt (malloc.h): never give memory back, never map a block of its own, one
 # arena for all threads.
 _KEEP_MEMORY = ((-1, 2**31 - 1), (-4, 0), (-8, 1))  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX
+# One order of sums on GPUs: scatters sort, cuDNN's backward pass waits, nothing is autotuned.
+_DETERMINISTIC = "--xla_gpu_deterministic_ops"
 # What jax needs to use a kind of accelerator: one of these packages, and one of these files.
 _CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 _NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # the last one under WSL
@@ -38,9 +40,29 @@ def prepare_process() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(places.cache() / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     if _is_cpu_only() and importlib.metadata.version("jaxlib") in _YNN_VERSIONS:
-        present = os.environ.get("XLA_FLAGS", "")
-        if _YNN_OFF not in present:  # other versions would abort on the unknown flag
-            os.environ["XLA_FLAGS"] = f"{present} {_YNN_OFF}".strip()
+        if _YNN_OFF not in os.environ.get("XLA_FLAGS", ""):
+            _add_flag(_YNN_OFF)  # other versions would abort on the unknown flag
+
+    if _is_gpu() and gpu_determinism() is None:
+        _add_flag(f"{_DETERMINISTIC}=true")
+
+
+def gpu_determinism() -> bool | None:
+    """Whether XLA_FLAGS asks for deterministic operations on GPUs; None: it does not say."""
+    given = [f for f in os.environ.get("XLA_FLAGS", "").split() if f.startswith(_DETERMINISTIC)]
+    if not given:
+        return None
+    return given[-1].partition("=")[2].lower() not in ("false", "0")
+
+
+def allow_gpu_nondeterminism() -> None:
+    """Takes back what `prepare_process` asks of GPUs; before jax looks for devices."""
+    if _is_gpu():
+        _add_flag(f"{_DETERMINISTIC}=false")
+
+
+def _add_flag(flag: str) -> None:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def keep_freed_memory() -> None:
@@ -79,11 +101,22 @@ def _is_cpu_only() -> bool:
     return wanted == "cpu" or not (wanted or _has_accelerator())
 
 
+def _is_gpu() -> bool:
+    """Whether jax will compute on NVIDIA GPUs: asked for, or one with its plugin."""
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    return wanted.startswith(("cuda", "gpu")) or (not wanted and _has_gpu())
+
+
+def _has_gpu() -> bool:
+    return any(os.path.exists(path) for path in _NVIDIA_DEVICES) and _has_package(_CUDA)
+
+
 def _has_accelerator() -> bool:
-    if any(os.path.exists(path) for path in _NVIDIA_DEVICES) and _has_package(_CUDA):
-        return True
-    return _has_package(_TPU) and any(
-        pathlib.Path(path).read_text().strip() == _GOOGLE for path in glob.glob(_PCI_VENDORS)
+    return _has_gpu() or (
+        _has_package(_TPU)
+        and any(
+            pathlib.Path(path).read_text().strip() == _GOOGLE for path in glob.glob(_PCI_VENDORS)
+        )
     )
 
 

@@ -336,7 +336,9 @@ class _Ours:
     """The run's model in float32, which cuDNN does not take."""
 
     def __init__(self, run: TrainedRun) -> None:
-        config = dataclasses.replace(run.config.model, dtype="float32", attention="auto")
+        config = dataclasses.replace(
+            run.config.model, dtype="float32", attention="auto", unroll=0
+        ).on(jax.default_backend())
         self._params = jax.device_put(run.params)
 
         def logits(params: model.Params, tokens_T: jax.Array, scale: jax.Array) -> jax.Array:

@@ -13,17 +13,28 @@ from qkjax.config import Config, ModelConfig
 _TOLERANCE = 2e-2  # of bfloat16, relative to the largest value
 
 
-def settle(config: Config, platform: str, report: Callable[[str], None] = print) -> Config:
+# Hours on accelerators: XLA's attention would take 2.5 times as many.
+_LONG = ("pilot", "full", "1b5")
+
+
+def settle(
+    config: Config,
+    platform: str,
+    report: Callable[[str], None] = print,
+    *,
+    may_be_slow: bool = False,
+) -> Config:
     """The config, with model.attention "xla" where "auto" means cuDNN and cuDNN does not work.
 
     Args:
         platform: of jax.default_backend().
         report: called with a warning in that case.
+        may_be_slow: fall back at every scale; runs from pilot on are refused otherwise.
     Raises:
-        UsageError: model.attention asks for cuDNN by name.
+        UsageError: model.attention asks for cuDNN by name, or the run is a long one.
     """
     wanted = config.model.attention
-    if attention.choose_implementation(wanted, platform, config.model.dtype) != "cudnn":
+    if config.model.attention_on(platform) != "cudnn":
         return config
     fault = _fault(config.model)
     if fault is None:
@@ -32,6 +43,12 @@ def settle(config: Config, platform: str, report: Callable[[str], None] = print)
         raise errors.UsageError(
             f"model.attention: cudnn does not work here ({fault}). Use model.attention=xla, or "
             "auto, which falls back to it."
+        )
+    if config.scale in _LONG and not may_be_slow:
+        raise errors.UsageError(
+            f"model.attention: cuDNN's fused attention does not work here ({fault}), and XLA's "
+            f"would make this {config.scale} run 2.5 times slower. Install a cuDNN that works, "
+            "or ask for it with model.attention=xla."
         )
     report(
         f"WARNING: cuDNN's fused attention does not work here ({fault}). This run uses XLA's, "

@@ -203,13 +203,14 @@ def _check_config(
     """Refuses a run directory that another plan has made.
 
     Raises:
-        UsageError: lists the fields that differ. "auto" of the plan is what the run took.
+        UsageError: lists the fields that differ. What the plan leaves to the platform may be any.
     """
     ours, theirs = plan_arms.identity(planned), plan_arms.identity(found)
     differences = [
         f"{field} is {theirs.get(field)}, planned {ours.get(field)}"
         for field in dict.fromkeys((*ours, *theirs))
-        if ours.get(field) != theirs.get(field) and ours.get(field) != "auto"
+        if ours.get(field) != theirs.get(field)
+        and not config_lib.is_left_to_platform(field, ours.get(field))
     ]
     if differences:
         raise errors.UsageError(

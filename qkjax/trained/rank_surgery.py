@@ -246,6 +246,7 @@ class _Passes:
         stage: str,
     ) -> None:
         self._config = config
+        self._model = config.model.on(jax.default_backend())
         self._stage = stage
         self._mesh = sharding.make_mesh()
         self._replicated = sharding.replicated(self._mesh)
@@ -301,7 +302,7 @@ class _Passes:
 
         inputs_BT = batch.tokens[:, :-1]
         with sharding.ambient(self._mesh):
-            hidden, seen = model.apply_with_probe(params, inputs_BT, self._config.model, keys)
+            hidden, seen = model.apply_with_probe(params, inputs_BT, self._model, keys)
         seen = seen._replace(count=jnp.where(batch.valid[None, :, None], seen.count, 0))
         by_sequence = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), seen)
         merged = spectral.merge(factor, spectral.merge_leading_axis(by_sequence))
@@ -312,7 +313,7 @@ class _Passes:
     ) -> jax.Array:
         with sharding.ambient(self._mesh):
             hidden = model.apply_with_key_projection(
-                params, batch.tokens[:, :-1], self._config.model, matrices, shifts, self._stage
+                params, batch.tokens[:, :-1], self._model, matrices, shifts, self._stage
             )
         return self._loss_sums(params, hidden, batch)
 
@@ -332,11 +333,11 @@ class _Passes:
 
 
 def _here(config: Config) -> Config:
-    """The run's config with attention for this machine, which need not have the run's cuDNN."""
-    if config.model.attention == "cudnn":
-        model_config = dataclasses.replace(config.model, attention="auto")
-        config = dataclasses.replace(config, model=model_config)
-    return attention_check.settle(config, jax.default_backend())
+    """The run's config with attention and unroll for this machine, which need not be the run's."""
+    attention = "auto" if config.model.attention == "cudnn" else config.model.attention
+    model_config = dataclasses.replace(config.model, attention=attention, unroll=0)
+    config = dataclasses.replace(config, model=model_config)
+    return attention_check.settle(config, jax.default_backend(), may_be_slow=True)
 
 
 def _check(request: Request, config: Config) -> tuple[list[int], list[str], int]:

@@ -132,6 +132,5 @@ def _restore(
             )
         meta = checkpoints.meta(step)
         directory.check_checkpoint(meta, config, trained_on)
-        # Shapes come from tracing the model, and cuDNN's attention is traced on its GPUs only.
-        shapes = model.parameter_shapes(dataclasses.replace(config.model, attention="xla"))
+        shapes = model.parameter_shapes(config.model)
         return checkpoints.restore_params(step, shapes), meta
