@@ -1,24 +1,13 @@
-"""Floating-point work per token, and what the chips can do: the two halves of MFU."""
+"""Floating-point work per token, and the peaks of devices: the two halves of MFU."""
 
+from qkjax import chips
 from qkjax.config import ModelConfig
-
-# Dense bfloat16 peaks from the makers' datasheets, FLOP/s, by jax's `device_kind`.
-_PEAKS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 peak of one device in FLOP/s; None where it is not known (CPUs)."""
-    return _PEAKS.get(device_kind)
+    chip = chips.of_kind(device_kind)
+    return None if chip is None else chip.bfloat16
 
 
 def num_parameters(config: ModelConfig) -> int:

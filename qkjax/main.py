@@ -7,9 +7,10 @@ import json
 
 from absl import flags
 
-from qkjax import errors
-from qkjax.cli import command_line, config_flag
+from qkjax import chips, errors
+from qkjax.cli import command_line, config_flag, startup
 from qkjax.config import Config
+from qkjax.targets import estimate, target
 
 FLAGS = flags.FlagValues()
 _CONFIG = config_flag.define(FLAGS)
@@ -32,6 +33,19 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_list(
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Show what the run would cost; write nothing.", flag_values=FLAGS
 )
+_AOT = flags.DEFINE_string(
+    "aot",
+    None,
+    "With --dry_run: compile for this target, which need not be here: h100:8, a100, v5e:2x4.",
+    flag_values=FLAGS,
+)
+_PRICE = flags.DEFINE_float(
+    "price_per_hour",
+    None,
+    "With --aot: of one device, for the cost of the run.",
+    lower_bound=0,
+    flag_values=FLAGS,
+)
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config", False, "Show the checked config as JSON.", flag_values=FLAGS
 )
@@ -52,12 +66,16 @@ def main() -> None:
 
 def _train() -> None:
     config = config_flag.read(_CONFIG)
+    if not config.determinism.gpu:
+        startup.allow_gpu_nondeterminism()
     if _PRINT_CONFIG.value:
         print(json.dumps(config.to_dict(), indent=2))
         return
     if _DRY_RUN.value:
-        _show_costs(config)
+        _show_costs(config, None if _AOT.value is None else target.parse(_AOT.value))
         return
+    if _AOT.value is not None:
+        raise errors.UsageError("--aot: it compiles and trains nothing. Add --dry_run.")
     if not _WORKDIR.value:
         raise errors.UsageError("--workdir: missing. Name the run directory, --workdir=runs/NAME.")
 
@@ -77,7 +95,9 @@ def _train() -> None:
     )
 
 
-def _show_costs(config: Config) -> None:
+def _show_costs(config: Config, aim: target.Target | None) -> None:
+    found = None if aim is None else estimate.make(config, aim)
+
     import jax
 
     from qkjax import model, optimizer, sharding
@@ -87,13 +107,15 @@ def _show_costs(config: Config) -> None:
     config = attention_check.settle(config.for_platform(platform), platform)
     shapes = model.parameter_shapes(config.model)
     transformation = optimizer.make_optimizer(config, shapes)
+    mesh = sharding.make_mesh()
     try:
-        costs = resources.describe(config, transformation, sharding.make_mesh())
+        costs = resources.describe(config, transformation, mesh if found is None else None)
     except jax.errors.JaxRuntimeError as error:
         raise resources.explain(error, config, transformation) from error
     print(json.dumps(config.to_dict(), indent=2))
     print(optimizer.format_routing_table(optimizer.routing_table(shapes, config)))
     memory = costs["memory_bytes"]
+    here = "unknown" if memory is None else f"{memory / 1e9:.2f} GB"
     print(
         f"arm             {config.arm}\n"
         f"parameters      {costs['parameters']:,}\n"
@@ -101,9 +123,13 @@ def _show_costs(config: Config) -> None:
         f"steps           {costs['steps']:,} of {costs['tokens_per_step']:,} tokens\n"
         f"evaluations     {costs['evaluations']}\n"
         f"training        {costs['training_flop'] / 1e15:,.4g} PFLOP (PaLM convention)\n"
-        f"device memory   {'unknown' if memory is None else f'{memory / 1e9:.2f} GB'} a device\n"
-        f"disk            {costs['disk_bytes'] / 1e9:.2f} GB of checkpoints"
+        + (f"device memory   {here} a device\n" if found is None else "")
+        + f"disk            {costs['disk_bytes'] / 1e9:.2f} GB of checkpoints"
     )
+    if found is None:
+        print("\n".join(["", *chips.hours_table(costs["training_flop"])]))
+    else:
+        print(f"\n{estimate.describe(found, _PRICE.value)}")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # from rooms left of it in its own row; inside a wing there is no circle.
 STREET = (
     "errors muon attention losses",
-    "files presets sharding",
+    "files presets sharding chips",
     "config",
     "model optimizer flops audit cli data __init__",
     "measures after_update train_step",
     "evaluation runs",
-    "train trained export main tasks study verdicts report observatory commands",
+    "train targets trained export main tasks study verdicts report observatory commands",
 )
 PLACES = {
     room: (row, position)
@@ -50,6 +50,7 @@ LIGHT = (
     "runs.directory",
     "study.plan_cost",
     "study.run",
+    "targets.estimate",
     "verdicts.judge",
     "verdicts.results",
     "verdicts.statistics",

@@ -16,6 +16,7 @@ from absl import flags
 from qkjax import errors
 from qkjax.cli import command_line, config_flag
 from qkjax.study import plan, plan_cost, run, states, table
+from qkjax.targets import target
 from qkjax.verdicts import power, results
 
 FLAGS = flags.FlagValues()
@@ -56,6 +57,19 @@ _RATE = flags.DEFINE_float(
     lower_bound=1e-9,
     flag_values=FLAGS,
 )
+_AOT = flags.DEFINE_string(
+    "aot",
+    None,
+    "With --dry_run: compile the arms for this target, which need not be here: h100:8, v5e:2x4.",
+    flag_values=FLAGS,
+)
+_PRICE = flags.DEFINE_float(
+    "price_per_hour",
+    None,
+    "With --aot: of one device, for the cost of the study.",
+    lower_bound=0,
+    flag_values=FLAGS,
+)
 _POWER_FROM = flags.DEFINE_string(
     "power_from",
     None,
@@ -75,15 +89,25 @@ def main() -> None:
     command_line.run(_study, FLAGS, __doc__, parse=config_flag.parse)
 
 
+def _costs(study: plan.Plan, workdir: pathlib.Path | None) -> str:
+    if _AOT.value is not None:
+        aim = target.parse(_AOT.value)
+        return plan_cost.describe(study, plan_cost.rates_on(study, aim), aim, _PRICE.value)
+    if _RATE.value:
+        return plan_cost.describe(study, {"": _RATE.value})
+    return plan_cost.describe(study, {} if workdir is None else plan_cost.measured_rates(workdir))
+
+
 def _study() -> None:
     study = plan.make_plan(config_flag.given(_CONFIG, _EXAMPLE))
     workdir = None if not _WORKDIR.value else pathlib.Path(_WORKDIR.value).absolute()
     if _DRY_RUN.value:
-        rates = {} if workdir is None else plan_cost.measured_rates(workdir)
-        print(plan_cost.describe(study, {"": _RATE.value} if _RATE.value else rates))
+        print(_costs(study, workdir))
         finished = results.load_study(_POWER_FROM.value) if _POWER_FROM.value else None
         print("\n".join(["", *power.describe(study, finished)]))
         return
+    if _AOT.value is not None:
+        raise errors.UsageError("--aot: it compiles and runs nothing. Add --dry_run.")
     if workdir is None:
         raise errors.UsageError("--workdir: missing. Name the directory, --workdir=studies/NAME.")
     study, said = states.as_recorded(study, workdir)

@@ -109,17 +109,20 @@ def program_cost(program: jax.stages.Compiled) -> str:
 
 
 def describe(
-    config: Config, transformation: optax.GradientTransformation, mesh: Mesh
+    config: Config, transformation: optax.GradientTransformation, mesh: Mesh | None
 ) -> dict[str, Any]:
     """Tokens, steps, FLOP, memory and disk of a run, without running it.
 
-    memory_bytes is what XLA's compiled train step takes on one device, which this compiles.
+    memory_bytes is what XLA's compiled train step takes on one device of the mesh, which this
+    compiles; None without a mesh.
     """
     parameters = flops.num_parameters(config.model)
     tokens = config.train.num_steps * config.train.tokens_per_step
-    step = train_step.make_train_step(config, transformation, mesh)
-    state = train_step.state_shapes(config, transformation)
-    memory = compile_step(step, config, state, mesh).memory_analysis()
+    memory = None
+    if mesh is not None:
+        step = train_step.make_train_step(config, transformation, mesh)
+        state = train_step.state_shapes(config, transformation)
+        memory = compile_step(step, config, state, mesh).memory_analysis()
     return {
         "parameters": parameters,
         "tokens": tokens,

@@ -6,12 +6,14 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qkjax import chips, flops, presets
 from qkjax import config as config_lib
-from qkjax import flops, presets
 from qkjax.runs.directory import RunDirectory
 from qkjax.study import plan_arms
 from qkjax.study.plan import EXPORT, EXTENSION, SURGERY, TRAINING, Plan, Step
 from qkjax.study.plan_config import StudyConfig
+from qkjax.targets import estimate, roofline
+from qkjax.targets import target as target_lib
 
 # What a config derives from tokens, tokens_per_step and the fractions of the schedule.
 _DERIVED = (
@@ -71,13 +73,45 @@ def measured_rates(workdir: pathlib.Path) -> dict[str, float]:
     return {arm: tokens[arm] / seconds[arm] for arm in tokens if seconds[arm] > 0}
 
 
-def describe(plan: Plan, rates: Mapping[str, float]) -> str:
+def rates_on(plan: Plan, target: target_lib.Target) -> dict[str, float]:
+    """Tokens per second by arm on a target, with evaluations, of compiled programs: at most.
+
+    Arms that compute the same share a compilation.
+
+    Raises:
+        UsageError: no compiler here, or the target's devices do not fit a config.
+        OutOfMemoryError: the target's devices do not hold a program.
+    """
+    found: dict[Any, float] = {}
+    rates = {}
+    for name, arm in plan.arms.items():
+        run = arm.config
+        norm = "none" if run.model.qk_norm == "none" else "learned"
+        shape = dataclasses.replace(run.model, qk_norm=norm)
+        key = (shape, run.optimizer.name, bool(run.optimizer.qk_clip), run.muon.granularity)
+        if key not in found:
+            made = estimate.make(run, target)
+            tokens = run.train.num_steps * run.train.tokens_per_step
+            found[key] = tokens / (3600 * made.hours)
+        rates[name] = found[key]
+    return rates
+
+
+def describe(
+    plan: Plan,
+    rates: Mapping[str, float],
+    target: target_lib.Target | None = None,
+    price: float | None = None,
+) -> str:
     """The plan, its costs and what the other recipe would change, for people.
 
     Args:
-        rates: measured tokens per second by arm; the slowest of them serves for other arms.
+        rates: tokens per second by arm; the slowest of them serves for other arms.
+        target: what `rates` were estimated for; None: they were measured.
+        price: of a device of the target for an hour.
     """
-    return "\n".join([*_steps(plan), "", *_costs(plan, rates), "", *_recipes(plan.study)])
+    costs = _costs(plan, rates, target, price)
+    return "\n".join([*_steps(plan), "", *costs, "", *_recipes(plan.study)])
 
 
 def _steps(plan: Plan) -> Iterator[str]:
@@ -91,7 +125,12 @@ def _steps(plan: Plan) -> Iterator[str]:
         yield f"left out: {control}, because {arm} trains the same"
 
 
-def _costs(plan: Plan, rates: Mapping[str, float]) -> Iterator[str]:
+def _costs(
+    plan: Plan,
+    rates: Mapping[str, float],
+    target: target_lib.Target | None,
+    price: float | None,
+) -> Iterator[str]:
     yield f"{'kind':<10} {'runs':>5} {'tokens':>15} {'PFLOP':>12} {'checkpoints':>12} {'time':>9}"
     totals: list[tuple[int, float, int, float | None]] = []
     for kind in TRAINING:
@@ -108,6 +147,7 @@ def _costs(plan: Plan, rates: Mapping[str, float]) -> Iterator[str]:
         totals.append(total)
         at_most = "<=" if kind == EXTENSION else ""
         yield _row(kind, f"{at_most}{len(steps)}", total)
+    time = None
     if totals:
         tokens, flop, disk, seconds = zip(*totals, strict=True)
         time = sum(s for s in seconds if s is not None) if rates else None
@@ -134,11 +174,17 @@ def _costs(plan: Plan, rates: Mapping[str, float]) -> Iterator[str]:
     if rates:
         shown = ", ".join(f"{arm or 'all arms'} {rate:,.0f}" for arm, rate in rates.items())
         yield f"time: one run after the other, at tokens/s: {shown}"
+        if target is not None:
+            yield f"time on {target}, compiled, not run, at least: {roofline.ASSUMPTIONS}"
+            if price is not None and time is not None:
+                cost = time / 3600 * target.num_devices * price
+                yield f"cost: {cost:,.2f} at {price:g} an hour and device, at least"
     else:
         yield (
-            "time: unknown, nothing is measured here yet. Give --tokens_per_second=N, or a "
-            "--workdir where a run of this study is finished."
+            "time: nothing is measured here yet. Give --tokens_per_second=N, a --workdir where a "
+            "run of this study is finished, or --aot=h100:8. Training alone takes:"
         )
+        yield from chips.hours_table(sum(c.flop for c in training))
 
 
 def _rate(rates: Mapping[str, float], arm: str) -> float:

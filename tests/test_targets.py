@@ -1,0 +1,179 @@
+"""Compiled for GPUs and TPUs that are not here: the reader of programs, the roofline, the words."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from qkjax import chips, errors
+from qkjax import config as config_lib
+from qkjax.targets import estimate, hlo, launch, roofline, target
+
+# As XLA prints: a loop of 3 turns around a fusion that multiplies, updates 1 of 4 rows in place and
+# reads 1 of 4; a sum over devices; fused attention; a scatter; a solver.
+TEXT = (pathlib.Path(__file__).parent / "stored" / "program.hlo").read_text()
+
+
+def test_a_compiled_program_is_read():
+    program = hlo.Program(TEXT)
+    by_name = {kernel.name: kernel for kernel in program.kernels}
+    assert list(by_name) == ["fused", "attended", "scattered", "solved", "result"]
+    fused = by_name["fused"]
+    assert fused.times == 3 and program.unknown_loops == 0
+    (product,) = fused.products
+    assert product == (("bf16", "bf16"), 2 * 8 * 32 * 16, False, "jit(step)/mlp/dot_general")
+    # One row of x, all of w, the index; one row of the result, written in place.
+    assert fused.bytes == 2 * 8 * 16 + 2 * 16 * 32 + 4 + 4 * 8 * 32
+    assert by_name["attended"].attention == "forward"
+    assert by_name["attended"].attention_flop == 2 * (2 * 128 * 4 * 32) * 128
+    assert by_name["solved"].is_solver and not by_name["result"].is_solver
+    assert by_name["result"].bytes == 2 * 4 * (4 * 8 * 32)
+    assert by_name["scattered"].bytes == 4 * 8 + 3 * 4 * 8 * 16
+    assert program.collectives == [("all-reduce", "f32", 4 * 4 * 8 * 32, 1)]
+    assert program.donated() == {1}
+    assert [unique for _, unique in program.scatters()] == [True]
+    fused_away = {instruction.name for instruction, _ in program.buffers()}
+    assert "dot" not in fused_away and {"fused", "scattered", "rows"} <= fused_away
+
+
+def test_a_loop_without_a_known_number_of_turns_is_counted_and_taken_once():
+    program = hlo.Program(TEXT.replace('{"known_trip_count":{"n":"3"}}', "{}"))
+    assert program.unknown_loops == 1 and program.kernels[0].times == 1
+
+
+def test_a_tpu_writes_products_as_convolutions_and_keeps_arrays_on_the_chip():
+    text = TEXT.replace(
+        "%dot = f32[8,32]{1,0} dot(%flat, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+        "%dot = f32[8,32]{1,0} convolution(%flat, %p1), dim_labels=bf_io->bf",
+    ).replace("%w = bf16[16,32]{1,0} c", "%w = bf16[16,32]{1,0:T(8,128)(2,1)S(1)} c")
+    fused = hlo.Program(text).kernels[0]
+    assert fused.products[0].flop == 2 * 8 * 32 * 16
+    assert fused.bytes == 2 * 8 * 16 + 4 + 4 * 8 * 32  # w is not read from memory
+
+
+def test_the_roofline_takes_the_slower_of_moving_and_computing():
+    program = hlo.Program(TEXT)
+    h100 = chips.table()["h100"]
+    alone = roofline.estimate(program, h100, 1)
+    assert alone.transfers == 0 and alone.total == alone.kernels
+    moved = sum(k.times * k.bytes for k in program.kernels) / (0.9 * h100.bandwidth)
+    assert alone.kernels == pytest.approx(moved)  # nothing here computes for long
+    slow = dataclasses.replace(h100, bfloat16=1e6)
+    (product,) = program.kernels[0].products
+    computing = 3 * product.flop / (0.66 * 1e6) + program.kernels[1].attention_flop / (0.4 * 1e6)
+    found = roofline.estimate(program, slow, 8)
+    rest = [k for k in program.kernels if not k.products and not k.attention]
+    others = sum(k.bytes for k in rest) / (0.9 * h100.bandwidth)
+    assert found.kernels == pytest.approx(computing + others)
+    assert found.memory_bound == pytest.approx(others)
+    assert found.transfers == pytest.approx(2 * 4096 * 7 / 8 / (0.8 * h100.link))
+
+
+def test_targets_by_name():
+    assert str(target.parse("H100")) == "h100:1" and target.parse("h200:8").num_devices == 8
+    slice_ = target.parse("v5e:2x4")
+    assert slice_.num_devices == 8 and slice_.chip.platform == "tpu"
+    assert (slice_.extra, target.parse("a100").extra) == ("aot-tpu", "aot-gpu")
+    for text, message in (
+        ("h10", "unknown chip 'h10'. Did you mean 'h100'"),
+        ("l4", "no compiler's description of l4. Give one of h100, "),
+        ("h100:", "expected a number of GPUs"),
+        ("h100:2x4", "expected a number of GPUs"),
+        ("v5e", "expected the sides of a slice"),
+        ("v5e:0x4", "expected the sides of a slice"),
+    ):
+        with pytest.raises(errors.UsageError, match="--aot: ") as caught:
+            target.parse(text)
+        assert message in str(caught.value)
+
+
+def test_chips_are_known_by_the_names_that_jax_gives_them():
+    kinds = [kind for chip in chips.table().values() for kind in chip.kinds]
+    assert len(kinds) == len(set(kinds))
+    for kind in ("NVIDIA B200", "NVIDIA L40S", "NVIDIA A10G", "NVIDIA L4", "TPU v6 lite"):
+        chip = chips.of_kind(kind)
+        assert chip is not None and 1e11 < chip.float32 < chip.bfloat16 < 3e15
+        assert 1e10 < chip.memory < 3e11 < chip.bandwidth + 1e9 < 1e13
+    assert chips.of_kind("cpu") is None
+    lines = chips.hours_table(3600 * 989e12)  # an hour of an H100 at its peak
+    h100 = next(line.split() for line in lines if line.startswith("h100 "))
+    assert h100 == ["h100", "80", "GB", "2.50", "h", "5.00", "h"]
+
+
+def small(**fields) -> config_lib.Config:
+    """A model of 2 layers whose sizes are all different, in bfloat16 as on an accelerator."""
+    values = config_lib.base("muon", "learned", "tiny")
+    values.model.update(
+        num_layers=2, d_model=96, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=160,
+        vocab_size=640, sequence_length=256,
+    )  # fmt: skip
+    values.train.update(tokens_per_step=8 * 256, tokens=80 * 256, loss_chunk_tokens=512)
+    for name, value in fields.items():
+        section, _, field = name.partition("__")
+        values[section][field] = value
+    return config_lib.resolve(values)
+
+
+def test_without_a_compiler_the_command_to_install_it_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch.places, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    assert launch.interpreter("gpu") is None
+    with pytest.raises(
+        errors.UsageError, match=r"--aot: the compiler for h100:1 .*set_up_aot.sh gpu"
+    ):
+        launch.ask(small(), target.parse("h100"), ("train",))
+    own = tmp_path / ".venv-aot" / "lib" / "python3.11" / "site-packages"
+    (own / "libtpu").mkdir(parents=True)
+    assert launch.interpreter("gpu") is None  # the other one's
+    assert launch.interpreter("tpu") == str(tmp_path / ".venv-aot" / "bin" / "python")
+
+
+def test_a_compiler_that_fails_is_said_in_one_line(monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    monkeypatch.setattr(launch, "interpreter", lambda platform: str(python))
+    for script, kind, message in (
+        ('echo \'{"error": "no memory", "exit_code": 1}\'', errors.OutOfMemoryError, "no memory"),
+        ('echo \'{"error": "a field", "exit_code": 2}\'', errors.UsageError, "a field"),
+        (
+            "echo noise; echo broken plugin >&2; exit 3",
+            errors.UsageError,
+            r"code 3 \(broken plugin",
+        ),
+    ):
+        python.write_text(f"#!/bin/sh\ncat >/dev/null\n{script}\n")
+        python.chmod(0o755)
+        with pytest.raises(kind, match=message):
+            launch.ask(small(), target.parse("h100"), ("train",))
+
+
+def described(name: str, seconds: float, **fields) -> dict:
+    return {
+        "name": name, "device_bytes": 2_000_000_000, "kernels": 5, "bytes": 10, "solver_calls": 0,
+        "product_flop": {"bf16": 1e12}, "attention_flop": 0.0, "collectives": {},
+        "seconds": {"total": seconds, "memory_bound": 0.0, "transfers": 0.0, "kernels": seconds},
+        **fields,
+    }  # fmt: skip
+
+
+def test_hours_and_cost_of_a_run_are_those_of_its_programs(monkeypatch):
+    config = small(eval__tokens=16 * 256, eval__at_tokens=())
+    sums = {"all-reduce f32": {"times": 3, "bytes": 6_000_000}}
+    answers = [
+        described("train", 0.5, collectives=sums),
+        described("evaluate", 7.0),
+        described("decompose", 11.0, solver_calls=1584),
+    ]
+    monkeypatch.setattr(launch, "ask", lambda *arguments: answers)
+    found = estimate.make(config, target.parse("h100:2"))
+    # 10 steps; evaluations before the first and after the last, each of one batch of 2 x 8 rows.
+    assert found.hours == pytest.approx((10 * 0.5 + 2 * 7 + 2 * 11) / 3600)
+    assert found.tokens_per_second == 8 * 256 / 0.5
+    assert found.compiled_flop == 2e12
+    assert found.mfu == pytest.approx(found.model_flop / 0.5 / (2 * 989e12))
+    text = estimate.describe(found, 3600.0)
+    assert "attention cudnn, bfloat16, 2 of 2 layers" in text
+    assert f"{2 * 3600 * found.hours:,.2f} at 3600 an hour" in text
+    assert "train: 3 all-reduce f32, 6.00 MB" in text and "1,584 calls" in text
+    assert "2.00 of 80 GB" in text and "FIT" not in text
+    answers[0]["device_bytes"] = 81e9
+    assert "IT DOES NOT FIT" in estimate.describe(estimate.make(config, found.target), None)
