@@ -7,7 +7,7 @@ import pytest
 
 from qkjax import chips, errors
 from qkjax import config as config_lib
-from qkjax.targets import estimate, hlo, launch, roofline, target
+from qkjax.targets import estimate, hlo, launch, matrix, roofline, target
 
 # As XLA prints: a loop of 3 turns around a fusion that multiplies, updates 1 of 4 rows in place and
 # reads 1 of 4; a sum over devices; fused attention; a scatter; a solver.
@@ -167,9 +167,9 @@ def test_hours_and_cost_of_a_run_are_those_of_its_programs(monkeypatch):
     found = estimate.make(config, target.parse("h100:2"))
     # 10 steps; evaluations before the first and after the last, each of one batch of 2 x 8 rows.
     assert found.hours == pytest.approx((10 * 0.5 + 2 * 7 + 2 * 11) / 3600)
-    assert found.tokens_per_second == 8 * 256 / 0.5
-    assert found.compiled_flop == 2e12
-    assert found.mfu == pytest.approx(found.model_flop / 0.5 / (2 * 989e12))
+    assert found.step.tokens_per_second == 8 * 256 / 0.5
+    assert found.step.compiled_flop == 2e12
+    assert found.step.mfu == pytest.approx(found.step.model_flop / 0.5 / (2 * 989e12))
     text = estimate.describe(found, 3600.0)
     assert "attention cudnn, bfloat16, 2 of 2 layers" in text
     assert f"{2 * 3600 * found.hours:,.2f} at 3600 an hour" in text
@@ -177,3 +177,27 @@ def test_hours_and_cost_of_a_run_are_those_of_its_programs(monkeypatch):
     assert "2.00 of 80 GB" in text and "FIT" not in text
     answers[0]["device_bytes"] = 81e9
     assert "IT DOES NOT FIT" in estimate.describe(estimate.make(config, found.target), None)
+
+
+def test_the_matrix_names_what_is_refused_and_what_is_not_installed(monkeypatch):
+    monkeypatch.setattr(launch, "interpreter", lambda platform: "x" if platform == "gpu" else None)
+    said = []
+
+    def ask(config, aim, programs):
+        said.append((str(aim), config.model.d_model, programs))
+        if aim.num_devices == 8:
+            raise errors.UsageError("train.tokens_per_step: 2 sequences a step for 8 devices")
+        return [described("train", 0.5)]
+
+    monkeypatch.setattr(launch, "ask", ask)
+    found = list(matrix.rows(["small", "muon_qk", "h100:1", "h100:8", "v5e:2x4"]))
+    assert [row.split(" | ")[:3] for row in found] == [
+        ["| small", "muon_qk", name] for name in ("h100:1", "h100:8", "v5e:2x4")
+    ]
+    assert "| 2.00 of 80 | 0.0 | 0.00 | 500.0 | 1,024 | 0% |" in found[0]
+    assert "refused: train.tokens_per_step: 2 sequences a step" in found[1]
+    assert "aot-tpu is not installed" in found[2]
+    assert said[0] == ("h100:1", 256, ("train",))
+    assert {row.count("|") for row in found} == {10}
+    with pytest.raises(errors.UsageError, match="h10: no target, scale or arm"):
+        list(matrix.rows(["h10"]))

@@ -13,19 +13,43 @@ PROGRAMS = ("train", "evaluate", "decompose")
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """Of a train step on a target."""
+
+    seconds: float
+    tokens_per_second: float
+    mfu: float  # PaLM convention
+    model_flop: float  # on all devices, attention over the full square
+    causal_flop: float  # likewise, half of the square
+    compiled_flop: float  # what its program computes, on all devices
+
+
+@dataclasses.dataclass(frozen=True)
 class Estimate:
     """Of a run on a target."""
 
     target: Target
     config: Config  # as the target computes it
     programs: tuple[dict[str, Any], ...]  # of `programs.describe`
-    step_seconds: float
-    tokens_per_second: float  # of steps alone
-    mfu: float  # PaLM convention
+    step: Step
     hours: float  # with evaluations; without start, compilation, checkpoints
-    model_flop: float  # of a step on all devices, attention over the full square
-    causal_flop: float  # likewise, half of the square
-    compiled_flop: float  # what its programs compute, on all devices
+
+
+def of_step(config: Config, target: Target, train: dict[str, Any]) -> Step:
+    """Of the train step that `programs.describe` speaks of."""
+    seconds = train["seconds"]["total"]
+    tokens = config.train.tokens_per_step
+    parameters = flops.num_parameters(config.model)
+    square = tokens * flops.training_flops_per_token(config.model, parameters)
+    compiled = sum(train["product_flop"].values()) + train["attention_flop"]
+    return Step(
+        seconds,
+        tokens / seconds,
+        square / seconds / (target.num_devices * target.chip.bfloat16),
+        square,
+        tokens * flops.training_flops_per_token(config.model, parameters, causal=True),
+        compiled * target.num_devices,
+    )
 
 
 def make(config: Config, target: Target) -> Estimate:
@@ -37,12 +61,7 @@ def make(config: Config, target: Target) -> Estimate:
     """
     answers = launch.ask(config, target, PROGRAMS)
     train, evaluate, decompose = answers
-    seconds = train["seconds"]["total"]
-    tokens = config.train.tokens_per_step
-    parameters = flops.num_parameters(config.model)
-    square = tokens * flops.training_flops_per_token(config.model, parameters)
-    causal = tokens * flops.training_flops_per_token(config.model, parameters, causal=True)
-    compiled = sum(train["product_flop"].values()) + train["attention_flop"]
+    step = of_step(config, target, train)
     rows = config.eval.batch_sequences * target.num_devices * config.model.sequence_length
     passes = [config.eval.tokens] * len(config.eval.steps)
     if config.eval.final_tokens >= 0:
@@ -56,13 +75,8 @@ def make(config: Config, target: Target) -> Estimate:
         target,
         config.for_platform(target.chip.platform),
         tuple(answers),
-        seconds,
-        tokens / seconds,
-        square / seconds / (target.num_devices * target.chip.bfloat16),
-        (config.train.num_steps * seconds + evaluations) / 3600,
-        square,
-        causal,
-        compiled * target.num_devices,
+        step,
+        (config.train.num_steps * step.seconds + evaluations) / 3600,
     )
 
 
@@ -111,16 +125,16 @@ def _lines(e: Estimate, price: float | None) -> Iterator[str]:
                 f"solvers         {p['name']}: {p['solver_calls']:,} calls of linear algebra, one "
                 "after another; their time is not counted"
             )
-    train = e.programs[0]["seconds"]
+    train, step = e.programs[0]["seconds"], e.step
     yield (
-        f"model FLOP      {e.model_flop / 1e12:,.3f} TFLOP a step (PaLM convention), "
-        f"{e.causal_flop / 1e12:,.3f} causal; compiled {e.compiled_flop / 1e12:,.3f}"
+        f"model FLOP      {step.model_flop / 1e12:,.3f} TFLOP a step (PaLM convention), "
+        f"{step.causal_flop / 1e12:,.3f} causal; compiled {step.compiled_flop / 1e12:,.3f}"
     )
     yield (
-        f"roofline        step {1e3 * e.step_seconds:.1f} ms: memory-bound kernels "
+        f"roofline        step {1e3 * step.seconds:.1f} ms: memory-bound kernels "
         f"{1e3 * train['memory_bound']:.1f}, transfers {1e3 * train['transfers']:.1f}"
     )
-    yield f"tokens/s        {e.tokens_per_second:,.0f}, MFU {e.mfu:.1%}"
+    yield f"tokens/s        {step.tokens_per_second:,.0f}, MFU {step.mfu:.1%}"
     yield f"hours           {e.hours:.2f} with evaluations, at least"
     if price is not None:
         cost = e.hours * n * price

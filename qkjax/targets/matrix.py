@@ -1,0 +1,94 @@
+"""The table of docs/targets.md: train steps of the presets on every target, compiled.
+
+python -m qkjax.targets.matrix [TARGET|SCALE|ARM ...]: words choose rows; without words all of them.
+"""
+
+import datetime
+import importlib.metadata
+import pathlib
+import sys
+from collections.abc import Iterator
+
+from qkjax import config as config_lib
+from qkjax import errors, files
+from qkjax.cli import command_line, places
+from qkjax.targets import estimate, launch
+from qkjax.targets import target as target_lib
+
+TARGETS = ("h100:1", "h100:8", "h200:1", "a100:1", "v5e:2x4", "v6e:2x2")
+SCALES = ("tiny", "small", "full", "1b5")  # pilot's programs are full's
+ARMS = {"muon_qk": ("muon", "learned"), "adamw_qk": ("adamw", "learned")}
+_MARKS = ("<!-- table -->", "<!-- end of table -->")
+_PACKAGES = ("jax", "jax-cuda12-plugin", "libtpu")
+
+
+def rows(words: list[str]) -> Iterator[str]:
+    """A line of Markdown for every program; what a target refuses is a result.
+
+    Args:
+        words: names of TARGETS, SCALES, ARMS; of a kind without a word all are taken.
+    Raises:
+        UsageError: an unknown word.
+    """
+    known = (TARGETS, SCALES, tuple(ARMS))
+    for word in words:
+        if not any(word in names for names in known):
+            raise errors.UsageError(
+                f"{word}: no target, scale or arm of the table. Give some of "
+                f"{', '.join(name for names in known for name in names)}."
+            )
+    targets, scales, arms = ([n for n in names if n in words] or names for names in known)
+    for scale in scales:
+        for arm in arms:
+            for name in targets:
+                yield f"| {scale} | {arm} | {name} | {_result(scale, arm, name)} |"
+
+
+def _result(scale: str, arm: str, name: str) -> str:
+    config = config_lib.resolve(config_lib.base(*ARMS[arm], scale))
+    aim = target_lib.parse(name)
+    if launch.interpreter(aim.chip.platform) is None:
+        return f"not compiled: {aim.extra} is not installed | | | | |"
+    try:
+        (train,) = launch.ask(config, aim, ("train",))
+    except errors.QkjaxError as error:
+        return f"refused: {str(error)[:90]} | | | | |"
+    found = estimate.of_step(config, aim, train)
+    transferred = sum(c["bytes"] for c in train["collectives"].values())
+    return (
+        f"{train['device_bytes'] / 1e9:.2f} of {aim.chip.memory / 1e9:.0f} | "
+        f"{train['bytes'] / 1e9:.1f} | {transferred / 1e9:.2f} | "
+        f"{1e3 * found.seconds:.1f} | {found.tokens_per_second:,.0f} | {found.mfu:.0%}"
+    )
+
+
+def _write() -> None:
+    root = places.checkout()
+    if root is None:
+        raise errors.UsageError("check_targets: no checkout here. Run it in the repository.")
+    lines = [
+        f"{datetime.date.today()}, {', '.join(_versions(root))}.",
+        "",
+        "| scale | arm | target | GB a device | GB moved | GB between devices | ms, at least "
+        "| tokens/s, at most | MFU |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows(sys.argv[1:]):
+        print(row, flush=True)
+        lines.append(row)
+    page = root / "docs" / "targets.md"
+    before, _, rest = page.read_text().partition(_MARKS[0])
+    _, _, after = rest.partition(_MARKS[1])
+    table = "\n".join(lines)
+    files.replace(page, f"{before}{_MARKS[0]}\n{table}\n{_MARKS[1]}{after}".encode())
+
+
+def _versions(root: pathlib.Path) -> Iterator[str]:
+    own = [str(path) for path in (root / ".venv-aot").glob("lib/python*/site-packages")]
+    for package in _PACKAGES:
+        found = next(iter(importlib.metadata.distributions(name=package, path=[*own, *sys.path])))
+        yield f"{package} {found.version}"
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.exit_code(_write))

@@ -1,0 +1,158 @@
+"""What compiled programs for GPUs and TPUs must show, where their compilers are installed.
+
+bash tools/set_up_aot.sh gpu installs the one that CI has.
+"""
+
+import collections
+import math
+import pathlib
+import typing
+
+import jax
+import pytest
+
+from qkjax import config as config_lib
+from qkjax import model
+from qkjax.targets import hlo, launch, target
+
+pytestmark = pytest.mark.long
+LAYERS, LENGTH, VOCABULARY, WIDTH, CHUNK = 2, 256, 640, 96, 512
+
+
+class Program(typing.NamedTuple):
+    said: dict  # of `programs.describe`
+    hlo: hlo.Program
+
+
+def make_config(**fields) -> config_lib.Config:
+    """Sizes that are all different, so that an array's axes can be told by them."""
+    values = config_lib.base("muon", "learned", "tiny")
+    values.model.update(
+        num_layers=LAYERS, d_model=WIDTH, num_heads=6, num_kv_heads=2, head_dim=32, d_ff=160,
+        vocab_size=VOCABULARY, sequence_length=LENGTH,
+    )  # fmt: skip
+    values.train.update(tokens_per_step=8 * LENGTH, tokens=80 * LENGTH, loss_chunk_tokens=CHUNK)
+    for name, value in fields.items():
+        section, _, field = name.partition("__")
+        values[section][field] = value
+    return config_lib.resolve(values)
+
+
+def shapes_of_parameters() -> model.Params:
+    return model.parameter_shapes(make_config().for_platform("gpu").model)
+
+
+def compiled(
+    name: str, folder: pathlib.Path, programs: tuple[str, ...], **fields
+) -> dict[str, Program]:
+    aim = target.parse(name)
+    if launch.interpreter(aim.chip.platform) is None:
+        pytest.skip(f"no compiler for {name}: bash tools/set_up_aot.sh {aim.chip.platform}")
+    said = launch.ask(make_config(**fields), aim, programs, folder / "program")
+    return {
+        answer["name"]: Program(
+            answer, hlo.Program((folder / f"program.{answer['name']}.hlo").read_text())
+        )
+        for answer in said
+    }
+
+
+@pytest.fixture(scope="module")
+def h100(tmp_path_factory):
+    return compiled("h100", tmp_path_factory.mktemp("h100"), ("train", "evaluate", "decompose"))
+
+
+@pytest.fixture(scope="module")
+def two_h100(tmp_path_factory):
+    return compiled("h100:2", tmp_path_factory.mktemp("h100x2"), ("train",))
+
+
+@pytest.fixture(scope="module")
+def v5e(tmp_path_factory):
+    return compiled("v5e:2x2", tmp_path_factory.mktemp("v5e"), ("train",))
+
+
+def products(program: Program) -> list[hlo.Product]:
+    return [product for kernel in program.hlo.kernels for product in kernel.products]
+
+
+def largest_of_vocabulary(program: Program) -> float:
+    """The most positions, or other rows, that stand beside the vocabulary in one buffer."""
+    return max(
+        array.size / VOCABULARY for _, array in program.hlo.buffers() if VOCABULARY in array.dims
+    )
+
+
+def check_step(program: Program, devices: int) -> None:
+    """What holds of every train step on every target."""
+    taken_over, leaves = program.said["donated"]
+    assert taken_over == leaves > 30
+    assert largest_of_vocabulary(program) <= CHUNK  # no [B, T, V]
+    assert {product.dtypes for product in products(program)} == {("bf16", "bf16")}
+    assert program.hlo.unknown_loops == 0
+    flop = sum(program.said["product_flop"].values()) * devices
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes_of_parameters()))
+    # Every product of the forward and backward pass once; attention, where it is products, and
+    # Newton-Schulz on every device come on top.
+    assert flop >= 0.99 * 6 * (8 * LENGTH) * parameters
+
+
+@pytest.mark.parametrize("which", ["h100", "two_h100"])
+def test_a_train_step_on_gpus(which, request):
+    program: Program = request.getfixturevalue(which)["train"]
+    check_step(program, 2 if which == "two_h100" else 1)
+    squares = [a for _, a in program.hlo.buffers() if a.dims.count(LENGTH) > 1]
+    assert not squares  # no [T, T]
+    calls = [kernel for kernel in program.hlo.kernels if kernel.attention]
+    assert collections.Counter(kernel.attention for kernel in calls) == {
+        "forward": LAYERS,
+        "backward": LAYERS,
+    }
+    assert all(kernel.times == 1 for kernel in calls)  # model.unroll: no loop over the layers
+
+
+@pytest.mark.parametrize("which", ["h100", "two_h100"])
+def test_sums_on_gpus_have_one_order(which, request):
+    """Scatters of floating point without unique indices are atomic sums."""
+    scatters = list(request.getfixturevalue(which)["train"].hlo.scatters())
+    assert any(i.arrays[0].dims[-1] == WIDTH for i, _ in scatters)  # the embedding's gradient
+    assert all(unique for i, unique in scatters if i.arrays[0].dtype[0] in "bf")
+
+
+def test_gradients_cross_devices_once(h100, two_h100):
+    assert not h100["train"].said["collectives"]
+    shapes = shapes_of_parameters()
+    kernels = sum(
+        math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]) if len(leaf.shape) == 3
+    )
+    others = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - kernels
+    found = two_h100["train"].said["collectives"]
+    assert found.keys() == {"all-reduce bf16", "all-reduce f32"}
+    assert found["all-reduce bf16"]["bytes"] == 2 * kernels
+    # The table's two gradients, of the tokens and of the logits, are summed apart.
+    expected = 4 * (others + VOCABULARY * WIDTH)
+    assert 0 <= found["all-reduce f32"]["bytes"] - expected < 64  # the loss
+    assert sum(entry["times"] for entry in found.values()) <= 4
+
+
+def test_an_evaluation_on_gpus(h100):
+    program = h100["evaluate"]
+    taken_over, leaves = program.said["donated"]
+    # jax finds no result for the two float64 leaves, because it matches types without x64.
+    assert taken_over == leaves - 2 > 10
+    assert largest_of_vocabulary(program) <= CHUNK
+    # Moments are float64; the largest logits and entropies float32 of full precision.
+    others = [product for product in products(program) if product.dtypes != ("bf16", "bf16")]
+    assert {(product.dtypes, product.precise) for product in others} == {
+        (("f64", "f64"), True),
+        (("f32", "f32"), True),
+    }
+    assert all("blocks/attention" in product.op_name for product in others)
+    assert program.said["attention_calls"] == {"forward": LAYERS}
+    assert h100["decompose"].hlo.unknown_loops == 0
+    assert h100["decompose"].said["solver_calls"] > 0
+
+
+def test_a_train_step_on_tpus(v5e):
+    check_step(v5e["train"], 4)
+    assert not v5e["train"].said["solver_calls"]
