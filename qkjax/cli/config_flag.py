@@ -1,4 +1,7 @@
-"""`--config=FILE.py[:words]` and its `--config.FIELD=VALUE` overrides, with errors for people."""
+"""`--config=FILE.py[:words]` and its `--config.FIELD=VALUE` overrides, with errors for people.
+
+FILE may be the config.json of a run as well: its fields, to which overrides apply.
+"""
 
 import importlib.machinery
 import importlib.util
@@ -16,11 +19,12 @@ from ml_collections import config_flags
 
 from qkjax import config as config_lib
 from qkjax import errors, presets
-from qkjax.cli import places
+from qkjax.cli import places, saved_config
 
 _EXPONENT = re.compile(r"(--?config\.[\w.]+=)(\d+(?:\.\d*)?[eE]\+?\d+)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)")  # absl takes one dash as well
 _NAMES = ("--config", "-config")
+_SAVED = ".json"
 
 
 def define(
@@ -30,7 +34,8 @@ def define(
     return config_flags.DEFINE_config_file(
         "config",
         None,
-        f"Config file, or the name of one that comes with qkjax, words after a colon: {example}",
+        "Config file, or the name of one that comes with qkjax, words after a colon: "
+        f"{example}; or the config.json of a run.",
         flag_values=values,
     )
 
@@ -52,13 +57,30 @@ def find(path: str) -> pathlib.Path:
     raise _no_file(path)
 
 
+def split(given: str) -> tuple[str, str]:
+    """Path and words of a --config: the longest path before a colon that is a file."""
+    ends = [*(match.start() for match in re.finditer(":", given)), len(given)]
+    is_file = [end for end in ends if pathlib.Path(given[:end]).is_file()]
+    end = max(is_file, default=ends[0])
+    return given[:end], given[end + 1 :]
+
+
 def load(path: pathlib.Path, words: str) -> ml_collections.ConfigDict:
     """What get_config(words) of a config file returns; runs the code of the file.
+
+    Of a config.json it is the config that the file holds; no code runs.
 
     Raises:
         UsageError: the file is missing, broken, or gives no config.
     """
     path = find(str(path))
+    if path.suffix == _SAVED:
+        if words:
+            raise errors.UsageError(
+                f"--config: {path} is the config of a run, which takes no words, found {words!r}. "
+                "Give overrides, as --config.train.tokens=1e6, or a config file with the words."
+            )
+        return saved_config.get_config(str(path))
     try:
         loader = importlib.machinery.SourceFileLoader(f"configs_{path.stem}", str(path))
         spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
@@ -100,12 +122,17 @@ def parse(values: flags.FlagValues, argv: list[str]) -> list[str]:
                 f"--config.{override[1]}: an override would only relabel the run. Write the word "
                 "after the config's colon: --config=configs/muon_noqk.py:tiny,original."
             )
-    path, _, words = _given(argv).partition(":")
+    named = _given(argv)
+    path, words = split(named)
     if path:
         _check_overrides(argv, _fields(load(pathlib.Path(path), words)))
         if find(path) != pathlib.Path(path):
             print(f"config: {find(path)}, as there is no file {path} here", file=sys.stderr)
             argv = _replaced(argv, path, str(find(path)))
+        elif ":" in path or path.endswith(_SAVED):  # which ml_collections cannot open
+            argv = _replaced(argv, named, f"{places.PACKAGE / 'cli' / 'any_config.py'}:{named}")
+        if path.endswith(_SAVED):
+            saved_config.compare_numerics(path)
     try:
         return values([_integral(argument) for argument in argv])
     except (SyntaxError, TypeError, ValueError) as error:  # flags.Error is none of them
