@@ -100,6 +100,14 @@ def test_jsonl_of_different_columns_is_sent_to_the_reader_of_lines(tmp_path):
     assert [d.text for d in sources.open_source(source).documents()] == ["a", "b"]
 
 
+def test_objects_of_other_keys_are_not_called_another_column(tmp_path):
+    for name, other in (("a", '{"q": 1}'), ("b", '{"r": [1]}')):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}", "x": {other}}}\n')
+    message = _refusal(f"hf:{tmp_path}")
+    assert "--source='jsonl:" in message and "Name another column" not in message
+    assert "\n" not in message
+
+
 def _no_network(*arguments, **options):
     raise ConnectionError("[Errno -2] Name or service not known")
 

@@ -67,17 +67,20 @@ class HubDataset(documents.Source):
                 self._check_column(table.column_names)
                 for value in table.column(self._column).to_pylist():
                     row += 1
-                    text = documents.text_of_row(value, self._column)
-                    yield documents.Document(text, f"{self._dataset} row {row}")
-        except TypeError as error:
-            raise errors.UsageError(
-                f"{self._dataset} row {row}: {error}. Name another column."
-            ) from None
+                    yield documents.Document(self._text(value, row), f"{self._dataset} row {row}")
         except errors.QkjaxError:
             raise
         except Exception as error:
             raise self._broken(error, row) from None
         self._note_files()
+
+    def _text(self, value: Any, row: int) -> str:
+        try:
+            return documents.text_of_row(value, self._column)
+        except TypeError as error:
+            raise errors.UsageError(
+                f"{self._dataset} row {row}: {error}. Name another column."
+            ) from None
 
     def describe(self) -> dict[str, Any]:
         if self._folder is None:
