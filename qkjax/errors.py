@@ -29,7 +29,7 @@ class StorageError(QkjaxError):
 
 
 class OutOfMemoryError(QkjaxError):
-    """The device's memory does not hold the step."""
+    """Memory, of a device or of this process, does not hold the work."""
 
 
 def one_line(error: BaseException) -> str:

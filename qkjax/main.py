@@ -82,6 +82,7 @@ def _train() -> None:
     from qkjax.data import dataset as dataset_lib
 
     dataset_lib.require_directory(config)
+    startup.check_memory_limit()
 
     from qkjax import train  # jax and all: only once the command line is known to be sound
     from qkjax.export import hf
@@ -96,6 +97,7 @@ def _train() -> None:
 
 
 def _show_costs(config: Config, aim: target.Target | None) -> None:
+    startup.check_memory_limit()
     found = None if aim is None else estimate.make(config, aim)
 
     import jax

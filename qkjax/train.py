@@ -68,6 +68,7 @@ def train_and_evaluate(
         summary = directory.read_summary()
         if summary is not None and restore_step is None and _is_finished(summary, config):
             return _already_finished(directory, summary, changes)
+        resources.check_memory(config, run.transformation)
         resources.check_disk(directory.path, config, run.transformation)
         resources.warn_of_cpu(config, platform)
         try:

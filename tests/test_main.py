@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import time
 import pytest
 import small_run
 
-from qkjax import train
+from qkjax import errors, train
 
 pytestmark = pytest.mark.process
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -124,6 +126,28 @@ def test_a_workdir_that_is_a_file_is_a_disk_error(dataset, tmp_path):
     )
     assert done.returncode == 4
     assert done.stderr.startswith("ERROR: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "verb", "message"),
+    [
+        (1_600_000, "train", "ulimit -v: this process may take 1.64 GB of memory, and needs at "),
+        (500_000, "check", r"ulimit: \d+ of the 64 threads that read shards could be started \("),
+    ],
+)
+def test_a_limit_of_memory_is_one_line_and_no_endless_wait(
+    dataset, tmp_path, kilobytes, verb, message
+):
+    """The readers of shards would wait for ever for those of their threads that did not start."""
+    arguments = {"train": command(dataset, tmp_path / "run")[3:], "check": [str(dataset)]}[verb]
+    start = [sys.executable, "-m", "qkjax.commands", verb, *arguments]
+    limited = f"ulimit -v {kilobytes} && exec {shlex.join(start)}"
+    done = subprocess.run(
+        ["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == errors.OutOfMemoryError.exit_code
+    assert re.match(f"ERROR: {message}", done.stderr) and done.stderr.count("\n") == 1
+    assert "Raise the limit" in done.stderr
 
 
 def test_divergence_exits_3_and_names_what_broke(dataset, tmp_path):

@@ -5,13 +5,14 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
 import pytest
 from absl import flags
 
-from qkjax import commands
+from qkjax import commands, errors
 from qkjax.cli import command_line, startup
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -160,6 +161,22 @@ def test_cpus_are_counted_where_the_system_cannot_say_which(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     assert startup.cpu_count() == 7
+
+
+def test_a_limit_of_memory_under_which_jax_hangs_is_refused(monkeypatch):
+    limits = {resource.RLIMIT_STACK: 8 << 20, resource.RLIMIT_AS: resource.RLIM_INFINITY}
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda kind: (limits.get(kind, resource.RLIM_INFINITY), 0)
+    )
+    monkeypatch.setattr(startup, "cpu_count", lambda: 2)
+    startup.check_memory_limit(10**15)  # no limit at all
+    limits[resource.RLIMIT_AS] = 3_000_000 << 10
+    startup.check_memory_limit()  # the smallest run takes 2.1 GB
+    with pytest.raises(errors.OutOfMemoryError, match=r"3\.07 GB .* 3\.24 GB, of which 1\.00 GB"):
+        startup.check_memory_limit(10**9)
+    limits[resource.RLIMIT_STACK] = 64 << 20  # of 100 threads
+    with pytest.raises(errors.OutOfMemoryError, match=r"ulimit -v: .* 8\.11 GB"):
+        startup.check_memory_limit()
 
 
 def test_nothing_else_takes_linux_for_granted():

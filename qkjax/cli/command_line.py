@@ -19,6 +19,10 @@ from qkjax.cli import arguments, startup
 
 _BROKEN_PIPE = 141  # as of a program that SIGPIPE has ended
 _FIXABLE = (flags.Error, errors.QkjaxError, OSError, KeyboardInterrupt)
+_NO_MEMORY = (
+    "memory: this process got no more of it ({reason}). Close other programs, raise its limit "
+    "(ulimit -v), or ask for less, as by a smaller train.microbatch_sequences."
+)
 _NO_DEVICE = (RuntimeError, AssertionError)  # of jax, where the wanted platform is not here
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 
@@ -125,7 +129,7 @@ def exit_code(work: Callable[[], int | None], debug: Callable[[], bool] = lambda
     except BrokenPipeError:  # the reader has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return _BROKEN_PIPE
-    except (*_FIXABLE, *_NO_DEVICE) as error:
+    except (*_FIXABLE, *_NO_DEVICE, MemoryError) as error:
         if isinstance(error, _NO_DEVICE) and not _is_of_jax_start(error):
             raise
         if "--debug" in sys.argv or debug():
@@ -146,6 +150,8 @@ def _describe(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, flags.Error):
         return errors.UsageError.exit_code, f"{' '.join(str(error).split())} See --help."
+    if isinstance(error, MemoryError):
+        return errors.OutOfMemoryError.exit_code, _NO_MEMORY.format(reason=errors.one_line(error))
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped by SIGINT"
     if isinstance(error, _NO_DEVICE):

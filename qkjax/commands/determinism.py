@@ -15,7 +15,7 @@ import pathlib
 from absl import flags
 
 from qkjax import errors
-from qkjax.cli import command_line, config_flag
+from qkjax.cli import command_line, config_flag, startup
 
 FLAGS = flags.FlagValues()
 _CONFIG = config_flag.define(FLAGS)
@@ -31,6 +31,8 @@ def _check() -> None:
     config = config_flag.read(_CONFIG)
     if not _WORKDIR.value:
         raise errors.UsageError("--workdir: missing. Name a directory for the three runs.")
+
+    startup.check_memory_limit()
 
     from qkjax.trained import determinism
 

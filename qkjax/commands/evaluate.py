@@ -14,7 +14,7 @@ import pathlib
 from absl import flags
 
 from qkjax import errors
-from qkjax.cli import command_line
+from qkjax.cli import command_line, startup
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string("model", None, "A directory of qkjax export.", flag_values=FLAGS)
@@ -56,6 +56,8 @@ def main() -> None:
 def _evaluate() -> None:
     if not _OUT.value:
         raise errors.UsageError("--out: missing. Name a new file, --out=results/NAME.json.")
+
+    startup.check_memory_limit()
 
     from qkjax.tasks import downstream  # jax and all
 

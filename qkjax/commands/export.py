@@ -13,7 +13,7 @@ import pathlib
 from absl import flags
 
 from qkjax import errors
-from qkjax.cli import command_line
+from qkjax.cli import command_line, startup
 
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
@@ -49,6 +49,8 @@ def _export() -> None:
         raise errors.UsageError("--workdir: missing. Name the run directory, --workdir=runs/NAME.")
     if not _OUT.value:
         raise errors.UsageError("--out: missing. Name a new directory, --out=exports/NAME.")
+
+    startup.check_memory_limit()
 
     from qkjax.export import directory  # jax and all
 

@@ -14,7 +14,7 @@ import sys
 from absl import flags
 
 from qkjax import errors
-from qkjax.cli import command_line
+from qkjax.cli import command_line, startup
 
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.", flag_values=FLAGS)
@@ -47,6 +47,8 @@ def _generate() -> None:
         raise errors.UsageError("--workdir: missing. Name the run directory, --workdir=runs/NAME.")
     if _PROMPT.value is None:
         raise errors.UsageError('--prompt: missing. Give the text to continue, --prompt="...".')
+
+    startup.check_memory_limit()
 
     from qkjax.trained import generation  # jax and all
 

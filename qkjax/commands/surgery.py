@@ -15,7 +15,7 @@ import pathlib
 from absl import flags
 
 from qkjax import errors
-from qkjax.cli import command_line
+from qkjax.cli import command_line, startup
 from qkjax.report import drawing, figures
 
 FLAGS = flags.FlagValues()
@@ -84,6 +84,8 @@ def _measure() -> None:
     if not _WORKDIR.value:
         raise errors.UsageError("--workdir: missing. Name the run directory, --workdir=runs/NAME.")
     ranks = None if _RANKS.value is None else tuple(_rank(text) for text in _RANKS.value)
+
+    startup.check_memory_limit()
 
     from qkjax.trained import rank_surgery  # jax and all
 

@@ -19,6 +19,7 @@ from array_record.python import array_record_module
 
 from qkjax import errors
 from qkjax.data import manifest as manifest_lib
+from qkjax.data import shards
 
 PIPELINE_VERSION = 1  # raise it with any change of the order, so that old runs refuse to resume
 _REBUILD = (
@@ -261,6 +262,7 @@ class _Shards:
 
 
 def _open(path: pathlib.Path, num_records: int) -> array_record_module.ArrayRecordReader:
+    shards.check_threads()
     try:
         reader = array_record_module.ArrayRecordReader(
             str(path), options=_READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER_BYTES

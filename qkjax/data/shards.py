@@ -6,9 +6,11 @@ is predicted once; the tail that fills no record is dropped.
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,9 @@ from qkjax import errors, files
 from qkjax.data import manifest as manifest_lib
 
 RECORDS_PER_SHARD = 1024
+# ArrayRecord starts this many with its first reader. Where they do not all start, for a limit of
+# memory or of processes, it waits for the missing ones for ever and cannot be interrupted.
+_POOL_THREADS = 64
 # Measured: a group of one makes a record readable alone, as the global shuffle needs.
 _WRITER_OPTIONS = "group_size:1"
 _SHARD_NAME = "{split}-{index:05d}-of-{count:05d}.array_record"
@@ -242,6 +247,7 @@ class SplitWriter:
             self._writer.close()
             self._writer = None
             files.sync_path(path)
+            check_threads()
             reader = array_record_module.ArrayRecordReader(str(path))
             found = reader.num_records()
             reader.close()
@@ -274,6 +280,32 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
+@functools.cache
+def check_threads() -> None:
+    """Call before the first reader of shards: starts as many threads as it will, for a moment.
+
+    Raises:
+        OutOfMemoryError: they do not all start.
+    """
+    end = threading.Event()
+    threads = [threading.Thread(target=end.wait, daemon=True) for _ in range(_POOL_THREADS)]
+    started: list[threading.Thread] = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except (RuntimeError, MemoryError) as error:
+        raise errors.OutOfMemoryError(
+            f"ulimit: {len(started)} of the {_POOL_THREADS} threads that read shards could be "
+            f"started ({errors.one_line(error)}). Raise the limit of memory (ulimit -v) or of "
+            "processes (ulimit -u)."
+        ) from None
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
+
+
 def check_finished(path: pathlib.Path, sha256: str) -> None:
     """Refuses to resume behind a file that is not the one that was finished: StorageError."""
     if not path.exists() or files.sha256(path) != sha256:
@@ -298,6 +330,7 @@ def read_records(
     """
     for shard in manifest.splits[split].shards:
         path = directory / shard.file
+        check_threads()
         try:
             reader = array_record_module.ArrayRecordReader(str(path))
             found = reader.num_records()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qkjax import errors
-from qkjax.data import documents
+from qkjax.data import documents, shards
 
 _BATCH_ROWS = 256
 _VERSION = re.compile(r"\d+\.(\d+|\*)\.(\d+|\*)")
@@ -36,6 +36,7 @@ class TfdsText(documents.Source):
         dataset, split, self._feature = _parts(name, rest)
         builder = _builder(name, dataset)
         self._check_feature(builder.info.features)
+        shards.check_threads()
         try:
             self._records = builder.as_data_source(split=split)
         except Exception as error:  # unknown split, missing files, another file format

@@ -11,6 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from qkjax import errors, flops, sharding, train_step
+from qkjax.cli import startup
 from qkjax.config import Config
 
 
@@ -48,6 +49,18 @@ def check_disk(
             f"{present / 1e9:.2f} GB are there, and {free / 1e9:.2f} GB are free. Make room, or "
             "use another --workdir."
         )
+
+
+def check_memory(config: Config, transformation: optax.GradientTransformation) -> None:
+    """Refuses a run that a limit of this process's memory cannot hold (ulimit -v).
+
+    Parameters and optimiser state are there three times: on the device, in the copy for the
+    checkpoint, and as what Orbax writes.
+
+    Raises:
+        OutOfMemoryError: names the limit, and what is needed.
+    """
+    startup.check_memory_limit(3 * state_bytes(config, transformation))
 
 
 def warn_of_cpu(config: Config, platform: str) -> None:
