@@ -434,6 +434,32 @@ def test_what_a_kill_leaves_of_a_deletion_is_deleted(tmp_path, caplog):
     writer.close()
 
 
+def test_what_a_killed_save_left_is_deleted_by_the_holder_alone(copied):
+    left = copied / "9.orbax-checkpoint-tmp-1"
+    shutil.copytree(copied / "7", left)
+    assert checkpoint.Checkpoints(copied, read_only=True).steps() == [0, 7]
+    assert left.is_dir()
+    checkpoint.Checkpoints(copied).close()
+    assert not left.exists() and (copied / "7").is_dir()
+
+
+def test_reading_writes_nothing(copied):
+    def listed():
+        return {path: path.stat().st_mtime_ns for path in [copied, *copied.rglob("*")]}
+
+    before = listed()
+    assert_same_bits(restore(copied, 7).params, state(7).params)
+    assert listed() == before
+
+
+def test_a_leaf_that_cannot_be_saved_is_said_at_once_and_spares_earlier_steps(copied):
+    checkpoints = checkpoint.Checkpoints(copied)
+    with pytest.raises((TypeError, AttributeError, errors.QkjaxError)):
+        checkpoints.save(9, {"name": np.array(["text"])}, state(9).opt_state, {})
+        checkpoints.wait()
+    assert checkpoints.steps() == [0, 7]
+
+
 def test_step_that_is_there_is_not_written_again(copied):
     checkpoints = checkpoint.Checkpoints(copied)
     other = state(8)

@@ -40,6 +40,18 @@ def test_rates_average_over_the_steps_since_the_clock_was_restarted(clock):
     assert shown.rates(13, 0.0)["perf/tokens_per_second"] == pytest.approx(1024)
 
 
+def test_a_clock_of_the_day_that_jumps_changes_no_rate(clock, monkeypatch, capsys):
+    days = iter([2e9, 1e9, 0.0, -1e9] * 100)
+    monkeypatch.setattr(progress.time, "time", lambda: next(days))
+    shown = make()
+    shown.restart_clock(0)
+    clock[0] += 1
+    rates = shown.rates(1, 0.0)
+    assert rates["perf/tokens_per_second"] == pytest.approx(2048)
+    shown.show_step(1, row(1, rates))
+    assert "-" not in capsys.readouterr().out.rpartition("MFU")[2]  # of the time that is left
+
+
 def test_mfu_counts_all_devices_and_is_null_where_the_peak_is_unknown(clock):
     found = {}
     for kind, devices in (("cpu", 1), ("NVIDIA H200", 1), ("NVIDIA H200", 4)):

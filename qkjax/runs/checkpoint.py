@@ -28,6 +28,7 @@ from qkjax import errors, files
 FORMAT_VERSION = 2  # 2 has meta_sha256
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's own, of a step
 _ITEMS = ("params", "opt_state", "meta")
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of directories that Orbax is writing
 
 
 class Restored(NamedTuple):
@@ -102,6 +103,7 @@ class Checkpoints:
             [checkpoint_managers.CustomSteps([0]), checkpoint_managers.LatestN(2)]
         )
         if not read_only:
+            self._remove_temporary()
             self._set_incomplete_aside()
             _quieten()
         options = ocp.CheckpointManagerOptions(
@@ -141,6 +143,13 @@ class Checkpoints:
                 f"{place}: damaged ({errors.one_line(error)}). Move the checkpoint of that step "
                 "away, or restore it from a copy."
             ) from error
+
+    def _remove_temporary(self) -> None:
+        """Deletes what killed saves left: Orbax spares those that lacked only their new name."""
+        for path in self._directory.glob(f"*{_TEMPORARY}*"):
+            if path.is_dir() and not path.is_symlink():
+                logging.warning("%s: the rest of an interrupted save is deleted", path)
+                shutil.rmtree(path, ignore_errors=True)
 
     def _set_incomplete_aside(self) -> None:
         """Orbax would count an empty step directory as the latest checkpoint.
