@@ -443,6 +443,27 @@ def test_what_a_killed_save_left_is_deleted_by_the_holder_alone(copied):
     assert not left.exists() and (copied / "7").is_dir()
 
 
+@pytest.mark.long
+def test_two_devices_restore_the_same_bits(saved, on_devices):
+    code = f"""
+        import sys
+        sys.path.insert(0, "tests")
+        import jax
+        import test_checkpoint as t
+        from qkjax import sharding
+        from qkjax.runs import checkpoint
+
+        checkpoints = checkpoint.Checkpoints({str(saved)!r}, read_only=True)
+        shapes = t.state_shapes()
+        restored = checkpoints.restore(7, shapes.params, shapes.opt_state)
+        placed = jax.device_put(restored.params, sharding.replicated(sharding.make_mesh()))
+        print(jax.device_count(), checkpoint.digests(placed)[1])
+    """
+    expected = checkpoint.digests(state(7).params)[1]
+    for devices in (2, 4):
+        assert on_devices(textwrap.dedent(code), devices).split()[-2:] == [str(devices), expected]
+
+
 def test_reading_writes_nothing(copied):
     def listed():
         return {path: path.stat().st_mtime_ns for path in [copied, *copied.rglob("*")]}

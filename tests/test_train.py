@@ -184,6 +184,26 @@ def test_a_stop_during_an_evaluation_is_made_up_for(datasets, finished, tmp_path
 
 
 @pytest.mark.usefixtures("programs_built_once")
+def test_a_stop_during_a_save_ends_in_the_same_bits(datasets, finished, tmp_path, monkeypatch):
+    config, workdir, _ = finished
+    save = checkpoint.Checkpoints.save
+
+    def stopped_in_it(self, step, *arguments):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save(self, step, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", stopped_in_it)
+        with pytest.raises(signals.Stopped) as caught:
+            train.train_and_evaluate(config, tmp_path / "run")
+    assert caught.value.exit_code == 143
+    assert checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps()[-1] == 6
+    train.train_and_evaluate(config, tmp_path / "run")
+    assert small_run.identity(tmp_path / "run") == small_run.identity(workdir)
+
+
+@pytest.mark.usefixtures("programs_built_once")
 def test_a_crash_goes_on_from_the_checkpoint_before(datasets, finished, tmp_path, monkeypatch):
     config, unbroken, _ = finished
     original = pipeline.TrainLoader.__next__
