@@ -444,6 +444,7 @@ def test_what_a_killed_save_left_is_deleted_by_the_holder_alone(copied):
 
 
 @pytest.mark.long
+@pytest.mark.process
 def test_two_devices_restore_the_same_bits(saved, on_devices):
     code = f"""
         import sys
