@@ -45,8 +45,8 @@ def check_disk(
     free = shutil.disk_usage(directory).free
     if free < needed - present:
         raise errors.StorageError(
-            f"{directory}: the run's checkpoints need {needed / 1e9:.2f} GB, of which "
-            f"{present / 1e9:.2f} GB are there, and {free / 1e9:.2f} GB are free. Make room, or "
+            f"{directory}: the run's checkpoints need {needed / 1e9:.3g} GB, of which "
+            f"{present / 1e9:.3g} GB are there, and {free / 1e9:.3g} GB are free. Make room, or "
             "use another --workdir."
         )
 
