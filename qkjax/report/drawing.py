@@ -163,7 +163,8 @@ def token_axis(axes: "Axes", tokens: Iterable[int]) -> None:
     marks = sorted(step * 10**power for power in range(16) for step in steps)
     marks = [0, *(mark for mark in marks if first <= mark <= last)]
     if last > 1.5 * marks[-1]:
-        marks.append(last)
+        near = len(marks) > 2 and last < 2 * marks[-1]  # their labels would touch
+        marks = [*(marks[:-1] if near else marks), last]
     axes.set_xscale("symlog", linthresh=first, linscale=0.5)
     axes.set_xticks(marks, [count(mark) for mark in marks])
     axes.minorticks_off()

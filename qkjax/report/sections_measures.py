@@ -253,9 +253,9 @@ def _gammas(material: Material) -> Iterator[Block]:
         ("spread", "90% over 10% quantile of |γ|", "ratio (dimensionless)"),
     ):
         by_vectors = {v: material.curves(f"gamma/{v}_{what}") for v in _VECTORS}
-        scale = charts.common_scale(label, list(by_vectors.values()))
-        if what == "pr":
-            scale = scale._replace(high=float(material.head_dim))
+        scale = charts.Scale(label, 0.0, float(material.head_dim))
+        if what == "spread":
+            scale = charts.common_scale(label, list(by_vectors.values()), low=1.0)
         for vectors, curves in by_vectors.items():
             gamma = {"key": "γ_k", "query": "γ_q"}[vectors]
             named = title.replace("γ", gamma)

@@ -93,7 +93,7 @@ def _warnings(panel: Panel, noted: Iterable[tuple[str, Iterable[str]]]) -> Itera
         if run.diverged:
             yield (
                 f"{run.arm} seed {run.seed} diverged at step {run.summary['diverged_step']:,}: "
-                "an outcome, so its arm enters no mean and no other contrast's error"
+                "an outcome: it enters no mean, and its arm no other contrast's error"
             )
     for (arm, seed), found in study.downstream.items():
         if items.is_sample(found):
