@@ -26,14 +26,16 @@ from qkjax.report import (
     material,
     original,
     report,
+    sections_measures,
     sections_record,
     sections_result,
     sections_verdicts,
 )
-from qkjax.report.blocks import Box, Charts, Lead, Report, Table
+from qkjax.report.blocks import Box, Charts, Lead, Report, Section, Table
 from qkjax.report.csv import COLUMNS, results_csv
 from qkjax.report.markdown import markdown
 from qkjax.runs import environment
+from qkjax.runs.directory import RunDirectory
 from qkjax.verdicts import results
 
 pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '.[report]'")
@@ -806,6 +808,42 @@ def test_one_of_a_kind_is_not_plural(write: Callable[..., pathlib.Path]):
     assert ": 1 configuration, seed 42, " in report.subtitle(found)
     verdicts = markdown(Report("", "", (sections_verdicts.verdicts(found),)))
     assert "1 of 1 run finished." in verdicts
+
+
+def test_what_stands_beside_the_pr_of_keys(write: Callable[..., pathlib.Path]):
+    """Stages, q.k, sinks, weights, gammas and clips by arm; of a study from before them nothing."""
+    arms_ = {**synthetic_study.arms(32), "muon_noqk_clip": synthetic_study.arms(32)["muon_noqk"]}
+    path = write(arms_)
+    assert list(sections_measures.measures(material.load(path))) == []
+    for file in path.glob("runs/*/*/summary.json"):
+        directory, rows = RunDirectory(file.parent), file.with_name("metrics.jsonl")
+        summary = directory.read_summary()
+        seed = summary["seed"] - SEEDS[0]  # 0 and 1: means end in .5
+        new = {"pr/qk/pre_rope/raw": 7.0, "sink/mass": 0.03, "sink/uniform": 0.0201}
+        new |= {"weight/pr/key": 28.0 + seed, "mean_share/key/pre_rope": 0.25}
+        stages = ("pre_norm", "post_norm", "pre_rope", "post_rope")
+        if summary["arm"].endswith("_qk"):
+            new |= {f"pr/key/{s}/centred": 20.0 - i + seed for i, s in enumerate(stages)}
+            new |= {"gamma/key_pr": 30.0, "gamma/key_spread": 1.5, "gamma/key_negative": 0.02}
+        if summary["arm"].endswith("_clip"):
+            lines = [json.loads(line) for line in rows.read_text().splitlines()]
+            for step, row in enumerate(lines[1:]):
+                row |= {"train/max_logit": 40.0 - step, "train/clipped_heads": 2 * (step == 0)}
+            rows.write_text("".join(f"{json.dumps(row)}\n" for row in lines))
+            clipped = f"{100 / (len(lines) - 1):.1f} | {2 / (len(lines) - 1):.2f}"
+        final = {name.replace("/", "_final/", 1): value for name, value in new.items()}
+        directory.write_summary(summary | final)
+    blocks = tuple(sections_measures.measures(material.load(path)))
+    text = markdown(Report("", "", (Section("", "", blocks),)))
+    cells = r"– / 20\.5 \| – / 19\.5 \| [\d.]+ / 18\.5 \| [\d.]+ / 17\.5"
+    assert re.search(rf"\| Muon \+ QK-Norm \| keys \| {cells} \|", text)
+    row = "| Muon, no QK-Norm | 7.0 | 25.0 | 3.00 | 28.5 |"
+    assert row in text and "Even attention would give 2.01%." in text
+    assert "| Muon + QK-Norm | 30.0 | 1.50 | 2.0 |" in text
+    assert "| Muon, no QK-Norm | 30.0 " not in text  # no gamma, and no zero
+    assert f"| 30 | 40.0 | {clipped} |" in text
+    drawn = {chart.name for block in blocks if isinstance(block, Charts) for chart in block.charts}
+    assert {"stages_key_centred_arms", "clip_logits", "clip_heads"} <= drawn
 
 
 def test_directions_that_the_loss_needs(whole: pathlib.Path):
