@@ -7,6 +7,7 @@ import collections
 import math
 import pathlib
 import typing
+from collections.abc import Callable
 
 import jax
 import pytest
@@ -83,12 +84,12 @@ def largest_of_vocabulary(program: Program) -> float:
     )
 
 
-def check_step(program: Program, devices: int) -> None:
+def check_step(program: Program, devices: int, is_rounded: Callable[[hlo.Product], bool]) -> None:
     """What holds of every train step on every target."""
     taken_over, leaves = program.said["donated"]
     assert taken_over == leaves > 30
     assert largest_of_vocabulary(program) <= CHUNK  # no [B, T, V]
-    assert {product.dtypes for product in products(program)} == {("bf16", "bf16")}
+    assert products(program) and all(is_rounded(product) for product in products(program))
     assert program.hlo.unknown_loops == 0
     flop = sum(program.said["product_flop"].values()) * devices
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes_of_parameters()))
@@ -100,7 +101,8 @@ def check_step(program: Program, devices: int) -> None:
 @pytest.mark.parametrize("which", ["h100", "two_h100"])
 def test_a_train_step_on_gpus(which, request):
     program: Program = request.getfixturevalue(which)["train"]
-    check_step(program, 2 if which == "two_h100" else 1)
+    devices = 2 if which == "two_h100" else 1
+    check_step(program, devices, lambda product: product.dtypes == ("bf16", "bf16"))
     squares = [a for _, a in program.hlo.buffers() if a.dims.count(LENGTH) > 1]
     assert not squares  # no [T, T]
     calls = [kernel for kernel in program.hlo.kernels if kernel.attention]
@@ -154,5 +156,6 @@ def test_an_evaluation_on_gpus(h100):
 
 
 def test_a_train_step_on_tpus(v5e):
-    check_step(v5e["train"], 4)
+    # The matrix unit rounds a float32 operand on its way in, unless told otherwise.
+    check_step(v5e["train"], 4, lambda product: "bf16" in product.dtypes and not product.precise)
     assert not v5e["train"].said["solver_calls"]

@@ -115,7 +115,9 @@ def test_collapsed_keys_far_from_0_over_two_hundred_batches():
     sequences = skewed_sequences(401)
     dump = jax.jit(model.apply_with_probe, static_argnums=(2, 3))
     arguments = (params, sequences[:, :-1])
-    compiled = dump.lower(*arguments, c.model, _pre_and_post).compile(compiler_options=QUICK)
+    compiled = dump.lower(*arguments, c.model.on("cpu"), _pre_and_post).compile(
+        compiler_options=QUICK
+    )
     pre, post = (np.asarray(keys).reshape(2, -1, 2, 8) for keys in compiled(*arguments)[1])
     assert pre.shape[1] == 401 * T
     _, centred, mean = spectra_of(pre.astype(np.float64))

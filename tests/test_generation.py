@@ -49,7 +49,7 @@ def one(place) -> trained_run.TrainedRun:
 def whole_pass(run: trained_run.TrainedRun, tokens: list[int]) -> np.ndarray:
     """Logits [T, V] by `model.py`."""
     ids = jnp.array([tokens], jnp.int32)
-    return np.asarray(model.logits(run.params, ids, run.config.model)[0])
+    return np.asarray(model.logits(run.params, ids, run.config.model.on("cpu"))[0])
 
 
 def generate(run: trained_run.TrainedRun, prompt=PROMPT, **options) -> list[int]:

@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import ml_collections
@@ -17,6 +18,7 @@ from qkjax import errors, files, flops, model
 from qkjax.cli import children
 from qkjax.runs.directory import RunDirectory
 from qkjax.study import plan, plan_cost
+from qkjax.targets import target
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ARMS = ["adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk"]
@@ -362,7 +364,8 @@ def test_costs_of_a_run():
 
 def test_the_time_comes_from_finished_runs_or_is_said_to_be_unknown(tmp_path):
     study = make_plan("tiny")
-    assert "time: unknown" in plan_cost.describe(study, {})
+    unknown = plan_cost.describe(study, {})
+    assert "time: nothing is measured here yet" in unknown and "\nh100  " in unknown
     for arm, diverged, seconds in (("adamw_qk", False, 10.0), ("muon_qk", True, 1.0)):
         directory = tmp_path / "sweep" / arm / "lr_1"
         directory.mkdir(parents=True)
@@ -388,6 +391,28 @@ def test_the_time_comes_from_finished_runs_or_is_said_to_be_unknown(tmp_path):
 
     assert total(rates)[1] == f"{tokens:,}" and total(rates)[-1] == "0:19:48"
     assert total({**rates, "muon_qk": 4_000.0})[-1] == "0:17:19"  # a quarter of it twice as fast
+
+
+def test_rates_on_a_target_come_from_one_compilation_for_arms_that_compute_alike(monkeypatch):
+    compiled = []
+
+    def compile_arm(config, aim):
+        compiled.append(config.arm)
+        return types.SimpleNamespace(hours=2.0 if config.optimizer.name == "muon" else 1.0)
+
+    monkeypatch.setattr(plan_cost.estimate, "make", compile_arm)
+    study, aim = make_plan("tiny", controls=("muon_qk_frozen",)), target.parse("h100:8")
+    rates = plan_cost.rates_on(study, aim)
+    assert rates.keys() == study.arms.keys()
+    assert len(compiled) == len(set(compiled)) < len(rates)  # frozen gammas are learned ones
+    run = study.arms["adamw_qk"].config.train
+    assert rates["adamw_qk"] == 2 * rates["muon_qk"] == run.num_steps * 2_048 / 3600
+    text = plan_cost.describe(study, rates, aim, 2.0)
+    seconds = text.split("\nall ")[1].split("\n")[0].split()[-1].split(":")
+    hours = sum(int(part) / 60**i for i, part in enumerate(seconds))
+    shown = text.split("\ncost: ")[1].split(" at 2 an hour")[0]
+    assert float(shown.replace(",", "")) == pytest.approx(hours * 8 * 2.0, rel=1e-3)
+    assert "time on h100:8, compiled, not run, at least: 66%" in text
 
 
 def test_lines_for_a_scheduler_say_what_they_wait_for():

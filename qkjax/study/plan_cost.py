@@ -177,8 +177,8 @@ def _costs(
         if target is not None:
             yield f"time on {target}, compiled, not run, at least: {roofline.ASSUMPTIONS}"
             if price is not None and time is not None:
-                cost = time / 3600 * target.num_devices * price
-                yield f"cost: {cost:,.2f} at {price:g} an hour and device, at least"
+                money = time / 3600 * target.num_devices * price
+                yield f"cost: {money:,.2f} at {price:g} an hour and device, at least"
     else:
         yield (
             "time: nothing is measured here yet. Give --tokens_per_second=N, a --workdir where a "
