@@ -167,7 +167,19 @@ def test_dry_run_shows_the_costs_and_writes_nothing(dataset, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "steps           20 of 128 tokens" in done.stdout
     assert '"arm": "muon_qk"' in done.stdout
+    assert "GB a device\n" in done.stdout and "\nv5e  " in done.stdout  # hours, by chip
     assert not (tmp_path / "run").exists()
+
+
+def test_a_target_is_read_before_anything_is_computed(dataset, tmp_path):
+    for flags, message in (
+        (("--aot=h100",), "--aot: it compiles and trains nothing. Add --dry_run."),
+        (("--dry_run", "--aot=h10"), "--aot: unknown chip 'h10'. Did you mean 'h100'?"),
+    ):
+        done = subprocess.run(
+            command(dataset, tmp_path / "run", *flags), cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and done.stderr.startswith(f"ERROR: {message}")
 
 
 def test_profile_writes_a_trace(dataset, tmp_path):

@@ -661,3 +661,12 @@ def test_what_does_not_fit_is_refused_before_work(datasets, tmp_path, fields, me
     with pytest.raises(errors.UsageError, match=message):
         train.train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [("", True), ("true", False), ("false", True)])
+def test_a_gpu_whose_compiler_was_asked_otherwise_is_refused(monkeypatch, tmp_path, asked, wanted):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", asked and f"--a=1 --xla_gpu_deterministic_ops={asked}")
+    config = small_run.make_config(tmp_path / "none", determinism__gpu=wanted)
+    with pytest.raises(errors.UsageError, match=rf"^determinism\.gpu: {str(wanted).lower()}, but"):
+        train.train_and_evaluate(config, tmp_path / "run")

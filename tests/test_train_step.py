@@ -314,6 +314,7 @@ def test_passes_over_8_devices(sequences, microbatch, passes):
 @pytest.mark.parametrize(
     ("sequences", "microbatch", "message"),
     [
+        (4, 0, "train.tokens_per_step: 4 sequences a step for 8 devices.*at most 4 devices"),
         (12, 0, "train.tokens_per_step: 12 sequences a step do not divide over 8 devices.*has 16"),
         (48, 4, "microbatch_sequences: 4 does not divide the 6 .* 8 devices.*one of .1, 2, 3, 6."),
     ],

@@ -73,14 +73,14 @@ def _write() -> None:
         "| tokens/s, at most | MFU |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows(sys.argv[1:]):
-        print(row, flush=True)
-        lines.append(row)
     page = root / "docs" / "targets.md"
     before, _, rest = page.read_text().partition(_MARKS[0])
     _, _, after = rest.partition(_MARKS[1])
-    table = "\n".join(lines)
-    files.replace(page, f"{before}{_MARKS[0]}\n{table}\n{_MARKS[1]}{after}".encode())
+    for row in rows(sys.argv[1:]):
+        print(row, flush=True)
+        lines.append(row)
+        table = "\n".join(lines)
+        files.replace(page, f"{before}{_MARKS[0]}\n{table}\n{_MARKS[1]}{after}".encode())
 
 
 def _versions(root: pathlib.Path) -> Iterator[str]:
