@@ -78,6 +78,7 @@ class World:
 # Worlds.
 
 
+@functools.cache
 def make_plan() -> plan.Plan:
     """Two arms, two seeds, a sweep of two rates, rank surgery."""
     values = config_flag.load(ROOT / "configs" / "study.py", "tiny")
@@ -288,7 +289,8 @@ def _text_of(found: material.Material) -> str:
     parts = pickle.dumps(
         (found.spectra, found.ends, found.surgery, found.sweep_prs, found.judgement.verdicts)
     )
-    rest = repr((found.study.downstream, found.study.items, found.study.plan)).encode()
+    plan_ = {name: found.study.plan.get(name) for name in (*make_plan().to_dict(), "parents")}
+    rest = repr((found.study.downstream, found.study.items, plan_)).encode()
     return hashlib.sha256(parts + rest).hexdigest()
 
 
