@@ -42,7 +42,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of moments and signals.", flag_values=F
 _DISK_NOISE = flags.DEFINE_bool(
     "disk_noise", False, "Write and sync other files all the while.", flag_values=FLAGS
 )
-_SHARE = 0.4  # of an unbroken run's time from its first step: the latest moment of a stop
+_MOST_SECONDS = 0.3  # between a step that was waited for and the stop
 # How a start may end: done, stopped behind a checkpoint, or by a signal; SIGTERM ends it as well
 # before the run has asked to be told.
 _ENDS = (0, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
@@ -106,19 +106,13 @@ class Soak:
         self.figures = Figures()
         self._config, self._workdir, self._chance = config, workdir, chance
         self._unbroken, self._broken = workdir / "unbroken", workdir / "broken"
-        code, self._seconds = 0, 0.0
-        for _ in range(2):  # the second time is that of a filled compilation cache
-            shutil.rmtree(self._unbroken, ignore_errors=True)
-            started = _Start(self._config, self._unbroken)
-            started.wait_until_it_trains()
-            begun = time.monotonic()
-            code = code or started.wait()
-            self._seconds = time.monotonic() - begun
+        code = _Start(config, self._unbroken).wait()
         if code:
             raise errors.UsageError(
                 f"{_log(self._unbroken)}: the unbroken run ended with exit code {code}, expected "
                 "0. Fix what it says first."
             )
+        self._steps = _rows(self._unbroken) - 1
 
     def cycle(self) -> None:
         """One run, stopped at random until it is finished, then compared."""
@@ -137,11 +131,11 @@ class Soak:
     def _one_start(self) -> int:
         """The exit code of one start, stopped at a random moment unless it ends before."""
         self.figures.starts += 1
-        self.figures.resumes += any(_checkpoint_steps(self._broken))
+        self.figures.resumes += bool(_checkpoint_steps(self._broken))
         started = _Start(self._config, self._broken)
         if self._chance.random() < 0.8:  # else while it restores and compiles
-            started.wait_until_it_trains()
-        code = started.wait(self._chance.uniform(0, _SHARE * self._seconds))
+            started.wait_for_steps(self._chance.randint(1, max(2, self._steps // 4)))
+        code = started.wait(self._chance.uniform(0, _MOST_SECONDS))
         if code is not None:
             return code
         terminated = self._chance.random() < 0.25
@@ -171,7 +165,7 @@ class _Start:
         from qkjax import main, train  # noqa: F401  imported here, once, for every fork
 
         self._code: int | None = None
-        self._log = _log(workdir)
+        self._workdir, self._log = workdir, _log(workdir)
         self._before = self._trainings()
         sys.stdout.flush()
         self._pid = os.fork()
@@ -199,10 +193,13 @@ class _Start:
                 time.sleep(0.002)
         return self._code
 
-    def wait_until_it_trains(self) -> None:
-        """Returns once its step is compiled, or it has ended."""
+    def wait_for_steps(self, number: int) -> None:
+        """Returns once its step is compiled and it has made so many, or it has ended."""
         while self.wait(0) is None and self._trainings() == self._before:
             time.sleep(0.01)
+        rows = _rows(self._workdir)
+        while self.wait(0) is None and _rows(self._workdir) < rows + number:
+            time.sleep(0.005)
 
     def _trainings(self) -> int:
         return self._log.read_bytes().count(b"compiled   in") if self._log.exists() else 0
@@ -211,6 +208,11 @@ class _Start:
         """Sends a signal to it, unless it has ended."""
         if self._code is None:
             os.kill(self._pid, signum)
+
+
+def _rows(run: pathlib.Path) -> int:
+    path = RunDirectory(run).metrics
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _log(workdir: pathlib.Path) -> pathlib.Path:
