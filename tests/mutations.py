@@ -290,8 +290,9 @@ def _text_of(found: material.Material) -> str:
         (found.spectra, found.ends, found.surgery, found.sweep_prs, found.judgement.verdicts)
     )
     plan_ = {name: found.study.plan.get(name) for name in (*make_plan().to_dict(), "parents")}
-    rest = repr((found.study.downstream, found.study.items, plan_)).encode()
-    return hashlib.sha256(parts + rest).hexdigest()
+    read = (found.study.downstream, found.study.items, {"plan": plan_})
+    rest = repr([{str(k): json.dumps(v, sort_keys=True) for k, v in x.items()} for x in read])
+    return hashlib.sha256(parts + rest.encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------
