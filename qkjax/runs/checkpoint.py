@@ -382,18 +382,19 @@ def _quieten() -> None:
     absl_logger = std_logging.getLogger("absl")
     if _drop_orbax_errors not in absl_logger.filters:
         absl_logger.addFilter(_drop_orbax_errors)
-        sys.excepthook = functools.partial(_drop_closed_loop, sys.excepthook)
+    if getattr(sys.unraisablehook, "func", None) is not _drop_closed_loop:
+        sys.unraisablehook = functools.partial(_drop_closed_loop, sys.unraisablehook)
 
 
 def _drop_orbax_errors(record: std_logging.LogRecord) -> bool:
     return not (record.levelno >= std_logging.ERROR and "orbax" in record.pathname)
 
 
-def _drop_closed_loop(
-    hook: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any
-) -> None:
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        hook(kind, error, trace)
+def _drop_closed_loop(hook: Callable[..., Any], unraisable: Any) -> None:
+    """Passes on to `hook` what Python cannot raise, but for the end of a write nobody waits for."""
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        hook(unraisable)
 
 
 def _own_digest(record: Mapping[str, Any]) -> str:
