@@ -41,6 +41,17 @@ def test_a_loop_without_a_known_number_of_turns_is_counted_and_taken_once():
     assert program.unknown_loops == 1 and program.kernels[0].times == 1
 
 
+def test_a_tpus_loop_says_its_turns_in_its_condition():
+    text = TEXT.replace('{"known_trip_count":{"n":"3"}}', "{}").replace(
+        "  ROOT %yes = pred[] constant(true)\n",
+        "  %limit = s32[]{:T(128)} constant(22)\n"
+        "  %turn = s32[]{:T(128)} get-tuple-element(%carry.1), index=0\n"
+        "  ROOT %yes = pred[]{:T(512)} compare(%turn, %limit), direction=LT\n",
+    )
+    program = hlo.Program(text)
+    assert program.unknown_loops == 0 and program.kernels[0].times == 22
+
+
 def test_a_tpu_writes_products_as_convolutions_and_keeps_arrays_on_the_chip():
     text = TEXT.replace(
         "%dot = f32[8,32]{1,0} dot(%flat, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}",

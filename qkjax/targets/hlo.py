@@ -179,7 +179,7 @@ class Program:
             if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")):
                 continue
             if i.opcode == "while":
-                trips = i.trips
+                trips = i.trips or self._limit(i.called("condition")[0])
                 self.unknown_loops += trips is None
                 self._walk(i.called("body")[0], times * (1 if trips is None else trips))
             elif i.opcode == "conditional":
@@ -202,6 +202,17 @@ class Program:
                         self.collectives.append(Collective(kind, dtype, size // half, times))
             else:
                 self.kernels.append(self._kernel(i, inside, times))
+
+    def _limit(self, condition: str) -> int | None:
+        """Turns of a loop that counts from 0 to below a constant, as jax's scans do."""
+        inside = self._computations[condition]
+        for i in inside.values():
+            if i.opcode == "compare" and "direction=LT" in i.text:
+                limit = inside.get(i.operands[1])
+                found = re.match(r"(\d+)", limit.text) if limit else None
+                if found and limit and limit.opcode == "constant":
+                    return int(found[1])
+        return None
 
     def _kernel(self, i: Instruction, inside: dict[str, Instruction], times: int) -> Kernel:
         flop, direction = _attention(i, inside)

@@ -51,6 +51,8 @@ def _result(scale: str, arm: str, name: str) -> str:
         return f"not compiled: {aim.extra} is not installed | | | | |"
     try:
         (train,) = launch.ask(config, aim, ("train",))
+    except errors.OutOfMemoryError:
+        return "refused: the memory does not hold a pass | | | | |"
     except errors.QkjaxError as error:
         return f"refused: {str(error)[:90]} | | | | |"
     found = estimate.of_step(config, aim, train)
