@@ -62,6 +62,18 @@ def test_a_tpu_writes_products_as_convolutions_and_keeps_arrays_on_the_chip():
     assert fused.bytes == 2 * 8 * 16 + 4 + 4 * 8 * 32  # w is not read from memory
 
 
+def test_a_copy_to_the_chip_reads_its_array_once():
+    copy = "  ROOT %result = f32[4,8,32]{2,1,0} copy(%same)\n"
+    shapes = "f32[4,8,32]{2,1,0:S(1)}, f32[4,8,32]{2,1,0}, u32[]{:S(2)}"
+    started = f"  %started = ({shapes}) copy-start(%same)\n"
+    there, here = (
+        hlo.Program(TEXT.replace(copy, start + copy)).kernels[-2]
+        for start in (started, started.replace(":S(1)", ""))
+    )
+    assert there.name == "started" and there.bytes == 4 * 4 * 8 * 32
+    assert here.bytes == 2 * there.bytes
+
+
 def test_the_roofline_takes_the_slower_of_moving_and_computing():
     program = hlo.Program(TEXT)
     h100 = chips.table()["h100"]

@@ -333,6 +333,10 @@ def _written(result: Instruction | None, inside: dict[str, Instruction], whole: 
 
 def _plain_bytes(i: Instruction, inside: dict[str, Instruction]) -> int:
     """Of an instruction that is a kernel of its own."""
+    if i.opcode.endswith("-start"):  # a copy or slice, whose result also names its source
+        moved = min((a.size * _bits(a.dtype) // 8 for a in i.arrays if a.dims), default=0)
+        source = inside[i.operands[0]].arrays if i.operands[0] in inside else ()
+        return moved * (1 if any(a.on_chip for a in (*i.arrays, *source)) else 2)
     results = sum(array.bytes for array in i.arrays)
     operands = [
         sum(array.bytes for array in inside[name].arrays) if name in inside else 0
