@@ -802,6 +802,24 @@ def test_extra_seeds_are_named_and_counted(write: Callable[..., pathlib.Path]):
     assert "- Muon + QK-Norm, seed 8: not started" in text
 
 
+def test_controls_stand_beside_their_parents(write: Callable[..., pathlib.Path]):
+    given = synthetic_study.arms()
+    given |= {f"muon_noqk_{word}": given["muon_noqk"] for word in ("clip", "merged")}
+    path = write(given, seeds=(42, 43), noise={})
+    for summary in (path / "runs" / "muon_noqk_clip").glob("*/summary.json"):
+        synthetic_study.edit_sealed(summary, '"muon_noqk_clip-', '"muon_noqk-')
+    found = material.load(path)
+    text = markdown(Report("", "", (sections_verdicts.attribution(found),)))
+    never = "equal to muon_noqk bit for bit: it never acted, and there is no contrast"
+    assert f"| Muon, no QK-Norm, QK-Clip | PR | {never} | – |" in text
+    assert "| Muon, no QK-Norm, QKVO merged | PR | inconclusive" in text
+    assert arms.label("muon_noqk_groups_of_2_mup") == (
+        "Muon, no QK-Norm, heads in groups of 2, scale mup"
+    )
+    rows = results_csv(found)
+    assert re.search(r"^clause,muon_noqk_merged: PR,,,estimate,0(\.0)?$", rows, re.MULTILINE)
+
+
 def test_one_of_a_kind_is_not_plural(write: Callable[..., pathlib.Path]):
     arms = {"muon_qk": synthetic_study.arms()["muon_qk"]}
     found = material.load(write(arms, seeds=(42,)))

@@ -16,6 +16,8 @@ _CONTROLS = {
     "merged": "QKVO merged",
     "separate": "Q, K, V, O apart",
     "per_head": "per head",
+    "groups_of": "heads in groups of",
+    "mup": "scale mup",
 }
 # The study's optimisers have the first two hues; others take the next ones as they come.
 HUES = dict(zip(_OPTIMIZERS, drawing.HUES, strict=False))
@@ -57,7 +59,9 @@ def label(arm: str) -> str:
     if name not in _OPTIMIZERS or qk not in ("qk", "noqk"):
         return arm
     words = f"{_OPTIMIZERS[name]} + QK-Norm" if qk == "qk" else f"{_OPTIMIZERS[name]}, no QK-Norm"
-    return ", ".join([words, *(_CONTROLS.get(word, word) for word in controls)])
+    for word in controls:
+        words += f" {word}" if word.isdigit() else f", {_CONTROLS.get(word, word)}"
+    return words
 
 
 def short(arm: str) -> str:

@@ -135,6 +135,8 @@ def _verdicts(material: Material) -> Iterator[Row]:
         yield Row("verdict", name, None, None, "share", found.share or None)
         for clause in (found.total, *found.parts, *found.beside, found.half):
             yield from _clause(clause)
+    for clause in material.judgement.controls:
+        yield from _clause(clause)
 
 
 def _clause(clause: Clause) -> Iterator[Row]:

@@ -169,7 +169,38 @@ def attribution(material: Material) -> Section:
         blocks.append(Text(f"{arms.family(found.optimizer)}: {found.reason}."))
         if any(clause.per_seed for clause in (found.total, *found.parts)):
             blocks.append(_attribution_table(found))
-    return Section("attribution", "Attribution of H1", tuple(blocks))
+    if material.judgement.controls:
+        blocks.append(_controls_table(material.judgement.controls))
+    return Section("attribution", "Attribution of H1, and controls", tuple(blocks))
+
+
+def _controls_table(clauses: Sequence[Clause]) -> Table:
+    """Controls that no attribution names; a clause of each quantity."""
+    return Table(
+        "Every other control minus its parent, at the end of training.",
+        ("Control", "Of", "Remark", "Difference", "Pooled 95%", "Paired 95%", "Per seed"),
+        tuple(
+            (
+                arms.label(control),
+                what,
+                clause.reason if clause.estimate is None else clause.word,
+                ABSENT
+                if clause.estimate is None
+                else f"{short(clause.estimate, signed=True)} {clause.unit}",
+                interval(clause.pooled),
+                interval(clause.paired),
+                per_seed(clause),
+            )
+            for clause in clauses
+            for control, _, what in [clause.name.partition(": ")]
+        ),
+        words=3,
+        notes=(
+            "Family of the pooled error: the control and its parent. No prediction stands behind "
+            'these: "supported" says that the control ends higher by the smallest effect of '
+            "interest. Outside the corrected family.",
+        ),
+    )
 
 
 def _attribution_table(found: Attribution) -> Table:
