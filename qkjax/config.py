@@ -18,7 +18,7 @@ import ml_collections
 
 from qkjax import errors, presets
 
-# Raised with every change after which the same config no longer gives the same bits.
+# Raised with every change after which the same config gives other bits of parameters or losses.
 NUMERICS_VERSION = 1
 # Deeper models keep their layer loop where model.unroll is 0.
 _MOST_UNROLLED = 24
