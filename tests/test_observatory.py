@@ -4,11 +4,13 @@ import csv
 import inspect
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 import types
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import random_run
@@ -246,7 +248,8 @@ def test_an_exported_run_measures_as_the_run_itself(qk_norm, tmp_path):
     mesh = sharding.make_mesh()
     evaluate = evaluation_lib.Evaluator(config, mesh)
     batch = pipeline.ValidationBatch(ids, np.ones(len(ids), bool))
-    expected = evaluate(random_run.random_params(config), [batch], lambda: False)
+    params = jax.device_put(random_run.random_params(config), sharding.replicated(mesh))
+    expected = evaluate(params, [batch], lambda: False)
     source = loading.Source(str(tmp_path / "export"))
     found = measure_model(loading.load_model(source, "", "float32"), [ids[:3], ids[3:]])
     assert found.spectra.keys() == expected.spectra.keys()
@@ -552,6 +555,20 @@ def test_what_is_missing_is_named(place, tmp_path, monkeypatch):
     fields = {"tokens_per_step": None}
     message = refusal(lambda: directory.measure_directory(request(place, tmp_path / "o", **fields)))
     assert "names no tokens" in message
+
+
+def test_the_notebook_runs(tmp_path, capsys):
+    """Its cells in order, in one namespace: no kernel is needed."""
+    notebook = json.loads((ROOT / "examples" / "measure_a_model.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells)  # nothing of one machine is committed
+    script = tmp_path / "notebook.py"
+    script.write_text("\n\n".join("".join(cell["source"]) for cell in cells))
+    names = runpy.run_path(str(script))
+    printed = capsys.readouterr().out
+    assert "raw=11.658" in printed and "(3, 2, 16) layers" in printed
+    expected = names["found"].metrics["pr/key/post_rope/raw"]
+    assert f"post_rope  {expected:5.2f} raw" in printed
 
 
 def test_steps_and_tokens_are_read_from_names():

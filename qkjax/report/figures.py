@@ -80,7 +80,8 @@ def figures_of_run(
             listed = ", ".join(q.array for q in quantities[: 2 if normed else None])
             notes.append(f"{run.workdir}: {listed} not recorded{why}; no figure {name}")
             continue
-        figures[name] = trajectories([run], quantities)
+        if run.ages_known:
+            figures[name] = trajectories([run], quantities)
     if len(run.clips):
         figures["clip"] = clip_curves(run)
     for name, draw, arrays in (
