@@ -389,7 +389,7 @@ def test_a_model_stands_beside_a_run(measured, place, tmp_path):
 
     gallery.make_gallery([measured, run], tmp_path / "gallery", lambda line: None)
     page = (tmp_path / "gallery" / "index.html").read_text()
-    assert "Over training" in page and "make_gallery.py" in page
+    assert "Over training" in page and "qkjax gallery" in page
     table = list(csv.DictReader((tmp_path / "gallery" / "gallery.csv").open()))
     assert [(row["name"], row["step"]) for row in table] == [
         *(("measured", step) for step in ("0", "10", "200")),
