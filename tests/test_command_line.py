@@ -132,8 +132,7 @@ MISTAKES = {
     "no workdir": ((CONFIG,), "--workdir: missing. Name the run directory"),
     "no dataset": (
         ("--config=configs/muon_noqk.py", "--workdir={tmp}/run"),
-        "data.dir: scale full needs a prepared dataset. Make one with `python "
-        "tools/prepare_data.py",
+        "data.dir: scale full needs a prepared dataset. Make one with `qkjax prepare",
     ),
 }
 

@@ -116,6 +116,7 @@ print(json.dumps([[arm.arm for arm in arms], arms[0].muon.scale, arms[1].optimiz
 """
 
 
+@pytest.mark.process
 def test_arms_optimiser_field_and_metric_are_known(extended):
     found = json.loads(python(extended, "-c", ARMS))
     assert found == [["muon_noqk_mup", "lion_noqk"], "mup", 2.4e-4, 0.0, True, False]

@@ -142,7 +142,7 @@ def test_without_a_compiler_the_command_to_install_it_is_named(monkeypatch, tmp_
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     assert launch.interpreter("gpu") is None
     with pytest.raises(
-        errors.UsageError, match=r"--aot: the compiler for h100:1 .*set_up_aot.sh gpu"
+        errors.UsageError, match=r"--aot: the compiler for h100:1 .*the extra aot-gpu"
     ):
         launch.ask(small(), target.parse("h100"), ("train",))
     own = tmp_path / ".venv-aot" / "lib" / "python3.11" / "site-packages"

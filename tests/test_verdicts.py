@@ -438,6 +438,7 @@ def test_a_number_that_is_not_finite_leaves_the_family_not_the_contrast(
     path = tmp_path / "study" / "runs" / "adamw_noqk" / "seed_43" / "summary.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "pr_final/key/post_rope/raw": None}))
+    synthetic_study.seal(path.parent)
     judged = verdicts.judge(results.load_study(tmp_path / "study"))
     found = clause(judged, "H4 PR against Muon+QK")
     assert found.word == SUPPORTED and "adamw_noqk" not in found.family
@@ -792,6 +793,7 @@ def test_a_control_decayed_of_before_is_shown_by_another_name(judge: Judge, tmp_
         values = json.loads(path.read_text())
         values["optimizer"].update(gamma_weight_decay=5.7, gamma_learning_rate=0.0)
         path.write_text(json.dumps(values))
+        synthetic_study.seal(path.parent)
     study = results.load_study(tmp_path / "study")
     assert "adamw_qk_decayed_1" in study.arms and "adamw_qk_decayed" not in study.arms
     assert study.plan["parents"]["adamw_qk_decayed_1"] == "adamw_qk"
@@ -800,6 +802,7 @@ def test_a_control_decayed_of_before_is_shown_by_another_name(judge: Judge, tmp_
     assert "force 5.7" in found.exposure and found.exposure in found.parts[2].text
     values["optimizer"]["gamma_learning_rate"] = 0.03  # one seed of the new kind
     paths[1].write_text(json.dumps({**values, "seed": 43}))
+    synthetic_study.seal(paths[1].parent)
     with pytest.raises(errors.UsageError, match="expected adamw_qk_decayed_1 with seed 43"):
         results.load_study(tmp_path / "study")
 
@@ -915,9 +918,7 @@ def test_a_control_that_is_its_parent_bit_for_bit_has_no_contrast(judge: Judge, 
     arms = {**CLAIMED, "muon_noqk_merged": MUON_BEST}
     assert "bit for bit" not in judge(arms, **LONG).controls[0].reason
     for path in (tmp_path / "study" / "runs" / "muon_noqk_merged").glob("*/summary.json"):
-        values = json.loads(path.read_text())
-        seed = values["seed"]
-        path.write_text(json.dumps({**values, "params_sha256": f"muon_noqk-{seed}"}))
+        synthetic_study.edit_sealed(path, '"muon_noqk_merged-', '"muon_noqk-')
     for found in verdicts.judge(results.load_study(tmp_path / "study")).controls:
         assert found.word == INCONCLUSIVE
         assert found.reason.startswith("equal to muon_noqk bit for bit: it never acted")

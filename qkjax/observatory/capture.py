@@ -136,8 +136,8 @@ class Capture:
         self.model.train(self._training)
 
     def _take_rotary(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        found = given.get("position_embeddings", kwargs.get("position_embeddings"))
+        passed = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        found = passed.get("position_embeddings", kwargs.get("position_embeddings"))
         self._rotary[module.layer_idx] = found
 
     def _take_hidden(self, module: Any, args: Any, output: Any) -> None:
@@ -199,11 +199,11 @@ class Capture:
 
     def _logits(self, hidden: Any) -> Any:
         """Next-token logits [B, t, V] float32 of the last hidden states."""
-        config = self.text_config
+        stock = self.text_config
         logits = self.model.get_output_embeddings()(hidden).float()
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
-        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
+        logits = logits * (getattr(stock, "logit_scale", None) or 1.0)
+        logits = logits / (getattr(stock, "logits_scaling", None) or 1.0)
+        cap = getattr(stock, "final_logit_softcapping", None)
         return (logits / cap).tanh() * cap if cap else logits
 
     def _check_head(self, found: Any, ours: Any) -> None:
@@ -430,13 +430,13 @@ def refuse_unknown(model: Any, name: str) -> None:
         UsageError: an encoder and decoder, latent attention, or an attention that cannot be
             exchanged.
     """
-    config = model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False):
+    stock = model.config
+    if getattr(stock, "is_encoder_decoder", False):
         raise errors.UsageError(
             f"{name}: {type(model).__name__} has an encoder, expected a decoder alone. "
             "Give a causal language model."
         )
-    if getattr(config, "kv_lora_rank", None) is not None:
+    if getattr(stock.get_text_config(), "kv_lora_rank", None) is not None:
         raise errors.UsageError(
             f"{name}: {type(model).__name__} has multi-head latent attention, whose heads share "
             "what their keys are made of, expected keys of their own. It cannot be measured."

@@ -62,9 +62,9 @@ def ask(
     python = interpreter(target.chip.platform)
     if python is None:
         raise errors.UsageError(
-            f"--aot: the compiler for {target} is not installed. Run bash tools/set_up_aot.sh "
-            f"{target.chip.platform} (0.7 GB), or install the extra {target.extra} in an "
-            "environment of its own and start the command there."
+            f"--aot: the compiler for {target} is not installed. Install the extra "
+            f"{target.extra} (0.7 GB) in an environment of its own and start the command there; "
+            "in a checkout, docs/targets.md has the line that makes one."
         )
     question = {
         "config": config.to_dict(),
