@@ -267,8 +267,8 @@ class ModelConfig:
         """What the model computes with on this platform: attention and unroll are settled.
 
         Args:
-            platform: of the devices: "cpu", "gpu" or "tpu". Dtypes are settled before, by
-                `Config.for_platform`.
+            platform: of the devices: "cpu", "gpu" or "tpu"; "any": what runs on all of them.
+                Dtypes are settled before, by `Config.for_platform`.
         """
         return dataclasses.replace(
             self, attention=self.attention_on(platform), unroll=self._unroll_on(platform)

@@ -77,8 +77,9 @@ def apply(params: Params, tokens_BT: jax.Array, config: ModelConfig) -> jax.Arra
     """Final hidden states [B, T, D] in the compute dtype; logits are hidden @ embedding^T.
 
     Args:
-        config: settled for the platform that computes, by `ModelConfig.on`; so in all functions
-            of this module but `init` and `parameter_shapes`.
+        config: best settled for the platform that computes, by `ModelConfig.on`. What is left
+            open, here and in the functions below, is what runs on every platform: attention
+            "xla", layers in a loop.
     """
     return _decoder(config).apply({"params": params}, tokens_BT)[0]
 
@@ -122,7 +123,7 @@ def logits(params: Params, tokens_BT: jax.Array, config: ModelConfig) -> jax.Arr
 
 
 def _decoder(config: ModelConfig, probe: Probe | None = None) -> "_Decoder":
-    return _Decoder(config, probe)
+    return _Decoder(config.on("any"), probe)
 
 
 class _RMSNorm(nn.Module):

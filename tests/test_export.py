@@ -786,7 +786,7 @@ def test_a_public_model_computes_the_same_in_our_code(torch, name, tmp_path):
     config, params = hf.read_directory(place_)
     assert (config.head_dim, config.rope_base) == (16 if name == "Qwen3" else 12, 50_000.0)
     with jax.default_matmul_precision("highest"):
-        found = np.asarray(model.logits(params, tokens, config.on("cpu")))
+        found = np.asarray(model.logits(params, tokens, config))
     assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
 
 

@@ -272,6 +272,15 @@ def test_unroll_is_chosen_by_platform_and_kept_by_number():
     assert chosen(99, "cpu") == 22
 
 
+def test_what_no_platform_has_settled_runs_everywhere():
+    params = random_params(small())
+    batch = tokens(small(), 1, 29)
+    np.testing.assert_array_equal(
+        logits(params, batch, small(attention="auto", unroll=0)),
+        logits(params, batch, small(attention="xla", unroll=1)),
+    )
+
+
 def test_arms_of_a_seed_share_initial_values():
     key = jax.random.key(3)
     none = init(key, wide(qk_norm="none", mlp="swiglu"))
