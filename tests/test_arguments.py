@@ -1,11 +1,16 @@
 """arguments: what every command refuses at the door, and ~ where no shell expands it."""
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from qkjax import errors
 from qkjax.cli import arguments
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +63,23 @@ def test_what_no_path_should_hold_is_refused_in_one_printable_line(given, messag
         arguments.check(["qkjax", *given], texts=["prompt"])
     assert str(caught.value).startswith(message)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("given", ["jsonl:naïve/a.jsonl", "jsonl:naïv*/a.jsonl", "jsonl:*/a.jsonl"])
+def test_a_locale_that_misreads_names_is_named_and_not_the_name(given, home):
+    """LC_ALL=C without UTF-8 mode: the bytes are sound, Python takes them for no letters."""
+    (home / "naïve").mkdir()
+    (home / "naïve" / "a.jsonl").write_text('{"text": "One."}\n')
+    found = subprocess.run(
+        [
+            *(sys.executable, "-m", "qkjax.commands", "prepare", "--tokenizer=train:300"),
+            *("--out=d", f"--source={given}"),
+        ],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 2
+    assert found.stderr.endswith("in this locale (ascii). Set PYTHONUTF8=1.\n")
+    assert found.stderr.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 
@@ -24,7 +25,8 @@ def check(argv: Sequence[str], texts: Collection[str] = ()) -> list[str]:
         texts: flags whose value is text: it may hold line breaks, and a ~ in it stays.
     Raises:
         UsageError: control characters, as the carriage return at the end of a line of a script
-            that was written on Windows; or bytes that are not UTF-8.
+            that was written on Windows; bytes that are not UTF-8; or other letters than ASCII
+            where the locale is not UTF-8, so that Python misreads them.
     """
     return [*argv[:1], *_checked(argv[1:], texts)]
 
@@ -37,6 +39,8 @@ def _checked(arguments: Sequence[str], texts: Collection[str]) -> Iterator[str]:
         name = match[0].strip("-=") if match else flag
         value = argument[start:]
         is_text = name in texts
+        if not value.isascii() and sys.getfilesystemencoding() != "utf-8":
+            raise errors.UsageError(_misread(f"--{name}" if name else "argument", value))
         for character in value:
             if unicodedata.category(character) in _REFUSED and not (
                 is_text and character in _LINE_BREAKS
@@ -50,6 +54,13 @@ def _expanded(value: str) -> str:
     kind = _KIND.match(value)
     start = kind.end() if kind else 0
     return value[:start] + os.path.expanduser(value[start:])
+
+
+def _misread(where: str, value: str) -> str:
+    return (
+        f"{where}: {visible(value)} holds letters that Python cannot read in this locale "
+        f"({sys.getfilesystemencoding()}). Set PYTHONUTF8=1."
+    )
 
 
 def _refusal(where: str, value: str) -> str:

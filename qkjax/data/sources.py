@@ -13,6 +13,7 @@ import json
 import lzma
 import os
 import pathlib
+import sys
 import zlib
 from collections.abc import Iterator
 from typing import IO, Any
@@ -102,6 +103,11 @@ def _files(spec: str, pattern: str) -> list[pathlib.Path]:
                 f"{path}: {path.suffix} is not read, only plain, {', '.join(_PACKED)}. Unpack it."
             )
         if not str(path).isascii() and _shown(path) != str(path):
+            if sys.getfilesystemencoding() != "utf-8":
+                raise errors.UsageError(
+                    f"{_shown(path)}: Python cannot read this name in this locale "
+                    f"({sys.getfilesystemencoding()}). Set PYTHONUTF8=1."
+                )
             raise errors.UsageError(
                 f"{_shown(path)}: the name is not valid UTF-8, and dataset.json has to hold it. "
                 "Rename the file."
