@@ -697,3 +697,19 @@ def test_what_lies_behind_a_checkpoint_is_compared_at_a_resume(ended):
     ended.write_evaluation(0, {"aa": [7]}, {"loss_sum": [1.5], "count": [1]})
     with pytest.raises(errors.UsageError, match=r"step_00000000\.npz: has sha256"):
         ended.check_record(meta)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_a_checkpoint_that_names_an_impossible_time_is_refused(tmp_path, seconds):
+    config = tiny()
+    meta = {
+        "step": 3,
+        "params_sha256": "0" * 64,
+        "config": files.plain(config.to_dict()),
+        "data_order": {},
+        "dataset_fingerprint": "abc",
+        "wall_seconds": 1.0,
+    }
+    RunDirectory(tmp_path).check_checkpoint(meta, config, "abc")
+    with pytest.raises(errors.UsageError, match=rf"3: damaged \(wall_seconds is {seconds}\)"):
+        RunDirectory(tmp_path).check_checkpoint({**meta, "wall_seconds": seconds}, config, "abc")

@@ -10,6 +10,7 @@ the file's name; they import no jax, so that reports start at once.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -364,7 +365,7 @@ class RunDirectory:
             "wall_seconds": float,
         }
         files.need(place, "meta", meta, facts, _OTHER_STEP)
-        if meta["wall_seconds"] < 0:
+        if not 0 <= meta["wall_seconds"] < math.inf:
             raise files.damaged(place, f"wall_seconds is {meta['wall_seconds']}", _OTHER_STEP)
         recorded = (self.read_environment() or {}).get("allowed_config_changes", [])
         allowed = {change.get("field") for change in (*recorded, *changes)}
