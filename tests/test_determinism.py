@@ -8,6 +8,7 @@ import time
 
 import pytest
 import small_run
+import synthetic_study
 
 from qkjax import config as config_lib
 from qkjax import errors, train
@@ -71,6 +72,7 @@ def test_a_repeated_and_a_resumed_run_are_equal_and_a_changed_one_is_found(tmp_p
     for name in ("checkpoints", "metrics.jsonl"):
         (workdir / "again" / name).rename(tmp_path / name)
         (tmp_path / "other" / name).rename(workdir / "again" / name)
+    synthetic_study.seal(workdir / "again")
     done = check(workdir, data)
     assert done.returncode == 2 and "ERROR:" in done.stderr.splitlines()[-1]
     assert "resumed: equal to the bit" in done.stdout
