@@ -66,6 +66,7 @@ def test_what_no_path_should_hold_is_refused_in_one_printable_line(given, messag
 
 
 @pytest.mark.parametrize("given", ["jsonl:naïve/a.jsonl", "jsonl:naïv*/a.jsonl", "jsonl:*/a.jsonl"])
+@pytest.mark.process
 def test_a_locale_that_misreads_names_is_named_and_not_the_name(given, home):
     """LC_ALL=C without UTF-8 mode: the bytes are sound, Python takes them for no letters."""
     (home / "naïve").mkdir()

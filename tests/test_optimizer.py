@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import with_long
 
 from qkjax import config as config_lib
 from qkjax import errors, model, muon, optimizer, presets
@@ -355,7 +356,7 @@ def test_each_granularity_is_muon_on_its_own_matrices_one_by_one(granularity, sc
     assert shapes.items() <= momentum.items()
 
 
-@pytest.mark.parametrize("scale", muon.SCALES)
+@pytest.mark.parametrize("scale", with_long(muon.SCALES, {"rms", "mup"}))
 def test_granularities_take_steps_of_equal_size(scale):
     """White gradients at the 88M's shapes: the RMS of each kernel's update within 5%."""
     shapes = {"query": (512, 512), "key": (512, 256), "value": (512, 256), "output": (512, 512)}

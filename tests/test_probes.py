@@ -11,6 +11,7 @@ import reference_model
 import references
 import small_model
 import small_run
+from marks import with_long
 
 from qkjax import attention, evaluation, model, sharding, train
 from qkjax import config as config_lib
@@ -243,7 +244,8 @@ def offline_metrics(arrays, qk_norm):
     return {name: np.mean(values) for name, values in found.items()}
 
 
-@pytest.mark.parametrize("arm", ARMS)
+# Of each optimiser one arm, with and without QK-Norm, in every test run.
+@pytest.mark.parametrize("arm", with_long(ARMS, {"adamw_noqk", "muon_qk"}))
 def test_every_array_and_metric_of_a_run_equals_float64(runs, arm):
     resolved, workdir = runs(arm)
     c = resolved.model
@@ -360,6 +362,7 @@ def raw_pr(rows):
     return float(ranks.participation_ratio(spectral.singular_values(f, centred=False)))
 
 
+@pytest.mark.long
 def test_constant_keys_look_as_docs_metrics_says():
     """True rank 1; d 64, T 2048."""
     rng = np.random.default_rng(1)

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 import small_run
 import synthetic_study
+from marks import with_long
 from tensorboard.backend.event_processing import event_accumulator
 
 from qkjax import errors, evaluation, flops, model, train
@@ -132,7 +133,7 @@ def test_a_finished_run_is_left_as_it_is(finished, capsys):
     assert {path.name for path in after if after[path] != before.get(path)} <= {"run.lock"}
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", with_long(ARMS, {"adamw_qk"}))
 @pytest.mark.usefixtures("programs_built_once")
 def test_any_number_of_stops_ends_in_the_same_bits(datasets, arm, tmp_path, monkeypatch):
     config = arm_config(datasets, arm)

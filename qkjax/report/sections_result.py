@@ -149,7 +149,7 @@ def _curves(material: Material) -> Iterator[Block]:
         scale = (
             charts.Scale(f"PR (directions of {material.head_dim})", 0.0, float(material.head_dim))
             if metric == PR
-            else charts.common_scale("validation loss (nat per token)", [curves])
+            else charts.common_scale("nat per token", [curves])
         )
         shown.append(
             charts.chart(
