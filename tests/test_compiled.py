@@ -29,9 +29,15 @@ def make_config(**fields) -> config_lib.Config:
     """Sizes that are all different, so that an array's axes can be told by them."""
     values = config_lib.base("muon", "learned", "tiny")
     values.model.update(
-        num_layers=LAYERS, d_model=WIDTH, num_heads=6, num_kv_heads=2, head_dim=32, d_ff=160,
-        vocab_size=VOCABULARY, sequence_length=LENGTH,
-    )  # fmt: skip
+        num_layers=LAYERS,
+        d_model=WIDTH,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=32,
+        d_ff=160,
+        vocab_size=VOCABULARY,
+        sequence_length=LENGTH,
+    )
     values.train.update(tokens_per_step=8 * LENGTH, tokens=80 * LENGTH, loss_chunk_tokens=CHUNK)
     for name, value in fields.items():
         section, _, field = name.partition("__")

@@ -127,9 +127,15 @@ def small(**fields) -> config_lib.Config:
     """A model of 2 layers whose sizes are all different, in bfloat16 as on an accelerator."""
     values = config_lib.base("muon", "learned", "tiny")
     values.model.update(
-        num_layers=2, d_model=96, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=160,
-        vocab_size=640, sequence_length=256,
-    )  # fmt: skip
+        num_layers=2,
+        d_model=96,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        d_ff=160,
+        vocab_size=640,
+        sequence_length=256,
+    )
     values.train.update(tokens_per_step=8 * 256, tokens=80 * 256, loss_chunk_tokens=512)
     for name, value in fields.items():
         section, _, field = name.partition("__")
@@ -171,11 +177,17 @@ def test_a_compiler_that_fails_is_said_in_one_line(monkeypatch, tmp_path):
 
 def described(name: str, seconds: float, **fields) -> dict:
     return {
-        "name": name, "device_bytes": 2_000_000_000, "kernels": 5, "bytes": 10, "solver_calls": 0,
-        "product_flop": {"bf16": 1e12}, "attention_flop": 0.0, "collectives": {},
+        "name": name,
+        "device_bytes": 2_000_000_000,
+        "kernels": 5,
+        "bytes": 10,
+        "solver_calls": 0,
+        "product_flop": {"bf16": 1e12},
+        "attention_flop": 0.0,
+        "collectives": {},
         "seconds": {"total": seconds, "memory_bound": 0.0, "transfers": 0.0, "kernels": seconds},
         **fields,
-    }  # fmt: skip
+    }
 
 
 def test_hours_and_cost_of_a_run_are_those_of_its_programs(monkeypatch):

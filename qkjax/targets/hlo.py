@@ -20,9 +20,19 @@ _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
-    "replica-id", "opt-barrier", "optimization-barrier", "domain", "add-dependency",
-}  # fmt: skip
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "optimization-barrier",
+    "domain",
+    "add-dependency",
+}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _SOLVERS = re.compile(r"syevd|syevj|gesvd|geqrf|orgqr|cusolver|qr_|Qr|Householder|Eigh", re.I)
 
@@ -226,9 +236,15 @@ class Program:
             self._fusion_bytes(i, inside, fused[0]) if len(fused) == 1 else _plain_bytes(i, inside)
         )
         return Kernel(
-            i.name, i.op_name, times, size, products, flop, direction,
+            i.name,
+            i.op_name,
+            times,
+            size,
+            products,
+            flop,
+            direction,
             i.opcode == "custom-call" and bool(_SOLVERS.search(i.target)),
-        )  # fmt: skip
+        )
 
     def _products(self, computation: str) -> Iterator[Product]:
         inside = self._computations[computation]
