@@ -43,8 +43,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SEEDS = (42, 43)
 SECTIONS = (
     "result",
-    "warnings",
     "verdicts",
+    "warnings",
     "attribution",
     "rank",
     "confounds",
@@ -818,6 +818,13 @@ def test_controls_stand_beside_their_parents(write: Callable[..., pathlib.Path])
     )
     rows = results_csv(found)
     assert re.search(r"^clause,muon_noqk_merged: PR,,,estimate,0(\.0)?$", rows, re.MULTILINE)
+
+
+def test_no_word_of_a_rehearsal_stands_alone(write: Callable[..., pathlib.Path]):
+    found = material.load(write())
+    text = markdown(Report("", "", (sections_verdicts.verdicts(found),)))
+    assert "| rehearsal: " in text
+    assert not re.search(r"\| (supported|refuted|inconclusive)", text)
 
 
 def test_one_of_a_kind_is_not_plural(write: Callable[..., pathlib.Path]):

@@ -211,13 +211,19 @@ def _(block: Box) -> list[ET.Element]:
     if verdict.p is not None:
         tested = f"p (largest of its clauses): {p_value(verdict.p)}, {verdict.correction}"
         facts.append(_sentence(tested))
-    beside = [_clause(clause) for clause in verdict.shown if has_data(clause)]
+    beside = [
+        _clause(clause, verdict.word_of(clause)) for clause in verdict.shown if has_data(clause)
+    ]
     return [
         _element(
             "article",
             _element("header", _element("h3", title), _status(verdict.headline)),
             _element("p", verdict.question, cls="question"),
-            *(_clause(clause) for clause in verdict.clauses if has_data(clause)),
+            *(
+                _clause(clause, verdict.word_of(clause))
+                for clause in verdict.clauses
+                if has_data(clause)
+            ),
             _element("p", *_words(without_data((*verdict.clauses, *verdict.shown))), cls="facts"),
             _folded(f"Shown beside it, deciding nothing ({len(beside)})", *beside)
             if beside
@@ -233,7 +239,7 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
-def _clause(clause: Clause) -> ET.Element:
+def _clause(clause: Clause, word: str) -> ET.Element:
     """What is predicted, the estimate with its interval, why; the other numbers on demand."""
     reason = clause.reason.removeprefix(f"{clause.said}: ")
     notes = [_element("ul", *(_element("li", *_words(n)) for n in clause.notes))] * bool(
@@ -249,7 +255,7 @@ def _clause(clause: Clause) -> ET.Element:
         _element("p", _element("strong", *_words(_sentence(clause.text)))),
         _element(
             "p",
-            _status(clause.word),
+            _status(word),
             " ",
             _element("span", *_words(clause.said), cls="said") if clause.said else None,
         ),

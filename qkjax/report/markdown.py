@@ -19,7 +19,7 @@ from qkjax.report.blocks import (
     short,
 )
 from qkjax.report.sections_verdicts import has_data, per_seed, without_data
-from qkjax.verdicts.judgement import Clause
+from qkjax.verdicts.judgement import Clause, Verdict
 
 _CODE = re.compile(r"(?<!`)`([^`<>&]+)`(?!`)")  # anything else between backticks is text
 # What would mean something: an underscore within a word does not, nor a bracket without a link.
@@ -113,13 +113,15 @@ def _(block: Box) -> str:
         f"### {_escape(verdict.name)}. {_escape(verdict.title)}: {_escape(verdict.headline)}",
         _escape(verdict.question),
         _escape(f"{verdict.reason}.{tested}"),
-        _block(_clauses("Clauses.", verdict.clauses))
+        _block(_clauses("Clauses.", verdict, verdict.clauses))
         if any(map(has_data, verdict.clauses))
         else "",
         _escape(without_data((*verdict.clauses, *verdict.shown))),
     ]
     if any(map(has_data, verdict.shown)):
-        head.append(_block(_clauses("Shown beside them, without deciding.", verdict.shown)))
+        head.append(
+            _block(_clauses("Shown beside them, without deciding.", verdict, verdict.shown))
+        )
     notes = [
         f"- {_escape(f'{clause.name}: {note}')}"
         for clause in (*verdict.clauses, *verdict.shown)
@@ -128,7 +130,7 @@ def _(block: Box) -> str:
     return "\n\n".join([*filter(None, head), *(["\n".join(notes)] if notes else [])])
 
 
-def _clauses(caption: str, clauses: tuple[Clause, ...]) -> Table:
+def _clauses(caption: str, verdict: Verdict, clauses: tuple[Clause, ...]) -> Table:
     return Table(
         caption,
         (
@@ -148,7 +150,7 @@ def _clauses(caption: str, clauses: tuple[Clause, ...]) -> Table:
             (
                 clause.name,
                 clause.text,
-                clause.word,
+                verdict.word_of(clause),
                 clause.reason,
                 clause.said or short(clause.estimate, signed=True),
                 interval(clause.deciding),

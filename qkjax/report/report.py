@@ -86,8 +86,8 @@ def assemble(material: Material) -> Report:
         subtitle(material),
         (
             sections_result.result(material),
-            sections_verdicts.warnings(material),
             sections_verdicts.verdicts(material),
+            sections_verdicts.warnings(material),
             sections_verdicts.attribution(material),
             sections_confounds.functional_rank(material),
             sections_confounds.confounds(material),

@@ -11,6 +11,7 @@ from qkjax.verdicts.clauses import ONE_SEED, Panel, by_contrast, by_rule
 from qkjax.verdicts.judgement import (
     INCONCLUSIVE,
     REFUTED,
+    REHEARSAL,
     RULE,
     SUPPORTED,
     WORDS,
@@ -190,7 +191,7 @@ def with_headline(verdict: Verdict, rehearsal: bool) -> Verdict:
     if verdict.name == "H1":
         after, before = (word.removeprefix("refuted: ") for word in (words, verdict.shown[0].word))
         words = f"post-RoPE raw: {after}; pre-RoPE centred: {before}"
-    return dataclasses.replace(verdict, headline=f"rehearsal: {words}" if rehearsal else words)
+    return dataclasses.replace(verdict, headline=f"{REHEARSAL}{words}" if rehearsal else words)
 
 
 # --------------------------------------------------------------------------------------------

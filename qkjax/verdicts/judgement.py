@@ -37,6 +37,7 @@ WORDS = (SUPPORTED, OPPOSITE, NEGLIGIBLE, TOO_SMALL, NOT_TWICE, WORSE, BY_RULE, 
 # rule that every run of an arm keeps or breaks.
 SUPERIORITY, RATIO, NON_INFERIORITY, RULE = "superiority", "ratio", "non-inferiority", "rule"
 
+REHEARSAL = "rehearsal: "  # before every word of a study that decides nothing
 Interval = tuple[float, float]
 
 
@@ -97,6 +98,11 @@ class Verdict:
     def status(self) -> str:
         """SUPPORTED, REFUTED or INCONCLUSIVE."""
         return self.word.partition(":")[0]
+
+    def word_of(self, clause: Clause) -> str:
+        """A clause's word as it is shown: of a rehearsal, which decides nothing, it says so."""
+        is_rehearsal = self.headline.startswith(REHEARSAL)
+        return f"{REHEARSAL}{clause.word}" if is_rehearsal else clause.word
 
 
 @dataclasses.dataclass(frozen=True)
