@@ -15,6 +15,21 @@ from qkjax import train
 from qkjax.data import pipeline, prepare
 
 LENGTH, VOCABULARY, TOKENS_PER_STEP, STEPS = 32, 300, 4 * 32, 20
+# Of the runs of a study that `qkjax study` makes.
+STUDY_OVERRIDES = (
+    "model.num_layers=2",
+    "model.d_model=32",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.head_dim=16",
+    "model.d_ff=48",
+    f"model.vocab_size={VOCABULARY}",
+    f"model.sequence_length={LENGTH}",
+    f"train.tokens_per_step={TOKENS_PER_STEP}",
+    f"eval.at_tokens=({7 * TOKENS_PER_STEP},)",
+    f"checkpoint.every_tokens={40 * TOKENS_PER_STEP}",
+    "data.max_epochs=10",
+)
 
 
 def make_dataset(

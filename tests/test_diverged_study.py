@@ -17,20 +17,6 @@ pytest.importorskip("matplotlib", reason="matplotlib is absent: pip install -e '
 pytestmark = pytest.mark.long
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SEEDS, STEPS = (3, 4), 20
-OVERRIDES = (
-    "model.num_layers=2",
-    "model.d_model=32",
-    "model.num_heads=2",
-    "model.num_kv_heads=1",
-    "model.head_dim=16",
-    "model.d_ff=48",
-    f"model.vocab_size={small_run.VOCABULARY}",
-    f"model.sequence_length={small_run.LENGTH}",
-    f"train.tokens_per_step={small_run.TOKENS_PER_STEP}",
-    f"eval.at_tokens=({7 * small_run.TOKENS_PER_STEP},)",
-    f"checkpoint.every_tokens={40 * small_run.TOKENS_PER_STEP}",
-    "data.max_epochs=10",
-)
 WILD, RATE = "adamw_noqk", 1e30  # the arm that diverges, and why
 
 
@@ -42,7 +28,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]
     values.seeds, values.sweep.tokens, values.surgery.tokens = SEEDS, 0, 0
     values.tokens, values.export = STEPS * small_run.TOKENS_PER_STEP, False
     values.data_dir = str(small_run.make_dataset(folder / "dataset"))
-    values.overrides = OVERRIDES
+    values.overrides = small_run.STUDY_OVERRIDES
     planned = plan.make_plan(values)
     sound, wild, one = (folder / name for name in ("sound", "wild", "one"))
     states.settle_plan(planned, sound)

@@ -17,20 +17,6 @@ from qkjax.runs.directory import RunDirectory
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS, SHORT = 240, 10  # of the runs, of the sweep's
 TOP = 1e30  # times the base rate: it diverges
-OVERRIDES = (
-    "model.num_layers=2",
-    "model.d_model=32",
-    "model.num_heads=2",
-    "model.num_kv_heads=1",
-    "model.head_dim=16",
-    "model.d_ff=48",
-    f"model.vocab_size={small_run.VOCABULARY}",
-    f"model.sequence_length={small_run.LENGTH}",
-    f"train.tokens_per_step={small_run.TOKENS_PER_STEP}",
-    f"eval.at_tokens=({7 * small_run.TOKENS_PER_STEP},)",
-    f"checkpoint.every_tokens={40 * small_run.TOKENS_PER_STEP}",
-    "data.max_epochs=10",
-)
 RUNS = ["sweep/muon_qk/lr_0.012", f"sweep/muon_qk/lr_{0.012 * TOP:.6g}", "runs/muon_qk/seed_3"]
 
 
@@ -47,7 +33,7 @@ def command(dataset: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[s
         "sweep.tokens": SHORT * small_run.TOKENS_PER_STEP,
         "sweep.factors": f"(1.0,{TOP})",
         "data_dir": dataset,
-        "overrides": repr(OVERRIDES),
+        "overrides": repr(small_run.STUDY_OVERRIDES),
         "export": "false",
     }
     return [

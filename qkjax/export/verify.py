@@ -121,7 +121,7 @@ def verify(
     dtype = _stored_dtype(directory)
     add(_check_config(directory, run, dtype), _check_tensors(directory, run, dtype))
     records_NT = _records(run, sequences)
-    with _quiet(transformers):
+    with quiet(transformers):
         add(_check_tokenizer(directory, run, records_NT))
         stock, loading = _load(directory, run.config.model)
     add(loading)
@@ -236,8 +236,8 @@ def _load(directory: pathlib.Path, config: ModelConfig) -> tuple[Any, Check]:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' progress bars and warnings: what they say is among the checks."""
+def quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' progress bars and warnings: what they say is checked by the caller."""
     settings = transformers.utils.logging
     level = settings.get_verbosity()
     settings.set_verbosity(50)

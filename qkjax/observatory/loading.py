@@ -1,15 +1,14 @@
 """Decoders and tokenizers of transformers: from a directory, the hub, or a GGUF file."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from qkjax import errors
+from qkjax.export import verify
 
 _STEP = re.compile(r"step[-_]?(\d+)", re.IGNORECASE)
 _TOKENS = re.compile(r"tokens?[-_]?(\d+(?:\.\d+)?)([MBT])", re.IGNORECASE)
@@ -89,7 +88,7 @@ def load_model(source: Source, revision: str, dtype: str) -> Any:
     import transformers
 
     path, options = source.arguments(revision)
-    with _quiet(transformers):
+    with verify.quiet(transformers):
         if not source.is_gguf:
             _refuse_other_kinds(path, options)
         try:
@@ -143,7 +142,7 @@ def load_tokenizer(source: Source, revision: str) -> Any:
         raise errors.UsageError(
             f"{place}: no tokenizer in it, expected a tokenizer.json. Give --tokenizer=DIR."
         )
-    with _quiet(transformers):
+    with verify.quiet(transformers):
         try:
             return transformers.AutoTokenizer.from_pretrained(place, **options)
         except Exception as error:  # any error means that it does not load
@@ -182,17 +181,3 @@ def params_sha256(model: Any) -> str:
         flat = parameter.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' progress bars and warnings."""
-    settings = transformers.utils.logging
-    level = settings.get_verbosity()
-    settings.set_verbosity(50)
-    settings.disable_progress_bar()
-    try:
-        yield
-    finally:
-        settings.set_verbosity(level)
-        settings.enable_progress_bar()
