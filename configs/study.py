@@ -20,6 +20,10 @@ ARMS = ("adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk")
 # At pilot and 4,096 tokens a step the arms of recipe original decay their gammas just as `decayed`
 # does: then they are the decayed arms, and no second ones are trained.
 DECAYED = ("adamw_qk_decayed", "muon_qk_decayed")
+# The published study of laptop size (docs/log.md) also asks what Muon's own levers do, and has a
+# fourth seed where gamma is what differs. A run is its unit: --only says which are trained.
+LEVERS = ("muon_noqk_separate", "muon_noqk_per_head", "muon_noqk_clip")
+FOURTH_SEED = 1001
 
 
 def controls(scale: str, recipe: str) -> tuple[str, ...]:
@@ -32,7 +36,17 @@ def controls(scale: str, recipe: str) -> tuple[str, ...]:
     if (scale, recipe) != ("pilot", "fixed"):
         words += ["undecayed", "to_one"]
     of_gamma = [f"{arm}_{word}" for arm in ("adamw_qk", "muon_qk") for word in words]
+    if (scale, recipe) == ("small", "original"):
+        return (*of_gamma, *LEVERS)
     return (*of_gamma, *(["muon_noqk_merged"] if recipe == "fixed" else []))
+
+
+def extra_seeds(scale: str, recipe: str) -> dict[str, tuple[int, ...]]:
+    """Seeds of some arms alone, beside those that every arm has."""
+    if (scale, recipe) != ("small", "original"):
+        return {}
+    of_gamma = [f"adamw_qk_{word}" for word in ("frozen", "undecayed", "to_one")]
+    return dict.fromkeys(("adamw_noqk", "adamw_qk", *of_gamma), (FOURTH_SEED,))
 
 
 def get_config(words: str = "") -> ml_collections.ConfigDict:
@@ -44,7 +58,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.controls = () if quick else controls(scale, recipe)
     config.optional_controls = DECAYED if "adamw_qk_to_one" in config.controls else ()
     config.seeds = (42,) if quick else plan_config.SEEDS[scale]
-    config.extra_seeds = ml_collections.ConfigDict()  # {"muon_qk_frozen": (7001,)}: of some arms
+    config.extra_seeds = ml_collections.ConfigDict({} if quick else extra_seeds(scale, recipe))
     tokens = 200_000 if scale == "tiny" else presets.TOKENS[scale, recipe][0]
     config.tokens = tokens // 2 if quick else tokens
     config.sweep = ml_collections.ConfigDict()
