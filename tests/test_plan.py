@@ -169,7 +169,7 @@ def test_the_pilots_arms_in_recipe_original_are_their_own_decayed_controls():
         ),
         (
             "small,original",
-            dict.fromkeys(("run", "export", "downstream", "surgery"), 30),
+            dict.fromkeys(("run", "export", "downstream", "surgery"), 44),
             3_123_200,
             3,
         ),
