@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,15 +42,36 @@ def ambient(mesh: Mesh) -> contextlib.AbstractContextManager[object]:
 def per_device(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`function` of batches, run by each device on its own rows of the ambient mesh, if any.
 
-    For programs that the partitioner would not cut by itself, such as a loop over the batch.
+    For programs that the partitioner would not cut by itself, such as a loop over the batch. Inside
+    `summed_over_devices` every device runs on its own rows already.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return function
     rows = PartitionSpec(DATA_AXIS)
     # Inputs and outputs are all cut over `data`, so there is no claim of equal copies to check; the
     # check would refuse loops that start with constants.
     return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+
+
+def summed_over_devices(
+    function: Callable[[Any, jax.Array], Any], mesh: Mesh
+) -> Callable[[Any, jax.Array], Any]:
+    """`function` of parameters and a batch, by each device on its own rows, and the sum of these.
+
+    Args:
+        function: (parameters, on every device; rows [B, ...]) -> a tree of float32 sums over rows.
+    """
+    if mesh.size == 1:
+        return function
+
+    def of_rows(parameters: Any, rows: jax.Array) -> Any:
+        return jax.lax.psum(function(parameters, rows), DATA_AXIS)
+
+    everywhere, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    return jax.shard_map(
+        of_rows, mesh=mesh, in_specs=(everywhere, rows), out_specs=everywhere, check_vma=False
+    )
 
 
 def put_batch(mesh: Mesh, local: np.ndarray) -> jax.Array:

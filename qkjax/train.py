@@ -205,7 +205,7 @@ class _Run:
             dataset.manifest, seed=config.seed, sequences_per_step=config.train.sequences_per_step
         )
         self.latest: dict[str, Any] = {}  # the last value of every metric
-        self.saved_sha256: dict[int, str] = {}  # step -> params_sha256
+        self.saved: set[int] = set()  # steps
         self.started = time.monotonic()
         self.earlier_seconds = 0.0
         self.profiling = False
@@ -299,7 +299,7 @@ class _Run:
                 flush=True,
             )
         self.earlier_seconds = restored.meta["wall_seconds"]
-        self.saved_sha256[step] = restored.meta["params_sha256"]
+        self.saved.add(step)
         self.writer = writers.create_run_writer(self.directory.path, resume_step=step)
         for row in self.directory.read_metrics():
             self.latest.update(row)
@@ -458,10 +458,11 @@ class _Run:
 
     def _save(self, state: train_step.TrainState, step: int) -> None:
         """Checkpoints a step unless it is there; everything written before it is on disk first."""
-        if step in self.saved_sha256:
+        if step in self.saved:
             return
         self.writer.flush()
-        self.saved_sha256[step] = self.checkpoints.save(
+        self.saved.add(step)
+        self.checkpoints.save(
             step,
             state.params,
             state.opt_state,
@@ -516,7 +517,7 @@ class _Run:
             "step": step,
             "tokens": step * self.config.train.tokens_per_step,
             "epochs": passes,
-            "params_sha256": self.saved_sha256[step],
+            "params_sha256": self.checkpoints.meta(step)["params_sha256"],
             "diverged": diverged_step is not None,
             "diverged_step": diverged_step,
             "wall_seconds": self._wall_seconds(),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from qkjax import losses, model, sharding
 from qkjax.config import Config
@@ -117,22 +117,24 @@ def _finite_leaves(tree: Any) -> jax.Array:
 def _loss_and_gradients(
     params: model.Params, tokens: jax.Array, config: Config, passes: int, mesh: Mesh
 ) -> tuple[jax.Array, model.Params]:
-    """Mean loss and its gradient, in `passes` forward-backward passes of equal size."""
+    """Mean loss and its gradient, in `passes` forward-backward passes of equal size.
+
+    Every device sums over its own rows, and the devices' sums are added once, in float32. Left to
+    the partitioner, each pass would add them, kernels in the dtype of the products.
+    """
 
     def summed_loss(params: model.Params, tokens: jax.Array) -> jax.Array:
-        with sharding.ambient(mesh):
-            hidden = model.apply(params, tokens[:, :-1], config.model.on(sharding.platform(mesh)))
+        hidden = model.apply(params, tokens[:, :-1], config.model.on(sharding.platform(mesh)))
         return losses.next_token_loss(
             hidden,
             params["embedding"],
             tokens[:, 1:],
-            chunk_tokens=config.train.loss_chunk_tokens * mesh.size,
+            chunk_tokens=config.train.loss_chunk_tokens,
         )
 
-    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-    if passes == 1:
-        loss, gradients = jax.value_and_grad(summed_loss)(params, tokens)
-    else:
+    def of_rows(params: model.Params, tokens: jax.Array) -> tuple[jax.Array, model.Params]:
+        if passes == 1:
+            return jax.value_and_grad(summed_loss)(params, tokens)
 
         def add_pass(carry: Any, tokens: jax.Array) -> tuple[Any, None]:
             return jax.tree.map(
@@ -140,13 +142,8 @@ def _loss_and_gradients(
             ), None
 
         start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        (loss, gradients), _ = jax.lax.scan(add_pass, start, _cut(tokens, passes, mesh))
-    return jax.tree.map(lambda x: x / predicted, (loss, gradients))
+        return jax.lax.scan(add_pass, start, tokens.reshape(passes, -1, tokens.shape[-1]))[0]
 
-
-def _cut(tokens: jax.Array, passes: int, mesh: Mesh) -> jax.Array:
-    """[B, T+1] to [passes, B / passes, T+1], each device keeping the rows that it holds."""
-    rows = tokens.reshape(mesh.size, passes, -1, tokens.shape[-1]).swapaxes(0, 1)
-    rows = rows.reshape(passes, -1, tokens.shape[-1])
-    over_rows = jax.sharding.NamedSharding(mesh, PartitionSpec(None, sharding.DATA_AXIS))
-    return jax.lax.with_sharding_constraint(rows, over_rows)
+    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
+    sums = sharding.summed_over_devices(of_rows, mesh)(params, tokens)
+    return jax.tree.map(lambda x: x / predicted, sums)

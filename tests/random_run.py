@@ -94,7 +94,7 @@ def make(
         "wall_seconds": 1.0,
     }
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
-    params_sha256 = checkpoints.save(STEP, params, {"count": np.zeros(1, np.float32)}, facts)
+    checkpoints.save(STEP, params, {"count": np.zeros(1, np.float32)}, facts)
     checkpoints.wait()
     checkpoints.close()
     if losses:
@@ -106,7 +106,7 @@ def make(
             "seed": run_config.seed,
             "step": STEP,
             "tokens": STEP * run_config.train.tokens_per_step,
-            "params_sha256": params_sha256,
+            "params_sha256": checkpoint.digests(params)[1],
             "diverged": False,
             "diverged_step": None,
         }

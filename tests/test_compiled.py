@@ -18,6 +18,7 @@ from qkjax.targets import hlo, launch, target
 
 pytestmark = pytest.mark.long
 LAYERS, LENGTH, VOCABULARY, WIDTH, CHUNK = 2, 256, 640, 96, 512
+PASSES = 2  # of two devices
 
 
 class Program(typing.NamedTuple):
@@ -71,7 +72,8 @@ def h100(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_h100(tmp_path_factory):
-    return compiled("h100:2", tmp_path_factory.mktemp("h100x2"), ("train",))
+    folder = tmp_path_factory.mktemp("h100x2")
+    return compiled("h100:2", folder, ("train",), train__microbatch_sequences=8 // 2 // PASSES)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,8 @@ def test_a_train_step_on_gpus(which, request):
         "forward": LAYERS,
         "backward": LAYERS,
     }
-    assert all(kernel.times == 1 for kernel in calls)  # model.unroll: no loop over the layers
+    # model.unroll: no loop over the layers, only the one over passes.
+    assert all(kernel.times == (PASSES if which == "two_h100" else 1) for kernel in calls)
 
 
 @pytest.mark.parametrize("which", ["h100", "two_h100"])
@@ -130,24 +133,18 @@ def test_sums_on_gpus_have_one_order(which, request):
 def test_gradients_cross_devices_once(h100, two_h100):
     assert not h100["train"].said["collectives"]
     shapes = shapes_of_parameters()
-    kernels = sum(
-        math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]) if len(leaf.shape) == 3
-    )
-    others = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - kernels
     found = two_h100["train"].said["collectives"]
-    assert found.keys() == {"all-reduce bf16", "all-reduce f32"}
-    assert found["all-reduce bf16"]["bytes"] == 2 * kernels
-    # The table's two gradients, of the tokens and of the logits, are summed apart.
-    expected = 4 * (others + VOCABULARY * WIDTH)
-    assert 0 <= found["all-reduce f32"]["bytes"] - expected < 64  # the loss
+    # In float32, after the last pass: the table's two gradients are one by then.
+    assert found.keys() == {"all-reduce f32"}
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert 0 <= found["all-reduce f32"]["bytes"] - 4 * parameters < 64  # the loss
     assert sum(entry["times"] for entry in found.values()) <= 4
 
 
 def test_an_evaluation_on_gpus(h100):
     program = h100["evaluate"]
     taken_over, leaves = program.said["donated"]
-    # jax finds no result for the two float64 leaves, because it matches types without x64.
-    assert taken_over == leaves - 2 > 10
+    assert taken_over == leaves > 10
     assert largest_of_vocabulary(program) <= CHUNK
     # Moments are float64; the largest logits and entropies float32 of full precision.
     others = [product for product in products(program) if product.dtypes != ("bf16", "bf16")]
@@ -158,10 +155,16 @@ def test_an_evaluation_on_gpus(h100):
     assert all("blocks/attention" in product.op_name for product in others)
     assert program.said["attention_calls"] == {"forward": LAYERS}
     assert h100["decompose"].hlo.unknown_loops == 0
-    assert h100["decompose"].said["solver_calls"] > 0
+    # One batch of Jacobi's eigenvalues a stage, in the float64 of the moments; no serial SVD or QR.
+    solvers = [k for k in h100["decompose"].hlo.kernels if k.decompositions]
+    assert {k.decompositions for k in solvers} == {1} and len(solvers) < 10
+    targets = collections.Counter(
+        (i.target, i.arrays[0].dtype) for i in h100["decompose"].hlo.instructions() if i.target
+    )
+    assert targets == {("cusolver_syevd_ffi", "f64"): len(solvers)}
 
 
 def test_a_train_step_on_tpus(v5e):
     # The matrix unit rounds a float32 operand on its way in, unless told otherwise.
     check_step(v5e["train"], 4, lambda product: "bf16" in product.dtypes and not product.precise)
-    assert not v5e["train"].said["solver_calls"]
+    assert not v5e["train"].said["decompositions"]

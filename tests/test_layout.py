@@ -33,6 +33,7 @@ PURE = (
     "losses",
     "attention",
     "measures.ranks",
+    "measures.gram",
     "measures.spectral",
 )  # arrays in, arrays out: nothing else of ours
 # Answer in under a second, or are read by the report: no jax at import, however deep.

@@ -11,7 +11,7 @@ import references
 from references import BATCH_ROWS, NUM_BATCHES, SPECTRA, K
 
 from qkjax import measures
-from qkjax.measures import ranks, spectral
+from qkjax.measures import gram, ranks, spectral
 
 TOLERANCE = 1e-5
 
@@ -237,6 +237,56 @@ def _factor_of(roots):
     """A factor with the covariance R^T R / 100 for every [K, K] matrix R of roots [..., K, K]."""
     empty = spectral.empty_factor(np.shape(roots)[:-2], K)
     return empty._replace(count=empty.count + 100, r=jnp.asarray(roots, jnp.float32))
+
+
+@pytest.fixture
+def as_on_gpus(monkeypatch):
+    """Float64 Gram matrices in place of QR and SVD; their eigenvalues as a CPU computes them."""
+    eigh = gram._eigh
+    monkeypatch.setattr(gram, "_eigh", lambda matrix, _: eigh(matrix, None))
+    monkeypatch.setattr(
+        jax.lax,
+        "platform_dependent",
+        lambda *arrays, default, **by_platform: by_platform.get("cuda", default)(*arrays),
+    )
+
+
+def test_gpus_measure_the_same(as_on_gpus):
+    heads, _, total = _long_streams()
+    for measure in (spectral.triangles, spectral.axis_alignment, spectral.subspace_overlap):
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(measure(total)))
+    for centred in (True, False):
+        sigma = spectral.singular_values(total, centred)
+        assert sigma.dtype == jnp.float32 and np.all(np.diff(sigma) <= 0)
+        for head, rows in enumerate(heads.values()):
+            pr, expected = references.spectrum(rows, centred)
+            assert abs(float(ranks.participation_ratio(sigma[head])) / pr - 1) < TOLERANCE
+            assert np.abs(sigma[head] - expected).max() < TOLERANCE * expected[0]
+
+
+def test_gpus_find_the_same_directions(as_on_gpus):
+    rng = np.random.default_rng(0)
+    spreads = 0.7 ** np.arange(16)  # no ties: each direction is one
+    turned = np.linalg.qr(rng.normal(size=(3, 16, 16)))[0]
+    rows = (rng.normal(size=(3, 400, 16)) * spreads) @ turned
+
+    def look():
+        total = spectral.factor(jnp.asarray(rows, jnp.float32))
+        return *spectral.axis_alignment(total), spectral.subspace_overlap(total)
+
+    found = look()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, **_: default(*arrays))
+        expected = look()
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_gpus_say_nan_of_vectors_that_are_not_finite(as_on_gpus):
+    rows = np.ones((2, 8, 4), np.float32)
+    rows[1, 3, 2] = np.nan
+    sigma = spectral.singular_values_of(spectral.triangular(rows))
+    assert np.isfinite(sigma[0]).all() and np.isnan(sigma[1]).all()
 
 
 def test_axis_alignment_tells_the_axes_from_a_random_orientation():

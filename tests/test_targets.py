@@ -26,7 +26,7 @@ def test_a_compiled_program_is_read():
     assert fused.bytes == 2 * 8 * 16 + 2 * 16 * 32 + 4 + 4 * 8 * 32
     assert by_name["attended"].attention == "forward"
     assert by_name["attended"].attention_flop == 2 * (2 * 128 * 4 * 32) * 128
-    assert by_name["solved"].is_solver and not by_name["result"].is_solver
+    assert by_name["solved"].decompositions == 1 and not by_name["result"].decompositions
     assert by_name["result"].bytes == 2 * 4 * (4 * 8 * 32)
     assert by_name["scattered"].bytes == 4 * 8 + 3 * 4 * 8 * 16
     assert program.collectives == [("all-reduce", "f32", 4 * 4 * 8 * 32, 1)]
@@ -34,6 +34,28 @@ def test_a_compiled_program_is_read():
     assert [unique for _, unique in program.scatters()] == [True]
     fused_away = {instruction.name for instruction, _ in program.buffers()}
     assert "dot" not in fused_away and {"fused", "scattered", "rows"} <= fused_away
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ('f32[4,32,32]{2,1,0}, f32[4,32]{1,0}, s32[4]{0}) custom-call(%table), "gesvdj"', 1),
+        ('f32[4,64,64]{2,1,0}, f32[4,64]{1,0}, s32[4]{0}) custom-call(%table), "gesvdj"', 4),
+        ('f64[2,4,64,64]{3,2,1,0}, f64[2,4,64]{2,1,0}) custom-call(%table), "syevd"', 8),
+        ('f64[2,4,64,64]{3,2,1,0}, f64[2,4,64]{2,1,0}) custom-call(%table), "syevd", jacobi', 1),
+    ],
+)
+def test_decompositions_count_those_that_run_one_after_another(call, expected):
+    """cuSOLVER has batches of SVD up to 32 x 32, and of Jacobi's eigenvalues."""
+    shape, _, name = call.partition(") custom-call(%table), ")
+    line = (
+        f"  %solved = ({shape}) custom-call(%table), "
+        f'custom_call_target="cusolver_{name.split(chr(34))[1]}_ffi"'
+        + (", backend_config={algorithm = 2 : ui8, lower = true}" if "jacobi" in name else "")
+    )
+    (solved,) = (x for x in TEXT.splitlines() if x.startswith("  %solved"))
+    kernels = hlo.Program(TEXT.replace(solved, line)).kernels
+    assert sum(kernel.decompositions for kernel in kernels) == expected
 
 
 def test_a_loop_without_a_known_number_of_turns_is_counted_and_taken_once():
@@ -181,7 +203,7 @@ def described(name: str, seconds: float, **fields) -> dict:
         "device_bytes": 2_000_000_000,
         "kernels": 5,
         "bytes": 10,
-        "solver_calls": 0,
+        "decompositions": 0,
         "product_flop": {"bf16": 1e12},
         "attention_flop": 0.0,
         "collectives": {},
@@ -196,7 +218,7 @@ def test_hours_and_cost_of_a_run_are_those_of_its_programs(monkeypatch):
     answers = [
         described("train", 0.5, collectives=sums),
         described("evaluate", 7.0),
-        described("decompose", 11.0, solver_calls=1584),
+        described("decompose", 11.0, decompositions=1584),
     ]
     monkeypatch.setattr(launch, "ask", lambda *arguments: answers)
     found = estimate.make(config, target.parse("h100:2"))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qkjax.measures import spectral
+from qkjax.measures import gram, spectral
 
 
 class Moments(NamedTuple):
@@ -103,8 +103,6 @@ def to_factor(m: Moments) -> spectral.Factor:
     and R^T R is the scatter matrix all the same.
     """
     with jax.enable_x64(True):
-        eigenvalues, axes = jnp.linalg.eigh(m.scatter)
-        roots = jnp.sqrt(jnp.maximum(eigenvalues, 0))[..., :, None] * axes.swapaxes(-1, -2)
         anchor = m.mean.astype(jnp.float32)
         offset = (m.mean - anchor).astype(jnp.float32)
-        return spectral.Factor(m.count, anchor, offset, roots[..., ::-1, :].astype(jnp.float32))
+        return spectral.Factor(m.count, anchor, offset, gram.root(m.scatter))

@@ -4,7 +4,8 @@ The n vectors of one head form an [n, K] matrix that is never stored. A `Factor`
 and the triangular R of the QR factorisation of the centred vectors: all that both spectra, raw and
 centred, need. Factors of batches are merged pairwise (Chan, Golub & LeVeque 1983, with R in place
 of the sum of squares), in float32, without loss where a Gram matrix or a downdated mean would
-lose half of the digits. Everything is pure, jit- and vmap-able, and needs no float64.
+lose half of the digits. Everything is pure, jit- and vmap-able, and needs no float64 but on GPUs,
+which decompose float64 Gram matrices (`gram`) in place of QR and SVD.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qkjax.measures import ranks
+from qkjax.measures import gram, ranks
 
 _ISOTROPIC_ABOVE = 0.95  # r0 of axis alignment: such a covariance has no orientation to speak of
 _LEADING = 8  # directions of a head that overlap compares
@@ -168,8 +169,30 @@ def singular_values(f: Factor, centred: bool) -> jax.Array:
 
 def singular_values_of(matrices: jax.Array) -> jax.Array:
     """Singular values of [..., K, K], [..., K] float32, descending."""
-    with jax.default_matmul_precision("highest"):
-        return jnp.linalg.svd(matrices, full_matrices=False, compute_uv=False)
+
+    def by_svd(matrices: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return jnp.linalg.svd(matrices, full_matrices=False, compute_uv=False)
+
+    def by_gram(matrices: jax.Array) -> jax.Array:
+        return gram.decompose(gram.of(matrices))[0].astype(jnp.float32)
+
+    return jax.lax.platform_dependent(matrices, cuda=by_gram, default=by_svd)
+
+
+def _right_singular_vectors(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Singular values [..., K] and right singular vectors [..., K, K], one a row, float32."""
+
+    def by_svd(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        with jax.default_matmul_precision("highest"):
+            _, sigma, vectors = jnp.linalg.svd(matrices, full_matrices=False)
+        return sigma, vectors
+
+    def by_gram(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sigma, vectors = gram.decompose(gram.of(matrices))
+        return sigma.astype(jnp.float32), vectors.astype(jnp.float32)
+
+    return jax.lax.platform_dependent(matrices, cuda=by_gram, default=by_svd)
 
 
 def product(a_RK: jax.Array, b_SK: jax.Array) -> jax.Array:
@@ -178,13 +201,23 @@ def product(a_RK: jax.Array, b_SK: jax.Array) -> jax.Array:
 
 
 def triangular(rows: jax.Array) -> jax.Array:
-    """R [..., K, K] of the QR factorisation of [..., n, K]; zero rows fill up where n < K."""
-    num_rows, dim = rows.shape[-2:]
-    if num_rows < dim:
-        widths = [(0, 0)] * (rows.ndim - 2) + [(0, dim - num_rows), (0, 0)]
-        rows = jnp.pad(rows, widths)
-    with jax.default_matmul_precision("highest"):
-        return jnp.linalg.qr(rows, mode="r")
+    """R [..., K, K] of the QR factorisation of [..., n, K]; zero rows fill up where n < K.
+
+    On GPUs another R of the same R^T R, a singular vector a row: what is read from it is equal.
+    """
+
+    def by_qr(rows: jax.Array) -> jax.Array:
+        num_rows, dim = rows.shape[-2:]
+        if num_rows < dim:
+            widths = [(0, 0)] * (rows.ndim - 2) + [(0, dim - num_rows), (0, 0)]
+            rows = jnp.pad(rows, widths)
+        with jax.default_matmul_precision("highest"):
+            return jnp.linalg.qr(rows, mode="r")
+
+    def by_gram(rows: jax.Array) -> jax.Array:
+        return gram.root(gram.of(rows))
+
+    return jax.lax.platform_dependent(rows, cuda=by_gram, default=by_qr)
 
 
 def axis_alignment(f: Factor) -> tuple[jax.Array, jax.Array]:
@@ -220,9 +253,9 @@ def subspace_overlap(f: Factor) -> jax.Array:
         [..., G] float32 in [0, 1]; random directions give 8 / K. Heads whose keys do not vary are
         left out; NaN where the head is one of them, or where there is no other.
     """
+    sigma, vectors = _right_singular_vectors(f.r)
+    leading = vectors[..., :_LEADING, :]
     with jax.default_matmul_precision("highest"):
-        _, sigma, vectors = jnp.linalg.svd(f.r, full_matrices=False)
-        leading = vectors[..., :_LEADING, :]
         products = jnp.einsum("...iak,...jbk->...ijab", leading, leading)
     overlap = (products**2).sum(axis=(-2, -1)) / leading.shape[-2]
     varies = sigma[..., 0] > 0

@@ -5,6 +5,7 @@ shape and sha256 of every leaf, and a sha256 of itself; nothing is restored that
 or that is not finite.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -59,24 +60,27 @@ def digests(tree: Any) -> tuple[dict[str, dict[str, Any]], str]:
     The hash takes, for the leaves sorted by name: name, dtype name, shape as JSON, and the
     little-endian bytes in C order.
     """
-    leaves = dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
-    total = hashlib.sha256()
-    records = {}
-    for name in sorted(leaves):
-        array = np.asarray(leaves[name])
-        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-        head = f"{name}{array.dtype.name}{json.dumps(list(array.shape))}".encode()
-        one = hashlib.sha256(head)
-        total.update(head)
-        data = little.reshape(-1).view(np.uint8).data
-        one.update(data)
-        total.update(data)
-        records[name] = {
-            "dtype": array.dtype.name,
-            "shape": list(array.shape),
-            "sha256": one.hexdigest(),
+    found = dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+    leaves = {name: np.asarray(found[name]) for name in sorted(found)}
+    # Each its own thread, as far as there are cores: hashlib releases the interpreter's lock.
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        total = threads.submit(_sha256, leaves)
+        alone = threads.map(lambda item: _sha256(dict([item])), leaves.items())
+        records = {
+            name: {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": digest}
+            for (name, array), digest in zip(leaves.items(), alone, strict=True)
         }
-    return records, total.hexdigest()
+        return records, total.result()
+
+
+def _sha256(leaves: Mapping[str, np.ndarray]) -> str:
+    """Of leaves by name, one after another."""
+    found = hashlib.sha256()
+    for name, array in leaves.items():
+        found.update(f"{name}{array.dtype.name}{json.dumps(list(array.shape))}".encode())
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        found.update(little.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
 
 
 def to_host(tree: Any) -> Any:
@@ -99,6 +103,8 @@ class Checkpoints:
         """
         self._directory = pathlib.Path(directory).absolute()
         self._num_bytes = 0  # of the checkpoint that was saved last
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._started: concurrent.futures.Future[None] | None = None  # what it does
         policy = checkpoint_managers.AnyPreservationPolicy(
             [checkpoint_managers.CustomSteps([0]), checkpoint_managers.LatestN(2)]
         )
@@ -176,17 +182,16 @@ class Checkpoints:
         """Steps with a complete checkpoint, ascending."""
         return sorted(int(path.name) for path in self._step_directories() if _is_complete(path))
 
-    def save(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any]) -> str:
-        """Starts to write a checkpoint; an error of an earlier one surfaces here.
+    def save(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any]) -> None:
+        """Starts to hash and write a checkpoint; an error of an earlier one surfaces here.
 
         Args:
             params, opt_state: trees of arrays; copied before this returns.
             meta: facts of the run, as JSON; digests and format version are added.
-        Returns:
-            params_sha256.
         Raises:
             StorageError: this or an earlier checkpoint could not be written.
         """
+        self._finish_started()
         where = self._directory / str(step)
         if where.exists():  # Orbax would not write, and not always say so
             raise errors.StorageError(
@@ -194,6 +199,10 @@ class Checkpoints:
             )
         params, opt_state = to_host(params), to_host(opt_state)
         self._num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))
+        self._started = self._thread.submit(self._write, step, params, opt_state, dict(meta))
+
+    def _write(self, step: int, params: Any, opt_state: Any, meta: dict[str, Any]) -> None:
+        """In a thread of its own: hashing takes seconds of a large model, and steps go on."""
         params_leaves, params_sha256 = digests(params)
         opt_state_leaves, opt_state_sha256 = digests(opt_state)
         record = {
@@ -206,21 +215,28 @@ class Checkpoints:
             "opt_state": opt_state_leaves,
         }
         record["meta_sha256"] = _own_digest(record)
-        with self._storage_errors():
-            saved = self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
-                    opt_state=ocp.args.StandardSave(_named(opt_state)),
-                    meta=ocp.args.JsonSave(record),
-                ),
-                force=True,
-            )
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                opt_state=ocp.args.StandardSave(_named(opt_state)),
+                meta=ocp.args.JsonSave(record),
+            ),
+            force=True,
+        )
         if not saved:
             raise errors.StorageError(
-                f"{where}: Orbax did not write this checkpoint. Run the same command again."
+                f"{self._directory / str(step)}: Orbax did not write this checkpoint. Run the "
+                "same command again."
             )
-        return params_sha256
+
+    def _finish_started(self) -> None:
+        """Waits for the thread, and raises what stopped it."""
+        started, self._started = self._started, None
+        if started is None:
+            return
+        with self._storage_errors():
+            started.result()
 
     def wait(self) -> None:
         """Returns when every checkpoint is on disk.
@@ -228,6 +244,7 @@ class Checkpoints:
         Raises:
             StorageError: one of them could not be written.
         """
+        self._finish_started()
         with self._storage_errors():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -238,8 +255,12 @@ class Checkpoints:
         Raises:
             StorageError: a checkpoint that was still being written could not be.
         """
-        with self._storage_errors():
-            self._manager.close()
+        try:
+            self._finish_started()
+        finally:
+            self._thread.shutdown()
+            with self._storage_errors():
+                self._manager.close()
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON record of a step: digests and what `save` was given, such as the config."""
@@ -344,6 +365,8 @@ class Checkpoints:
         """Turns what Orbax raises while it writes into one StorageError."""
         try:
             yield
+        except errors.StorageError:
+            raise
         except Exception as error:
             usage = os.statvfs(self._directory)
             raise errors.StorageError(

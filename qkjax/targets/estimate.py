@@ -120,10 +120,10 @@ def _lines(e: Estimate, price: float | None) -> Iterator[str]:
     for p in e.programs:
         for name, c in sorted(p["collectives"].items()):
             yield f"transfer        {p['name']}: {c['times']} {name}, {c['bytes'] / 1e6:,.2f} MB"
-        if p["solver_calls"]:
+        if p["decompositions"]:
             yield (
-                f"solvers         {p['name']}: {p['solver_calls']:,} calls of linear algebra, one "
-                "after another; their time is not counted"
+                f"solvers         {p['name']}: {p['decompositions']:,} calls of linear algebra, "
+                "one after another; their time is not counted"
             )
     train, step = e.programs[0]["seconds"], e.step
     yield (

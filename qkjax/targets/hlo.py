@@ -125,7 +125,7 @@ class Kernel(NamedTuple):
     products: tuple[Product, ...]
     attention_flop: float  # of a fused attention call, causal
     attention: str  # "forward", "backward" or ""
-    is_solver: bool  # of a library of linear algebra, whose FLOP are not known
+    decompositions: int  # of a library of linear algebra, one after another; FLOP are not known
 
 
 class Program:
@@ -243,7 +243,7 @@ class Program:
             products,
             flop,
             direction,
-            i.opcode == "custom-call" and bool(_SOLVERS.search(i.target)),
+            _decompositions(i),
         )
 
     def _products(self, computation: str) -> Iterator[Product]:
@@ -407,6 +407,15 @@ def _window(text: str, axis: int, size: int) -> int:
         return int(values[axis]) if len(values) > axis and values[axis].isdigit() else 1
 
     return 1 if max(field("lhs_dilate"), field("stride")) >= size - 1 > 0 else size
+
+
+def _decompositions(i: Instruction) -> int:
+    """That a call makes one after another: one of a batch, where the library has a batched form."""
+    if i.opcode != "custom-call" or not _SOLVERS.search(i.target):
+        return 0
+    dims = i.arrays[0].dims
+    jacobi = "algorithm = 2" in i.text or ("gesvdj" in i.target and max(dims[-2:]) <= 32)
+    return 1 if jacobi else math.prod(dims[:-2])
 
 
 def _attention(i: Instruction, inside: dict[str, Instruction]) -> tuple[float, str]:

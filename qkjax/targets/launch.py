@@ -109,5 +109,6 @@ def _environment(config: Config, target: Target) -> dict[str, str]:
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "XLA_FLAGS": flags,
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_TRACEBACK_FILTERING": "off",  # its last line would be a hint about itself
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }

@@ -64,7 +64,7 @@ def compile_for(
     mesh = sharding.make_mesh(devices)
     programs = train.make_programs(config, mesh)
     state = train_step.state_shapes(config, programs.transformation)
-    statistics = jax.eval_shape(lambda: probes.empty_statistics(config, sharding.platform(mesh)))
+    statistics = _shapes(lambda: probes.empty_statistics(config, sharding.platform(mesh)))
     try:
         if TRAIN in names:
             yield Compiled(
@@ -84,14 +84,21 @@ def compile_for(
             )
         if DECOMPOSE in names:
             here = jax.sharding.SingleDeviceSharding(devices[0])
-            on_one = jax.tree.map(
+            params = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-                (statistics, state.params),
+                state.params,
             )
             decompose = jax.jit(evaluation.decompose)
-            yield Compiled(DECOMPOSE, lambda: decompose.lower(*on_one).compile(), 0)
+            yield Compiled(DECOMPOSE, lambda: decompose.lower(statistics, params).compile(), 0)
     except jax.errors.JaxRuntimeError as error:
         raise resources.explain(error, config, programs.transformation) from error
+
+
+def _shapes(make: Callable[[], Any]) -> Any:
+    """What `make` returns, as arguments to lower with: a ShapeDtypeStruct would lose float64."""
+    return jax.tree.map(
+        lambda leaf: jax.core.ShapedArray(leaf.shape, leaf.dtype), jax.eval_shape(make)
+    )
 
 
 def describe(compiled: Compiled, config: Config, target: Target) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def describe(compiled: Compiled, config: Config, target: Target) -> dict[str, An
         "attention_calls": dict(
             Counter(k.attention for k in program.kernels for _ in range(k.times) if k.attention)
         ),
-        "solver_calls": sum(k.times for k in program.kernels if k.is_solver),
+        "decompositions": sum(k.times * k.decompositions for k in program.kernels),
         "collectives": collectives,
         "unknown_loops": program.unknown_loops,
         "seconds": dataclasses.asdict(time_) | {"total": time_.total},
