@@ -10,6 +10,7 @@ run as TF32, which is the training speed asked for; on CPU float32 is exact floa
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,10 +95,43 @@ def _position_losses(
     logits_VN: jax.Array, targets_BT: jax.Array, valid_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Loss [B, T] of every position, 0 where it is padding; log of the denominators [N]."""
-    log_sum_N = jax.nn.logsumexp(logits_VN, axis=0)
+    log_sum_N = _log_sum_exp(logits_VN)
     target_N = jnp.take_along_axis(logits_VN, targets_BT.reshape(1, -1), axis=0)[0]
     losses_BT = (log_sum_N - target_N).reshape(targets_BT.shape)
     return jnp.where(valid_BT, losses_BT, 0.0), log_sum_N
+
+
+@jax.custom_jvp
+def _log_sum_exp(logits_VN: jax.Array) -> jax.Array:
+    """log of the sum of exp over V, [N] float32."""
+    return jax.lax.platform_dependent(
+        logits_VN, cuda=_in_one_pass, default=functools.partial(jax.nn.logsumexp, axis=0)
+    )
+
+
+@_log_sum_exp.defjvp
+def _log_sum_exp_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    log_sum_N = _log_sum_exp(*primals)
+    return log_sum_N, (jnp.exp(primals[0] - log_sum_N) * tangents[0]).sum(axis=0)
+
+
+def _in_one_pass(logits_VN: jax.Array) -> jax.Array:
+    """The same with the maximum and the sum in one reading of the logits.
+
+    Source: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax".
+    """
+
+    def join(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> Any:
+        (largest_a, sum_a), (largest_b, sum_b) = a, b
+        largest = jnp.maximum(largest_a, largest_b)
+        return largest, sum_a * jnp.exp(largest_a - largest) + sum_b * jnp.exp(largest_b - largest)
+
+    # Not -inf: of two empty parts exp(-inf - -inf) would be NaN.
+    nothing = (jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0))
+    largest_N, sum_N = jax.lax.reduce((logits_VN, jnp.ones_like(logits_VN)), nothing, join, (0,))
+    return largest_N + jnp.log(sum_N)
 
 
 def _sequence_losses(

@@ -184,3 +184,29 @@ print("equal on 8 devices")
 @pytest.mark.process
 def test_eight_devices_agree_with_one(on_devices):
     assert "equal on 8 devices" in on_devices(_SHARDED, 8)
+
+
+@pytest.mark.parametrize("size", [1.0, 60.0])
+def test_gpus_sum_in_one_pass_over_the_logits(size, monkeypatch):
+    """A maximum and a sum at once; exp(60 x 4) would overflow without the maximum."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, cuda: cuda(*arrays))
+    hidden, table, targets = _inputs()
+    expected, by_hidden, by_table = _reference(size * hidden, table, targets)
+
+    def summed(hidden, table):
+        return losses.next_token_loss(hidden, table, targets, chunk_tokens=10)
+
+    found, gradients = jax.value_and_grad(summed, argnums=(0, 1))(size * hidden, table)
+    assert abs(float(found) / expected.sum() - 1) < 1e-6
+    for ours, theirs in zip(gradients, (by_hidden, by_table), strict=True):
+        assert _relative_error(ours, theirs) < 1e-5
+    apart = losses.token_losses(size * hidden, table, targets, chunk_tokens=10)
+    np.testing.assert_allclose(apart, expected.sum(axis=1), rtol=1e-6)
+
+
+def test_a_logit_that_is_not_finite_makes_the_loss_so_on_gpus(monkeypatch):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, cuda: cuda(*arrays))
+    hidden, table, targets = _inputs()
+    for value in (np.nan, np.inf):
+        found = losses.token_losses(hidden.at[0, 0, 0].set(value), table, targets, chunk_tokens=10)
+        assert np.isfinite(np.asarray(found)).tolist() == [False, True, True]
