@@ -168,6 +168,17 @@ def arrays_to_bytes(arrays: Mapping[str, Any], path: str | os.PathLike[str] = "n
     return buffer.getvalue()
 
 
+def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
+    """Replaces an npy file, its type kept; `read_array` reads it.
+
+    Raises:
+        StorageError: the disk is full or fails; the old file stays.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    replace(path, buffer.getvalue())
+
+
 def move(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Renames a file or directory over `target`, so that the new name survives a power cut.
 
@@ -429,9 +440,10 @@ def read_arrays(
         StorageError: the disk failed.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it is no npz archive")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is no npz archive")
+        with archive:
             arrays = {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise errors.UsageError(f"{os.fspath(path)}: missing. {fix}") from error
@@ -446,6 +458,30 @@ def read_arrays(
     if absent:
         raise damaged(path, f"it lacks {', '.join(absent)}", fix)
     return arrays
+
+
+def read_array(path: str | os.PathLike[str], fix: str, *, mapped: bool = False) -> np.ndarray:
+    """The array of an npy file.
+
+    Args:
+        fix: as of `damaged`.
+        mapped: its memory is the file's, read where it is used and shared with other processes.
+    Raises:
+        UsageError: the file is damaged or missing.
+        StorageError: the disk failed.
+    """
+    try:
+        array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise errors.UsageError(f"{os.fspath(path)}: missing. {fix}") from error
+    except OSError as error:
+        raise storage_error(path, error) from error
+    except _DAMAGE as error:
+        raise damaged(path, errors.one_line(error), fix) from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise damaged(path, "it is an archive of arrays", fix)
+    return array
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

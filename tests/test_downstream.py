@@ -516,12 +516,14 @@ ROW = {"activity_label": "a", "ctx_a": "b", "ctx_b": "", "endings": ["c"] * 4, "
         ({k: v for k, v in ROW.items() if k != "ctx_b"}, "line 2: ctx_b is None, expected a text"),
         ({**ROW, "activity_label": 5}, "line 2: activity_label is 5, expected a text"),
         ([ROW], "line 2: not a JSON object"),
+        ("[" * 100_000, "line 2: maximum recursion"),
     ],
 )
 def test_rows_of_another_shape_are_refused(place, tmp_path, row, text):
     tasks = shutil.copytree(place / "tasks", tmp_path / "tasks")
     path = tasks / "hellaswag" / "hellaswag_val.reconstructed.jsonl"
-    write_rows(path, [ROW, row])
+    line = row if isinstance(row, str) else json.dumps(row)
+    path.write_text(f"{json.dumps(ROW)}\n{line}\n")
     # Before anything is loaded: the run does not exist.
     options = {"tasks": ("hellaswag",), "data_dir": tasks, "workdir": tmp_path / "none"}
     refused(place, tmp_path, f"hellaswag_val.reconstructed.jsonl: {text}", **options)

@@ -1,6 +1,7 @@
 """13-grams: found by brute force too, counted per document, and their documents dropped."""
 
 import dataclasses
+import io
 import itertools
 import json
 import string
@@ -88,11 +89,31 @@ def test_benchmarks_are_found_by_name_and_read_item_by_item(tmp_path, shared):
     found = overlap.benchmark_ngrams(overlap.benchmark_files(tmp_path)["hellaswag"])
     wanted = overlap.ngrams([f"{text} first end", f"{text} second end"]).hashes
     assert found.tolist() == sorted(wanted.tolist()) and len(found) == 4
-    path.write_text(json.dumps(item) + "\n" + '{"ctx": 3}\n')
-    with pytest.raises(errors.UsageError, match=rf"^{path}:2: expected a JSON object with text"):
-        overlap.benchmark_ngrams([path])
+    wrong = [{"ctx": 3}, {"text": 3}, {"ctx": 3, "endings": ["a"]}, {**item, "endings": "abcd"}, 3]
+    for line in ("[" * 100_000, "{", *map(json.dumps, wrong)):
+        path.write_text(f"{json.dumps(item)}\n{line}\n")
+        with pytest.raises(errors.UsageError, match=rf"^{path}:2: expected a JSON object with tex"):
+            overlap.benchmark_ngrams([path])
     with pytest.raises(errors.UsageError, match=r"--benchmark_dir=.*no hellaswag\*\.jsonl or"):
         overlap.benchmark_files(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", overlap.FILES.values())
+@pytest.mark.parametrize("damage", ["cut", "empty", "object", "archive", "pickle", "gone"])
+def test_a_damaged_index_is_one_line(tmp_path, name, damage):
+    overlap.build({"validation": np.arange(20, dtype=np.uint64)}, tmp_path)
+    path = tmp_path / name
+    archive, pickled = io.BytesIO(), io.BytesIO()
+    np.savez(archive, np.zeros(2))
+    np.save(pickled, np.array([{}]), allow_pickle=True)
+    contents = {"cut": path.read_bytes()[:-1], "empty": b"", "object": b"{}"}
+    contents |= {"archive": archive.getvalue(), "pickle": pickled.getvalue()}
+    path.write_bytes(contents.get(damage, b""))
+    if damage == "gone":
+        path.unlink()
+    how = "missing" if damage == "gone" else r"damaged \(.*\)"
+    with pytest.raises(errors.UsageError, match=rf"^{path}: {how}\. Remove {tmp_path} and run"):
+        overlap.load(tmp_path)
 
 
 def _corpus(folder, extra):

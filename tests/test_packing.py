@@ -1,5 +1,6 @@
 """Archives of results: what is in them, what they unpack to, and the limits."""
 
+import io
 import pathlib
 import subprocess
 import sys
@@ -116,10 +117,16 @@ def test_too_much_writes_nothing(study, tmp_path, share):
     assert not (tmp_path / "packed").exists()
 
 
-def test_a_damaged_spectrum_is_named(study, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "empty", "object", "method", "array"])
+def test_a_damaged_spectrum_is_named(study, tmp_path, damage):
     path = study / "runs" / "adamw_qk" / "seed_42" / "spectra" / "final.npz"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(errors.UsageError, match=r"seed_42/spectra/final.npz: damaged"):
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 10] = 99  # a way to compress that nobody knows
+    array = io.BytesIO()
+    np.save(array, np.zeros(2))
+    damaged = {"cut": content[:100], "empty": b"", "object": b"{}", "method": content}
+    path.write_bytes(damaged.get(damage, array.getvalue()))
+    with pytest.raises(errors.UsageError, match=r"seed_42/spectra/final.npz: damaged .*Restore it"):
         packing.pack(study, tmp_path / "packed")
 
 

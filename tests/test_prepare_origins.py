@@ -88,8 +88,14 @@ def test_a_copy_or_another_date_is_the_same_text(tmp_path):
     shutil.copy(path, tmp_path / "copy")
     os.replace(tmp_path / "copy", path)
     assert _prepare(out, path) == made
-    (out / "sources.jsonl").write_text("{}\n[1\nnull\n")  # it only saves hashing
-    assert _prepare(out, path) == made
+    entry, status = json.loads((out / "sources.jsonl").read_text()), path.stat()
+    entry |= {name: getattr(status, f"st_{name}") for name in ("mtime_ns", "ctime_ns")}
+    entry["inode"] = status.st_ino
+    assert origins.Entry(**entry).is_unchanged()
+    torn = [json.dumps(entry | wrong) for wrong in ({"sha256": 5}, {"path": 1}, {"more": 1})]
+    for lines in ("{}\n[1\nnull\n", "", "[" * 100_000, *torn):  # it only saves hashing
+        (out / "sources.jsonl").write_text(lines)
+        assert _prepare(out, path) == made
     _rewrite(path, _content("jsonl", 2))
     with pytest.raises(errors.UsageError, match="is not what"):
         _prepare(out, path)

@@ -185,7 +185,7 @@ class Job:
         hashes = {name: overlap.benchmark_ngrams(f) for name, f in self._benchmarks.items()}
         overlap.build({"validation": found.ngrams, **hashes}, self._work)
         places = [(key, *place) for key, place in found.held_out.items()]
-        np.save(self._work / _HELD_OUT, np.array(places, np.uint64))
+        files.write_array(self._work / _HELD_OUT, np.array(places, np.uint64))
         self._note_read(found.files_read)
         written = writer.close()
         names = (_HELD_OUT, *overlap.FILES.values())
@@ -202,7 +202,8 @@ class Job:
         counts = mixing.Counts(**(saved["counts"] if saved else {}))
         starts = saved["documents"] if saved else [0] * len(self._opened)
         tokens = saved["tokens"] if saved else [0] * len(self._opened)
-        places = np.load(self._work / _HELD_OUT).tolist()
+        fix = f"Remove {self._work} to start again."
+        places = files.read_array(self._work / _HELD_OUT, fix).tolist()
         held_out = {key: (source, number) for key, source, number in places}
         streams = [
             mixing.TrainStream(

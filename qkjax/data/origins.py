@@ -34,6 +34,9 @@ class Entry:
         return _looks(self.path) == (self.num_bytes, self.inode, self.mtime_ns, self.ctime_ns)
 
 
+_TYPES = {field.name: field.type for field in dataclasses.fields(Entry)}
+
+
 class Ledger:
     """The files that were opened so far, in memory and, where it has a path, on the disk."""
 
@@ -115,9 +118,11 @@ class Ledger:
     def _read(self, path: pathlib.Path) -> None:
         for line in path.read_bytes().splitlines():
             try:
-                entry = Entry(**json.loads(line))
+                values = json.loads(line)
+                files.need(path, "", values, _TYPES, "")
+                entry = Entry(**values)
                 entry.is_unchanged()
-            except (ValueError, RecursionError, TypeError, OSError):
+            except (ValueError, RecursionError, TypeError, OSError, errors.UsageError):
                 continue  # of another version, damaged, or of a file that is gone
             self._entries[entry.path] = entry
 

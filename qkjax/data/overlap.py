@@ -118,13 +118,19 @@ def build(hashes_by_name: Mapping[str, np.ndarray], folder: pathlib.Path) -> Non
     slots[hashes >> np.uint64(64 - bits)] = True
     arrays = {"hashes": hashes, "labels": labels, "filter": np.packbits(slots, bitorder="little")}
     for name, array in arrays.items():
-        np.save(folder / FILES[name], array)
+        files.write_array(folder / FILES[name], array)
 
 
 def load(folder: str | pathlib.Path) -> Index:
-    """Opens the index that `build` wrote; its memory is shared with other processes."""
+    """Opens the index that `build` wrote; its memory is shared with other processes.
+
+    Raises:
+        UsageError: a file of it is damaged or missing.
+        StorageError: the disk failed.
+    """
+    fix = f"Remove {folder} and run the command again."
     hashes, labels, bits = (
-        np.load(pathlib.Path(folder) / file, mmap_mode="r") for file in FILES.values()
+        files.read_array(pathlib.Path(folder) / file, fix, mapped=True) for file in FILES.values()
     )
     return Index(hashes, labels, bits)
 
@@ -177,16 +183,26 @@ def _items(path: pathlib.Path) -> Iterator[str]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                item: Any = json.loads(line)
-                if "endings" in item:
-                    yield from (f"{item['ctx']} {ending}" for ending in item["endings"])
-                else:
-                    yield str(item["text"])
-            except (ValueError, TypeError, KeyError) as error:
+                yield from _texts(json.loads(line))
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise errors.UsageError(
                     f"{path}:{number}: expected a JSON object with text, or with ctx and endings "
                     f"({type(error).__name__}: {error}). Download the file again."
                 ) from None
+
+
+def _texts(item: Any) -> list[str]:
+    if "endings" not in item:
+        texts = [item["text"]]
+    elif isinstance(item["endings"], list):
+        texts = [item["ctx"], *item["endings"]]
+    else:
+        raise TypeError(f"endings is {item['endings']!r:.60}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r:.60} is no text")
+    context, *endings = texts
+    return [f"{context} {ending}" for ending in endings] if "endings" in item else texts
 
 
 def _powers(factor: int, count: int) -> np.ndarray:

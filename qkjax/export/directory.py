@@ -100,11 +100,10 @@ def write(run: TrainedRun, out: pathlib.Path, dtype: str = "float32") -> None:
             for path in temporary.iterdir():
                 files.sync_path(path)
             files.sync_directory(temporary)
-            temporary.rename(out)
+            files.move(temporary, out)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        files.sync_directory(out.parent)
     except OSError as error:
         raise files.storage_error(out, error) from error
 

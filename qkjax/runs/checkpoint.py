@@ -441,7 +441,8 @@ def _set_aside(path: pathlib.Path, why: str) -> pathlib.Path:
     number = 1
     while (aside := path.with_name(f"{why}-{path.name}-{number}")).exists():
         number += 1
-    return path.rename(aside)
+    files.move(path, aside)
+    return aside
 
 
 def _named(tree: Any) -> dict[str, Any]:

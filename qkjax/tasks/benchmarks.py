@@ -178,7 +178,7 @@ def _read_rows(path: pathlib.Path, benchmark: Benchmark) -> list[dict[str, Any]]
                     if not isinstance(value, dict):
                         raise ValueError("not a JSON object")
                     rows.append(benchmark.row(value))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise errors.UsageError(
                         f"{path}: line {number}: {error}. "
                         f"Give the rows of {benchmark.title} as JSON Lines."

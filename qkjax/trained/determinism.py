@@ -121,7 +121,7 @@ def _copy_up_to(source: pathlib.Path, target: pathlib.Path, step: int) -> None:
     part = target.with_name(f".{target.name}.part")  # what a killed check leaves is no run
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(source, part, ignore=shutil.ignore_patterns(*_LEFT_OUT, *later))
-    part.rename(target)
+    files.move(part, target)
 
 
 def _checkpoint_steps(run: pathlib.Path) -> list[int]:

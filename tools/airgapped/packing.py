@@ -9,7 +9,6 @@ import hashlib
 import io
 import pathlib
 import tarfile
-import zipfile
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -162,13 +161,8 @@ def _content(path: pathlib.Path) -> bytes:
 
 def _as_float16(path: pathlib.Path) -> bytes:
     """The arrays of a spectra file, float32 ones as float16 where that is harmless."""
-    try:
-        with np.load(path, allow_pickle=False) as loaded:
-            arrays = {name: _narrow(loaded[name]) for name in loaded.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise errors.UsageError(
-            f"{path}: damaged ({error}), expected arrays. Restore it from a copy, or delete it."
-        ) from error
+    found = files.read_arrays(path, "Restore it from a copy, or delete it.")
+    arrays = {name: _narrow(array) for name, array in found.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # it also has a bool keyword
     return buffer.getvalue()
