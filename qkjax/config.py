@@ -738,9 +738,7 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
         UsageError: lists every field that is wrong, with its value and what it may be.
     """
     values = _flat(config.to_dict())
-    # Fields that do not fit together divide by fields, which have to be right for that.
-    found = _mistakes(values) or _contradictions(values)
-    if found:
+    if found := _mistakes(values) + _contradictions(values):
         raise errors.UsageError("config: " + "; ".join(found))
     tokens_per_step = values["train.tokens_per_step"]
     num_steps = max(1, values["train.tokens"] // tokens_per_step)
@@ -844,43 +842,53 @@ def _mistakes(values: Mapping[str, Any]) -> list[str]:
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
-    """Fields that do not fit together."""
-    return [
-        f"{field} is {values[field]!r}, it must be {wanted}"
-        for holds, field, wanted in (
-            *_shape_rules(values),
-            *_optimizer_rules(values),
-            *_gamma_rules(values),
-        )
-        if not holds
-    ]
+    """Fields that are right by themselves and do not fit together.
+
+    A rule that needs a field which is missing or wrong says nothing, nor do those of its function
+    that follow.
+    """
+    right = {n: values[n] for n in OPTIONS if n in values and not OPTIONS[n].mistake(values[n])}
+    found = []
+    for rules in (_shape_rules, _step_rules, _rate_rules, _clip_rules, _muon_rules, _gamma_rules):
+        try:
+            for holds, field, wanted in rules(right):
+                if not holds:
+                    found.append(f"{field} is {right[field]!r}, it must be {wanted}")
+        except KeyError as error:
+            if error.args[0] not in OPTIONS:
+                raise
+    return found
 
 
 _Rule = tuple[bool, str, str]  # whether it holds; the field; what it must be
 
 
 def _shape_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
-    length, kv_heads = values["model.sequence_length"], values["model.num_kv_heads"]
     yield values["model.head_dim"] % 2 == 0, "model.head_dim", "even, for RoPE"
+    kv_heads = values["model.num_kv_heads"]
     yield (
         values["model.num_heads"] % kv_heads == 0,
         "model.num_heads",
         f"a multiple of model.num_kv_heads = {kv_heads}",
     )
-    yield (
-        values["train.tokens_per_step"] % length == 0,
-        "train.tokens_per_step",
-        f"a multiple of model.sequence_length = {length}",
-    )
+
+
+def _step_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
     decay = values["optimizer.decay_fraction"]
     yield (
         values["optimizer.warmup_fraction"] + decay <= 1,
         "optimizer.warmup_fraction",
         f"at most 1 - optimizer.decay_fraction = {1 - decay:g}",
     )
+    length = values["model.sequence_length"]
+    yield (
+        values["train.tokens_per_step"] % length == 0,
+        "train.tokens_per_step",
+        f"a multiple of model.sequence_length = {length}",
+    )
 
 
-def _optimizer_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
+def _rate_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
     name, rate = values["optimizer.name"], values["optimizer.adam_learning_rate"]
     if presets.OPTIMIZERS[name].auxiliary_rate is None:
         yield (
@@ -894,12 +902,18 @@ def _optimizer_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
             "optimizer.adam_learning_rate",
             f"above 0: it updates the embedding and the gammas of an arm of {name}",
         )
+
+
+def _clip_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
     yield (
         not values["optimizer.qk_clip"] or values["model.qk_norm"] == "none",
         "optimizer.qk_clip",
         f"0 with model.qk_norm={values['model.qk_norm']}, which undoes what it does to queries",
     )
-    if name != "muon":
+
+
+def _muon_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
+    if values["optimizer.name"] != "muon":
         return
     heads, kv_heads = values["model.num_heads"], values["model.num_kv_heads"]
     granularity, group = values["muon.granularity"], values["muon.group_heads"]

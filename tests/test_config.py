@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import runpy
 import typing
 
@@ -498,6 +499,18 @@ def test_every_mistake_is_in_one_message():
         "muon.nesterov",
     }
     assert set(leaves(given)) - INVALID.keys() == free
+
+
+def test_fields_that_do_not_fit_together_are_told_with_mistakes_of_others():
+    """But for rules that need a field which is wrong itself."""
+    given = {"seed": -1, "model__head_dim": 31, "model__num_kv_heads": 0}
+    given |= {"train__tokens_per_step": 2_049, "optimizer__qk_clip": 30.0, "optimizer__name": "x"}
+    given |= {"optimizer__gamma_decay_target": 1.0, "optimizer__warmup_fraction": 0.9}
+    with pytest.raises(errors.UsageError) as caught:
+        config_lib.resolve(overridden("muon", "learned", **given))
+    told = re.findall(r"(?:: |; )([\w.]+) is ", str(caught.value))
+    assert sorted(told) == sorted(name.replace("__", ".") for name in given)
+    assert "num_heads is" not in str(caught.value)
 
 
 @pytest.mark.parametrize("field", INVALID)
