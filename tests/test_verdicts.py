@@ -172,9 +172,7 @@ def test_everything_that_was_claimed(judge: Judge):
     assert sum(h1.per_seed.values()) / 3 == pytest.approx(h1.estimate)
     assert h1.sesoi == pytest.approx(3.2) and h1.deciding[0] < h1.estimate < h1.deciding[1]
     assert h1.deciding == max(h1.pooled, h1.paired, key=lambda ends: ends[1])
-    assert h1.deciding == getattr(h1, h1.decided_by)
-    assert h1.family == tuple(synthetic_study.ARMS) and set(h1.sd_by_arm) == set(h1.family)
-    assert all(0 < sd < 2 for sd in h1.sd_by_arm.values())
+    assert h1.family == tuple(synthetic_study.ARMS)
     assert h1.level == "two-sided 95%, one-sided .025"
     headline = "post-RoPE raw: supported; pre-RoPE centred: supported"
     assert judged.verdict("H1").headline == headline
@@ -288,10 +286,7 @@ def test_one_noisy_arm_widens_what_it_is_part_of(judge: Judge, noisy: str, decid
     quiet = dict.fromkeys(synthetic_study.ARMS, 0.2)
     judged = judge(CLAIMED, noise={**QUIET, PR: {**quiet, noisy: 4.0}}, seeds=SIX, **LONG)
     found = clause(judged, "H4 PR against Muon+QK")
-    assert found.decided_by == decides and found.deciding == getattr(found, decides)
-    assert found.sd_by_arm[noisy] > 3 * max(
-        sd for arm, sd in found.sd_by_arm.items() if arm != noisy
-    )
+    assert found.deciding == getattr(found, decides) and found.pooled != found.paired
 
 
 def test_controls_lend_no_quiet_to_the_four_arms(judge: Judge):
@@ -750,8 +745,7 @@ def test_what_decay_explains(judge: Judge):
         assert found.half.estimate == pytest.approx(half) and found.half.deciding[0] > 0
         assert set(found.total.family) == set(found.roles.values()) and len(found.roles) == 5
         assert [clause.estimate for clause in found.beside] == pytest.approx([1], abs=1.5)
-        assert found.exposure == "tau 7.3, force 0.2" and found.exposure in found.total.text
-        assert 0.2 < found.step_noise < 0.3
+        assert "decayed at tau 7.3, force 0.2 costs" in found.total.text
 
 
 def test_the_arms_that_serve_are_named(judge: Judge):
@@ -780,7 +774,7 @@ def test_a_parent_of_another_rate_is_no_twin(judge: Judge):
 def test_steps_of_gamma_that_dominate_attribute_nothing(judge: Judge):
     """At the 381 steps of pilot in recipe fixed, rate 0.1: |gamma| wanders by 0.5."""
     found = judge(with_controls(frozen=47.0, decayed=20.0)).attributions[0]
-    assert found.total.word == SUPPORTED and found.step_noise > 0.3 and found.share == ""
+    assert found.total.word == SUPPORTED and found.share == ""
     assert found.reason.startswith("dominated by step noise (sd of gamma 0.5")
 
 
@@ -799,7 +793,7 @@ def test_a_control_decayed_of_before_is_shown_by_another_name(judge: Judge, tmp_
     assert study.plan["parents"]["adamw_qk_decayed_1"] == "adamw_qk"
     found = verdicts.judge(study).attributions[0]
     assert found.roles["decayed"] == "adamw_qk_decayed_1"
-    assert "force 5.7" in found.exposure and found.exposure in found.parts[2].text
+    assert "force 5.7" in found.parts[2].text
     values["optimizer"]["gamma_learning_rate"] = 0.03  # one seed of the new kind
     paths[1].write_text(json.dumps({**values, "seed": 43}))
     synthetic_study.seal(paths[1].parent)
@@ -865,7 +859,7 @@ def test_in_the_original_pilot_the_parent_is_the_decayed_arm(judge: Judge):
     arms = with_controls(47.0, 20.0, "original", ("adamw",))
     judged = judge(arms, recipe="original", seeds=(42, 43))
     assert judged.attributions[0].share == "decay explains more than half"
-    assert judged.attributions[0].exposure == "tau 7.32, force 0.2"
+    assert "decayed at tau 7.32, force 0.2 costs" in judged.attributions[0].total.text
     assert judged.attributions[0].total.estimate == pytest.approx(30, abs=1.5)
     assert judged.attributions[0].parts[2].estimate == pytest.approx(26, abs=1.5)
 
@@ -958,8 +952,7 @@ def test_h5_of_a_better_arm(judge_items: Judge):
     assert set(found.per_seed) == {42, 43, 44}
     assert sum("McNemar" in note for note in found.notes) == 3
     assert any("power: at " in note for note in found.notes)
-    assert found.decided_by == "pooled" and found.deciding == pytest.approx(found.paired)
-    assert set(found.sd_by_arm) == {"muon_noqk", "adamw_qk"}
+    assert found.deciding == found.pooled == pytest.approx(found.paired)
 
 
 def test_h5_of_equal_arms(judge_items: Judge):

@@ -307,7 +307,11 @@ def check_threads() -> None:
 
 
 def check_finished(path: pathlib.Path, sha256: str) -> None:
-    """Refuses to resume behind a file that is not the one that was finished: StorageError."""
+    """Refuses to resume behind a file that is not the one that was finished.
+
+    Raises:
+        StorageError: names the file, or its absence.
+    """
     if not path.exists() or files.sha256(path) != sha256:
         raise _not_as_finished(path, sha256)
 

@@ -263,7 +263,11 @@ class Checkpoints:
                 self._manager.close()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON record of a step: digests and what `save` was given, such as the config."""
+        """The JSON record of a step: digests and what `save` was given, such as the config.
+
+        Raises:
+            UsageError: it is damaged, or of a newer format.
+        """
         try:
             record = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())

@@ -258,7 +258,7 @@ def create_run_writer(workdir: str | os.PathLike[str], resume_step: int = -1) ->
         UsageError: metrics.jsonl is damaged.
         StorageError: metrics.jsonl cannot be read or written.
     """
-    jsonl = JsonlWriter(pathlib.Path(workdir) / "metrics.jsonl", resume_step)
+    jsonl = JsonlWriter(run_directory.RunDirectory(workdir).metrics, resume_step)
     try:
         return CompositeWriter(jsonl, [tensorboard.SummaryWriter(workdir, resume_step)])
     except ImportError as error:

@@ -32,7 +32,7 @@ def answers(question: dict[str, Any]) -> Any:
         if question["keep_text"]:
             with open(f"{question['keep_text']}.{compiled.name}.hlo", "w") as file:
                 file.write(compiled.text)
-        yield programs.describe(compiled, config, aim)
+        yield programs.describe(compiled, aim)
 
 
 if __name__ == "__main__":

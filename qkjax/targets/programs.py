@@ -101,7 +101,7 @@ def _shapes(make: Callable[[], Any]) -> Any:
     )
 
 
-def describe(compiled: Compiled, config: Config, target: Target) -> dict[str, Any]:
+def describe(compiled: Compiled, target: Target) -> dict[str, Any]:
     """What a program shows, as plain values."""
     program = compiled.hlo
     time_ = roofline.estimate(program, target.chip, target.num_devices)

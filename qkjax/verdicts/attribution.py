@@ -71,8 +71,7 @@ def attribute(study: Study, optimizer: str) -> Attribution:
         none=-0.5,
         decayed=-0.5,
     )
-    noise = found.noise if found else None
-    share, reason = _share(total, parts[2], half, noise)
+    share, reason = _share(total, parts[2], half, found.noise if found else None)
     return Attribution(
         optimizer=optimizer,
         status=total.status,
@@ -82,8 +81,6 @@ def attribute(study: Study, optimizer: str) -> Attribution:
         beside=(beside,) if roles["to_one"] in study.arms else (),
         half=half,
         share=share,
-        exposure=exposure.words(found) if found else "",
-        step_noise=noise,
         roles={role: arm if arm in study.arms else "" for role, arm in roles.items()},
     )
 

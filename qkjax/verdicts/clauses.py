@@ -130,7 +130,6 @@ def by_contrast(panel: Panel, prediction: Prediction) -> Clause:
     unavailable = panel.missing(list(prediction.weights)) or _too_short(panel, quantity)
     if unavailable:
         return dataclasses.replace(clause, reason=unavailable)
-    clause = dataclasses.replace(clause, sd_by_arm=_spreads(panel, quantity))
     diverged = {arm: sum(quantity.diverged(run) for run in panel.runs(arm)) for arm in panel.family}
     if any(diverged[arm] for arm in prediction.weights):
         return _by_divergence(clause, panel, prediction, quantity.worse, diverged)
@@ -195,7 +194,6 @@ def decided(clause: Clause, found: statistics.Contrast, limit: float) -> Clause:
         reason=reason,
         said=said,
         deciding=deciding,
-        decided_by="paired" if paired[0] < pooled[0] else "pooled",
         pooled=pooled,
         paired=paired,
         p=float(judged.p),
@@ -242,7 +240,7 @@ def _by_divergence(
     counts = "; ".join(
         f"{arm}: {diverged[arm]} of {seeds} diverged" for arm in prediction.weights if diverged[arm]
     )
-    clause = dataclasses.replace(clause, level=_BY_RULE, decided_by=RULE, said=counts)
+    clause = dataclasses.replace(clause, level=_BY_RULE, said=counts)
     sides = {
         sign: [arm for arm, weight in prediction.weights.items() if weight * sign > 0]
         for sign in (1, -1)
@@ -277,16 +275,6 @@ def _too_short(panel: Panel, quantity: Quantity) -> str:
         if why:
             return why
     return ""
-
-
-def _spreads(panel: Panel, quantity: Quantity) -> dict[str, float | None]:
-    """Standard deviation over seeds of each arm of the family; None with fewer than two values."""
-    found: dict[str, float | None] = {}
-    for arm in panel.family:
-        values = [quantity.measure(run) for run in panel.runs(arm) if not quantity.diverged(run)]
-        sound = [value for value in values if math.isfinite(value)]
-        found[arm] = float(np.std(sound, ddof=1)) if len(sound) > 1 else None
-    return found
 
 
 def _per_seed(study: Study, prediction: Prediction, quantity: Quantity) -> dict[int, float | None]:
@@ -342,7 +330,6 @@ def by_rule(
         unit=unit,
         sesoi=limit,
         estimate=worst if math.isfinite(worst) else None,
-        decided_by=RULE,
         level=_BY_RULE,
         per_seed={
             seed: value if value is not None and math.isfinite(value) else None

@@ -116,12 +116,6 @@ def _compare(study: Study, question: _Question) -> Clause:
         per_seed={seed: float(value) for seed, value in zip(pairs, per_seed, strict=True)},
         seeds=tuple(pairs),
         family=(SECOND, FIRST),
-        sd_by_arm={
-            arm: float(np.std(question.factor * scores.mean(axis=1), ddof=1))
-            if len(pairs) > 1
-            else None
-            for arm, scores in ((SECOND, second), (FIRST, first))
-        },
         notes=_notes(question, first, second, list(pairs)) + ((why,) if why else ()),
     )
     if len(pairs) == 1:

@@ -57,8 +57,7 @@ class Clause:
     reason: str = ""  # a few words: why this word
     said: str = ""  # the estimate with D: "+3.2 PR, 95% +1.0 to +5.4"; "1.95 times, 95% ..."
     estimate: float | None = None
-    deciding: Interval | None = None  # D, two-sided 95%
-    decided_by: str = ""  # "pooled" or "paired": the wider one; "rule"; "" without an interval
+    deciding: Interval | None = None  # D, two-sided 95%: the wider of the two below
     pooled: Interval | None = None  # 95%, t with (S-1)(F-1) degrees of freedom
     paired: Interval | None = None  # 95%, t with S-1
     p: float | None = None  # one-sided, the larger of both; none by rule
@@ -68,7 +67,6 @@ class Clause:
     per_seed: dict[int, float | None] = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = ()  # those that the intervals use
     family: tuple[str, ...] = ()  # the arms behind the pooled error
-    sd_by_arm: dict[str, float | None] = dataclasses.field(default_factory=dict)  # over seeds
     notes: tuple[str, ...] = ()
 
     @property
@@ -117,8 +115,6 @@ class Attribution:
     beside: tuple[Clause, ...]  # undecayed - to_one: a pull that does not shrink
     half: Clause  # decay - A/2
     share: str  # "decay explains more than half", ...; "" where nothing is attributed
-    exposure: str  # of the decayed arm: "tau 7.3, force 0.2"; "" without one
-    step_noise: float | None  # sqrt(rate / 2W) of the decayed gammas; above 0.3 it dominates
     roles: dict[str, str]  # "none", "frozen", "undecayed", "decayed", "to_one": the arm; "" none
 
 

@@ -312,14 +312,13 @@ def detectable_difference(
 class Correlation(NamedTuple):
     """Of two quantities over runs; NaN where either is constant or there are fewer than 3."""
 
-    num_runs: int
     pearson: float
     spearman: float
     interval: Interval | None  # of Pearson's, by Fisher's z; None below 4 runs
 
 
 def correlation(x_N: Sequence[float], y_N: Sequence[float]) -> Correlation:
-    """Pearson's and Spearman's correlation, with n.
+    """Pearson's and Spearman's correlation.
 
     Interval: tanh(atanh r +- z_{.975} / sqrt(n - 3)), rough at the few runs of a study.
 
@@ -331,7 +330,7 @@ def correlation(x_N: Sequence[float], y_N: Sequence[float]) -> Correlation:
     if len(x) > 3 and abs(pearson) < 1:
         half = float(special.ndtri((1 + LEVEL) / 2)) / math.sqrt(len(x) - 3)
         interval = (math.tanh(math.atanh(pearson) - half), math.tanh(math.atanh(pearson) + half))
-    return Correlation(len(x), pearson, spearman, interval)
+    return Correlation(pearson, spearman, interval)
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:
