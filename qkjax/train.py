@@ -69,7 +69,7 @@ def train_and_evaluate(
         if summary is not None and restore_step is None and _is_finished(summary, config):
             return _already_finished(directory, summary, changes)
         resources.check_memory(config, run.transformation)
-        resources.check_disk(directory.path, config, run.transformation)
+        resources.check_disk(directory, config, run.transformation)
         resources.warn_of_cpu(config, platform)
         try:
             return run.execute(restore_step, changes)

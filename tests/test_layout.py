@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from qkjax import commands
+from qkjax.runs import directory
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -220,6 +221,21 @@ def test_there_is_one_door_to_the_disk(call):
         if any(name.endswith(call) if call[0] == "." else name == call for name in calls(path)):
             found.add(str(path.relative_to(ROOT)))
     assert found - {"qkjax/files.py"} == {*DOOR[call]}, f"{call} belongs into qkjax/files.py"
+
+
+def test_one_module_knows_the_names_of_a_run():
+    """All others ask a RunDirectory; a config.json of transformers is another file."""
+    paths = vars(directory.RunDirectory("run")).values()
+    names = {path.name for path in paths if path.suffix}
+    for name in module_names():
+        found = names & {
+            node.value
+            for node in ast.walk(ast.parse(path_of(name).read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        stock = {"config.json"} if name.startswith(("export.", "observatory.")) else set()
+        assert name == "runs.directory" or found <= stock, f"{name} writes {found} out"
+    assert {"metrics.jsonl", "summary.json"} <= names
 
 
 def test_the_door_is_not_passed_by_another_name():

@@ -1,6 +1,5 @@
 """What a run costs in memory, disk and arithmetic: before it starts, and when it was too much."""
 
-import pathlib
 import shutil
 from typing import Any
 
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 from qkjax import errors, flops, sharding, train_step
 from qkjax.cli import startup
 from qkjax.config import Config
+from qkjax.runs.directory import RunDirectory
 
 
 def state_bytes(config: Config, transformation: optax.GradientTransformation) -> int:
@@ -30,7 +30,7 @@ def disk_bytes(config: Config, transformation: optax.GradientTransformation) -> 
 
 
 def check_disk(
-    directory: pathlib.Path, config: Config, transformation: optax.GradientTransformation
+    directory: RunDirectory, config: Config, transformation: optax.GradientTransformation
 ) -> None:
     """Refuses to start a run whose checkpoints the disk cannot hold.
 
@@ -39,10 +39,10 @@ def check_disk(
     """
     needed = disk_bytes(config, transformation)
     # What was set aside or left incomplete there frees nothing when the run resumes.
-    checkpoints = [path for path in directory.glob("checkpoints/*") if path.name.isdigit()]
+    checkpoints = [path for path in directory.checkpoints.glob("*") if path.name.isdigit()]
     files = [file for path in checkpoints for file in path.rglob("*") if file.is_file()]
     present = sum(file.stat().st_size for file in files)
-    free = shutil.disk_usage(directory).free
+    free = shutil.disk_usage(directory.path).free
     if free < needed - present:
         raise errors.StorageError(
             f"{directory}: the run's checkpoints need {needed / 1e9:.3g} GB, of which "

@@ -214,8 +214,8 @@ def _check_config(
     ]
     if differences:
         raise errors.UsageError(
-            f"{directory / 'config.json'}: not the run of this plan: {'; '.join(differences)}. "
-            "Move the directory away, or use another --workdir."
+            f"{RunDirectory(directory).config}: not the run of this plan: "
+            f"{'; '.join(differences)}. Move the directory away, or use another --workdir."
         )
 
 
@@ -356,8 +356,9 @@ class Watch:
         )
 
     def _read(self) -> None:
+        path = RunDirectory(self._directory).metrics
         try:
-            with open(RunDirectory(self._directory).metrics, "rb") as file:
+            with open(path, "rb") as file:
                 if file.seek(0, os.SEEK_END) < self._offset:  # a resumed run has cut its rows
                     self._offset, self._latest = 0, {}
                 file.seek(self._offset)
@@ -367,7 +368,7 @@ class Watch:
         self._offset += len(whole) + len(newline)
         for line in whole.splitlines():
             with contextlib.suppress(errors.UsageError):  # the run itself will say so
-                self._latest.update(run_directory.parse_row("metrics.jsonl", line))
+                self._latest.update(run_directory.parse_row(str(path), line))
 
 
 def other_host(directory: pathlib.Path) -> str | None:

@@ -23,7 +23,7 @@ from qkjax.runs import signals
 from qkjax.runs.directory import RunDirectory
 
 FIRST, AGAIN, RESUMED = "first", "again", "resumed"
-_LEFT_OUT = ("summary*.json", "run.lock", "events.out.*", "final.npz")  # by the copy that resumes
+_LEFT_OUT = ("summary*.json", "*.lock", "events.out.*", "final.npz")  # by the copy that resumes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from qkjax import errors, files, presets
+from qkjax.runs.directory import RunDirectory
 from qkjax.runs.results import RunResult, load_run
 from qkjax.study import study_files
 from qkjax.trained import rank_curves
@@ -122,7 +123,7 @@ def load_study(workdir: str | pathlib.Path) -> Study:
             shown = names.setdefault(arm, result.arm if result.arm == _earlier(arm) else arm)
             if (result.arm, result.seed) != (shown, seed):
                 raise errors.UsageError(
-                    f"{directory / 'config.json'}: is {result.arm} with seed {result.seed}, "
+                    f"{RunDirectory(directory).config}: is {result.arm} with seed {result.seed}, "
                     f"expected {shown} with seed {seed}. Move the run to where it belongs."
                 )
             surgery = path / "surgery" / arm / f"seed_{seed}.csv"

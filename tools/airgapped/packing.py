@@ -99,7 +99,7 @@ def pack(
 
 
 def _is_run(directory: pathlib.Path) -> bool:
-    return (directory / "metrics.jsonl").is_file()
+    return RunDirectory(directory).metrics.is_file()
 
 
 def _matching(directory: pathlib.Path, patterns: Sequence[str]) -> Iterator[pathlib.Path]:
@@ -108,7 +108,7 @@ def _matching(directory: pathlib.Path, patterns: Sequence[str]) -> Iterator[path
 
 
 def _latest_checkpoint(run: pathlib.Path) -> list[pathlib.Path]:
-    steps = [path for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+    steps = [path for path in RunDirectory(run).checkpoints.glob("[0-9]*") if path.name.isdigit()]
     if not steps:
         return []
     latest = max(steps, key=lambda path: int(path.name))
