@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from qkjax.report import drawing
+from qkjax.verdicts.judgement import LABELS
 
-_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 _CONTROLS = {
     "frozen": "γ frozen",
     "decayed": "γ decayed",
@@ -20,8 +20,8 @@ _CONTROLS = {
     "mup": "scale mup",
 }
 # The study's optimisers have the first two hues; others take the next ones as they come.
-HUES = dict(zip(_OPTIMIZERS, drawing.HUES, strict=False))
-_MORE_HUES = drawing.HUES[len(_OPTIMIZERS) : -1]  # black is the ink
+HUES = dict(zip(LABELS, drawing.HUES, strict=False))
+_MORE_HUES = drawing.HUES[len(LABELS) : -1]  # black is the ink
 _LINES: dict[str, tuple[object, str]] = {  # by the last word of an arm's name
     "qk": ("-", "o"),
     "noqk": ("--", "s"),
@@ -50,15 +50,15 @@ def optimizer(arm: str) -> str:
 
 def family(name: str) -> str:
     """An optimiser in words."""
-    return _OPTIMIZERS.get(name, name)
+    return LABELS.get(name, name)
 
 
 def label(arm: str) -> str:
     """The arm in words, such as "Muon + QK-Norm, γ frozen"; its own name where it has none."""
     name, qk, *controls = _words(arm)
-    if name not in _OPTIMIZERS or qk not in ("qk", "noqk"):
+    if name not in LABELS or qk not in ("qk", "noqk"):
         return arm
-    words = f"{_OPTIMIZERS[name]} + QK-Norm" if qk == "qk" else f"{_OPTIMIZERS[name]}, no QK-Norm"
+    words = f"{LABELS[name]} + QK-Norm" if qk == "qk" else f"{LABELS[name]}, no QK-Norm"
     for word in controls:
         words += f" {word}" if word.isdigit() else f", {_CONTROLS.get(word, word)}"
     return words

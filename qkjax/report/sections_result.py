@@ -19,10 +19,10 @@ from qkjax.report.blocks import (
 )
 from qkjax.report.material import Material
 from qkjax.runs.results import LOSS, PR, RunResult
+from qkjax.verdicts.judgement import LABELS
 from qkjax.verdicts.predictions import PR_BEFORE
 
 _COLUMNS = ((PR, "PR after RoPE", 1), (PR_BEFORE, "PR before RoPE", 1), (LOSS, "Val loss (nat)", 3))
-_PAIRS = (("adamw", "AdamW"), ("muon", "Muon"))
 
 
 def result(material: Material) -> Section:
@@ -45,7 +45,7 @@ def _sentence(material: Material) -> str:
 def _prs(material: Material) -> str:
     """PR with and without QK-Norm, under each optimiser that has both."""
     parts = []
-    for optimizer, name in _PAIRS:
+    for optimizer, name in LABELS.items():
         values = [material.end(PR, f"{optimizer}_{end}") for end in ("qk", "noqk")]
         if all(map(math.isfinite, values)):
             parts.append(f"{values[0]:.1f} under {name} (without: {values[1]:.1f})")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from qkjax.verdicts import exposure
 from qkjax.verdicts.clauses import Panel, by_contrast
 from qkjax.verdicts.judgement import (
+    LABELS,
     OPPOSITE,
     SUPPORTED,
     Attribution,
@@ -14,7 +15,6 @@ from qkjax.verdicts.judgement import (
 from qkjax.verdicts.predictions import QUANTITIES, Prediction
 from qkjax.verdicts.results import Study
 
-LABELS = {"adamw": "AdamW", "muon": "Muon"}
 _OUTSIDE = "outside the corrected family, two-sided 95%"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from qkjax.runs.results import PR
 from qkjax.verdicts import statistics
 from qkjax.verdicts.clauses import LEVEL, ONE_SEED, decided, listed, spoken
-from qkjax.verdicts.judgement import INCONCLUSIVE, OPPOSITE, SUPERIORITY, SUPPORTED, Clause
+from qkjax.verdicts.judgement import INCONCLUSIVE, LABELS, OPPOSITE, SUPERIORITY, SUPPORTED, Clause
 from qkjax.verdicts.results import Study
 
 FIRST, SECOND = "muon_noqk", "adamw_qk"
@@ -87,7 +87,7 @@ def clauses(study: Study) -> tuple[list[Clause], list[Clause]]:
     """(the two accuracies, which decide; likelihoods and correlations, which are shown)."""
     deciding = [_compare(study, question) for question in ACCURACIES]
     shown = [_compare(study, question) for question in LIKELIHOODS]
-    for optimizer, label in (("adamw", "AdamW"), ("muon", "Muon")):
+    for optimizer, label in LABELS.items():
         shown += [_correlate(study, question, optimizer, label) for question in ACCURACIES]
     return deciding, shown
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from qkjax import presets
 from qkjax.verdicts import attribution, hypotheses, items
 from qkjax.verdicts.clauses import ONE_SEED, Panel
-from qkjax.verdicts.judgement import INCONCLUSIVE, REFUTED, SUPPORTED, Judgement, Verdict
+from qkjax.verdicts.judgement import INCONCLUSIVE, LABELS, REFUTED, SUPPORTED, Judgement, Verdict
 from qkjax.verdicts.results import Study
 
 STUDY_TOKENS = 300_000_000  # a run of the study's question
@@ -22,7 +22,7 @@ def judge(study: Study) -> Judgement:
         hypotheses.with_headline(verdict, rehearsal)
         for verdict in hypotheses.corrected(hypotheses.make(panel))
     )
-    attributions = tuple(attribution.attribute(study, name) for name in attribution.LABELS)
+    attributions = tuple(attribution.attribute(study, name) for name in LABELS)
     controls = tuple(attribution.controls(study, attributions))
     noted = [(c.name, c.notes) for v in verdicts for c in (*v.clauses, *v.shown)]
     noted += [

@@ -37,6 +37,7 @@ WORDS = (SUPPORTED, OPPOSITE, NEGLIGIBLE, TOO_SMALL, NOT_TWICE, WORSE, BY_RULE, 
 # rule that every run of an arm keeps or breaks.
 SUPERIORITY, RATIO, NON_INFERIORITY, RULE = "superiority", "ratio", "non-inferiority", "rule"
 
+LABELS = {"adamw": "AdamW", "muon": "Muon"}  # the optimisers that verdicts are of, in words
 REHEARSAL = "rehearsal: "  # before every word of a study that decides nothing
 Interval = tuple[float, float]
 
