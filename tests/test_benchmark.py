@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import small_model
 import small_run
 
 from benchmarks import interleave, subjects, table
@@ -19,14 +20,7 @@ from qkjax import errors
 pytestmark = pytest.mark.long  # outside the package
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {
-    "model.num_layers": 2,
-    "model.d_model": 32,
-    "model.num_heads": 4,
-    "model.num_kv_heads": 2,
-    "model.head_dim": 8,
-    "model.d_ff": 48,
-    "model.vocab_size": 64,
-    "model.sequence_length": 16,
+    **small_model.SMALL,
     "train.tokens_per_step": 64,
     "train.loss_chunk_tokens": 40,
     "optimizer.warmup_fraction": 0.0,
