@@ -24,6 +24,7 @@ NUMERICS_VERSION = 1
 _MOST_UNROLLED = 24
 # More steps than these are kept as the rule that makes them, not one by one.
 _MOST_LISTED = 10_000
+_STEPS_LIMIT = 2**31  # they are counted in int32
 
 # --------------------------------------------------------------------------------------------
 # What a field says of itself.
@@ -874,6 +875,11 @@ def _shape_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
 
 
 def _step_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
+    yield (
+        values["train.tokens"] // values["train.tokens_per_step"] < _STEPS_LIMIT,
+        "train.tokens",
+        f"less than 2**31 steps of train.tokens_per_step = {values['train.tokens_per_step']}",
+    )
     decay = values["optimizer.decay_fraction"]
     yield (
         values["optimizer.warmup_fraction"] + decay <= 1,

@@ -3,6 +3,8 @@
 Every message has the form `<file or field>: <what is wrong, expected vs found>. <how to fix>`.
 """
 
+from collections.abc import Sequence
+
 
 class QkjaxError(Exception):
     """A failure with a message for the user: one ERROR line, no traceback unless --debug."""
@@ -30,6 +32,12 @@ class StorageError(QkjaxError):
 
 class OutOfMemoryError(QkjaxError):
     """Memory, of a device or of this process, does not hold the work."""
+
+
+def listed(parts: Sequence[str], most: int = 6) -> str:
+    """The first `most` parts in one line, and how many more there are."""
+    more = f"; and {len(parts) - most} more" if len(parts) > most else ""
+    return "; ".join(parts[:most]) + more
 
 
 def one_line(error: BaseException) -> str:

@@ -67,7 +67,13 @@ def train_and_evaluate(
         )
         summary = directory.read_summary()
         if summary is not None and restore_step is None and _is_finished(summary, config):
-            return _already_finished(directory, summary, changes)
+            _check_finished(directory, summary, changes)
+            run.check_latest_checkpoint()
+            print(
+                f"{directory}: already complete at step {summary['step']}; nothing to do",
+                flush=True,
+            )
+            return summary
         resources.check_memory(config, run.transformation)
         resources.check_disk(directory, config, run.transformation)
         resources.warn_of_cpu(config, platform)
@@ -138,9 +144,10 @@ def _is_finished(summary: dict[str, Any], config: Config) -> bool:
     return summary["diverged"] or summary["step"] >= config.train.num_steps
 
 
-def _already_finished(
+def _check_finished(
     directory: RunDirectory, summary: dict[str, Any], changes: list[dict[str, Any]]
-) -> dict[str, Any]:
+) -> None:
+    """Refuses other settings, a run that diverged, and files that were edited."""
     if changes:
         names = ", ".join(change["field"] for change in changes)
         raise errors.UsageError(
@@ -153,8 +160,6 @@ def _already_finished(
             "Nothing was computed; use another --workdir for another config."
         )
     directory.check_files()
-    print(f"{directory}: already complete at step {summary['step']}; nothing to do", flush=True)
-    return summary
 
 
 class _Pending(NamedTuple):
@@ -236,6 +241,17 @@ class _Run:
                 )
                 print(f"{shown}\n\n{table}\n", flush=True)
                 return self._finish(self._train(state))
+
+    def check_latest_checkpoint(self) -> None:
+        """Refuses a finished run whose checkpoints are another run's; one without any passes."""
+        if not self.directory.checkpoints.is_dir():
+            return
+        checkpoints = checkpoint.Checkpoints(self.directory.checkpoints, read_only=True)
+        with contextlib.closing(checkpoints):
+            for step in checkpoints.steps()[-1:]:
+                meta = checkpoints.meta(step)
+                fingerprint = self.dataset.manifest.fingerprint
+                self.directory.check_checkpoint(meta, self.config, fingerprint)
 
     def _record_start(self, changes: list[dict[str, Any]]) -> str:
         """Writes what this start runs on, and takes the mark of a finished run away.

@@ -84,13 +84,16 @@ def make(
     ).for_platform("cpu")
     params = random_params(run_config) if params is None else params
     directory.mkdir(parents=True)
-    fingerprint = manifest_lib.load(dataset).fingerprint
+    manifest = manifest_lib.load(dataset)
+    fingerprint = manifest.fingerprint
     files.write_json(directory / "config.json", run_config.to_dict())
     files.write_json(directory / "environment.json", {"dataset_fingerprint": fingerprint})
     facts = {
         "config": run_config.to_dict(),
         "dataset_fingerprint": fingerprint,
-        "data_order": {},
+        "data_order": pipeline.fingerprint(
+            manifest, run_config.seed, run_config.train.sequences_per_step
+        ),
         "wall_seconds": 1.0,
     }
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints")

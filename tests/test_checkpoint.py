@@ -283,6 +283,8 @@ def test_refusal_names_leaf_and_the_steps_that_remain(copied):
         lambda meta: meta.pop("format_version"),
         lambda meta: meta.pop("opt_state"),
         lambda meta: meta.update(params=[]),
+        lambda meta: meta.update(params={}),
+        lambda meta: meta.update(opt_state={}),
         lambda meta: meta["params"]["embedding"].pop("sha256"),
         lambda meta: meta["params"].update(embedding=None),
         lambda meta: meta.update(format_version="1"),

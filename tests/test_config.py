@@ -585,6 +585,11 @@ def test_every_mistake_alone_is_refused(field):
         ),
         (("muon", "none"), {"optimizer__gamma_decay_tau": 7.3}, "gamma_decay_tau is 7.3"),
         (
+            ("muon", "none"),
+            {"train__tokens": 2**31 * 2048, "train__tokens_per_step": 2048},
+            r"train.tokens is 4398046511104, .* less than 2\*\*31 steps .*tokens_per_step = 2048",
+        ),
+        (
             ("muon", "learned"),
             {"model__qk_norm": "frozen", "optimizer__gamma_weight_decay": 0.1},
             "gamma_weight_decay is 0.1, .* model.qk_norm=frozen",

@@ -392,7 +392,8 @@ def _is_record(meta: Any) -> bool:
             "opt_state_sha256": str,
         }
         return (
-            all(type(meta[name]) is kind for name, kind in fields.items())
+            all(meta[item] for item in ("params", "opt_state"))
+            and all(type(meta[name]) is kind for name, kind in fields.items())
             and meta["format_version"] >= 1
             and all({"dtype", "shape", "sha256"} <= x.keys() for x in leaves)
         )

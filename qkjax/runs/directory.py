@@ -47,6 +47,12 @@ _SUMMARY: dict[str, files.Types] = {
     "diverged_step": (int, _NONE),
 }
 _MORE_OF_SUMMARY: dict[str, files.Types] = {"epochs": float, "wall_seconds": float}
+_DATA_ORDER: dict[str, files.Types] = {
+    "dataset": str,
+    "seed": int,
+    "sequences_per_step": int,
+    "sequence_length": int,
+}
 _ENVIRONMENT: dict[str, files.Types] = {
     "dataset_fingerprint": str,
     "versions": dict,
@@ -367,6 +373,7 @@ class RunDirectory:
         files.need(place, "meta", meta, facts, _OTHER_STEP)
         if not 0 <= meta["wall_seconds"] < math.inf:
             raise files.damaged(place, f"wall_seconds is {meta['wall_seconds']}", _OTHER_STEP)
+        files.need(place, "data_order in meta", meta["data_order"], _DATA_ORDER, _OTHER_STEP)
         recorded = (self.read_environment() or {}).get("allowed_config_changes", [])
         allowed = {change.get("field") for change in (*recorded, *changes)}
         found = {**flatten(_config_values(place, meta)), "dataset": meta["dataset_fingerprint"]}
@@ -374,8 +381,8 @@ class RunDirectory:
         differences = [c for c in _differences(found, ours) if c["field"] not in allowed]
         if differences:
             raise errors.UsageError(
-                f"{place}: the checkpoint of another run than {self.config}:\n"
-                f"{_table(differences, ('field', 'checkpoint', 'here'))}\n"
+                f"{place}: of another run than {self.config}: "
+                f"{_listed(differences, 'checkpoint', 'here')}. "
                 "Restore the run's own config.json and checkpoints from a copy."
             )
         summary = self.read_summary()
@@ -753,7 +760,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[st
 
 
 def _refusal(path: pathlib.Path, refused: list[dict[str, Any]], allowed: Sequence[str]) -> str:
-    table = _table(refused, ("field", "old", "new"))
     fixed = [change["field"] for change in refused if change["field"] in _FIXED_FIELDS]
     names = ",".join([*allowed, *(change["field"] for change in refused)])
     rest = (
@@ -762,15 +768,16 @@ def _refusal(path: pathlib.Path, refused: list[dict[str, Any]], allowed: Sequenc
         else f", or resume with --allow_config_change={names} (which is recorded)."
     )
     return (
-        f"{path}: this run started with other settings:\n{table}\n"
+        f"{path}: this run started with other settings: {_listed(refused, 'old', 'new')}. "
         f"Use the old ones, or another --workdir{rest}"
     )
 
 
-def _table(changes: Sequence[Mapping[str, Any]], head: tuple[str, str, str]) -> str:
-    rows = [head, *((c["field"], _cell(c["old"]), _cell(c["new"])) for c in changes)]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(f"  {f:<{widths[0]}}  {old:<{widths[1]}}  {new}" for f, old, new in rows)
+def _listed(changes: Sequence[Mapping[str, Any]], old: str, new: str) -> str:
+    """Each changed field with both values, in one line; `old` and `new` say whose they are."""
+    return errors.listed(
+        [f"{c['field']}: {old} {_cell(c['old'])}, {new} {_cell(c['new'])}" for c in changes]
+    )
 
 
 def _config_values(place: pathlib.Path, meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -292,20 +292,20 @@ def check_plan(plan: Plan, workdir: pathlib.Path) -> None:
         study_files.need(path, f"steps[{number}]", step, {"name": str, "fingerprint": str})
     old, new = (run_directory.flatten({**values, "steps": None}) for values in (theirs, ours))
     differences = [
-        f"  {field}: there {json.dumps(old.get(field))}, now {json.dumps(new.get(field))}"
+        f"{field}: there {json.dumps(old.get(field))}, now {json.dumps(new.get(field))}"
         for field in dict.fromkeys((*old, *new))
         if field.partition(".")[0] not in _NOT_COMPARED and old.get(field) != new.get(field)
     ]
     fingerprints = {step["name"]: step["fingerprint"] for step in steps}
     changed = [s.name for s in plan.steps if fingerprints.get(s.name) != s.fingerprint]
     if changed and not differences:
-        differences = [f"  configs of {', '.join(changed)}"]
+        differences = [f"configs of {errors.listed(changed)}"]
     if differences:
-        table = "\n".join(differences)
         raise errors.UsageError(
-            f"{path}: this directory has another plan:\n{table}\nUse another --workdir. Or, to "
-            "change the plan of this one, rename study.json to study.1.json, and the report will "
-            "say so: finished runs whose config is still planned count as done, others are refused."
+            f"{path}: this directory has another plan: {errors.listed(differences)}. Use another "
+            "--workdir. Or, to change the plan of this one, rename study.json to study.1.json, and "
+            "the report will say so: finished runs whose config is still planned count as done, "
+            "others are refused."
         )
 
 
