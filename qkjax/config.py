@@ -24,7 +24,7 @@ NUMERICS_VERSION = 1
 _MOST_UNROLLED = 24
 # More steps than these are kept as the rule that makes them, not one by one.
 _MOST_LISTED = 10_000
-_STEPS_LIMIT = 2**31  # they are counted in int32
+_INT32 = 2**31  # XLA indexes, and optimisers count steps, below it
 
 # --------------------------------------------------------------------------------------------
 # What a field says of itself.
@@ -54,6 +54,7 @@ class OneOf:
 
 
 ABOVE_0 = Bound("above 0", lambda value: value > 0)
+SIZE = Bound("above 0 and below 2**31", lambda value: 0 < value < _INT32)
 FROM_0 = Bound("0 or more", lambda value: value >= 0)
 BELOW_1 = Bound("from 0 to below 1", lambda value: 0 <= value < 1)
 
@@ -228,13 +229,13 @@ class DataConfig:
 class ModelConfig:
     """The decoder (docs/science.md section 2)."""
 
-    num_layers: int = option(_shape("num_layers"), ABOVE_0, fixed=True)
-    d_model: int = option(_shape("d_model"), ABOVE_0, fixed=True)
-    num_heads: int = option(_shape("num_heads"), ABOVE_0, fixed=True)
-    num_kv_heads: int = option(_shape("num_kv_heads"), ABOVE_0, fixed=True)
-    head_dim: int = option(_shape("head_dim"), ABOVE_0, fixed=True)
-    vocab_size: int = option(_shape("vocab_size"), ABOVE_0, fixed=True)
-    sequence_length: int = option(_shape("sequence_length"), ABOVE_0, fixed=True)
+    num_layers: int = option(_shape("num_layers"), SIZE, fixed=True)
+    d_model: int = option(_shape("d_model"), SIZE, fixed=True)
+    num_heads: int = option(_shape("num_heads"), SIZE, fixed=True)
+    num_kv_heads: int = option(_shape("num_kv_heads"), SIZE, fixed=True)
+    head_dim: int = option(_shape("head_dim"), SIZE, fixed=True)
+    vocab_size: int = option(_shape("vocab_size"), SIZE, fixed=True)
+    sequence_length: int = option(_shape("sequence_length"), SIZE, fixed=True)
     # Gamma of "frozen" stays 1.
     qk_norm: str = option(
         lambda chosen: "frozen" if "frozen" in chosen.controls else chosen.qk_norm,
@@ -245,9 +246,7 @@ class ModelConfig:
         OneOf(("swiglu", "relu2")),
         fixed=True,
     )
-    d_ff: int = option(
-        lambda chosen: presets.MLP[chosen.scale, chosen.recipe][1], ABOVE_0, fixed=True
-    )
+    d_ff: int = option(lambda chosen: presets.MLP[chosen.scale, chosen.recipe][1], SIZE, fixed=True)
     norm_eps: float = option(_rule("norm_eps"), ABOVE_0)
     rope_base: float = option(10_000.0, ABOVE_0)
     # Of the computation; parameters are always float32. "auto" is settled by the platform.
@@ -397,14 +396,14 @@ class TrainConfig:
     # As asked; num_steps * tokens_per_step are trained.
     tokens: int = option(lambda chosen: presets.TOKENS[chosen.scale, chosen.recipe][0], ABOVE_0)
     tokens_per_step: int = option(
-        lambda chosen: presets.TOKENS[chosen.scale, chosen.recipe][1], ABOVE_0, fixed=True
+        lambda chosen: presets.TOKENS[chosen.scale, chosen.recipe][1], SIZE, fixed=True
     )
     num_steps: int = derived()
     sequences_per_step: int = derived(fixed=True)
     # Most sequences that a device takes in one pass; 0 = its whole share.
     microbatch_sequences: int = option(8, FROM_0)
     # Positions whose logits exist at one time.
-    loss_chunk_tokens: int = option(2_048, ABOVE_0)
+    loss_chunk_tokens: int = option(2_048, SIZE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,7 +426,7 @@ class EvalConfig:
         _budget("final_tokens"), Bound("-1 (no pass), 0 (all) or more", lambda value: value >= -1)
     )
     # Sequences that a device takes at one time.
-    batch_sequences: int = option(8, ABOVE_0)
+    batch_sequences: int = option(8, SIZE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -876,7 +875,7 @@ def _shape_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
 
 def _step_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
     yield (
-        values["train.tokens"] // values["train.tokens_per_step"] < _STEPS_LIMIT,
+        values["train.tokens"] // values["train.tokens_per_step"] < _INT32,
         "train.tokens",
         f"less than 2**31 steps of train.tokens_per_step = {values['train.tokens_per_step']}",
     )

@@ -65,6 +65,8 @@ def storage_error(path: str | os.PathLike[str], error: OSError) -> errors.Storag
         else "Check the path and its file system, then run the same command again."
     )
     reason = error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.ELOOP:
+        reason, fix = "a link stands in its place", "Remove the link."
     return errors.StorageError(f"{os.fspath(path)}: cannot be read or written ({reason}). {fix}")
 
 
@@ -106,6 +108,11 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
         sync_directory(target.parent)
     except OSError as error:
         raise storage_error(target, error) from error
+
+
+def unlinked(path: str, flags: int) -> int:
+    """Opener for `open` that refuses a link, whose target is no file of ours, with ELOOP."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -272,7 +279,7 @@ def lock(
     """
     path = pathlib.Path(path)
     try:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+        file = os.fdopen(unlinked(os.fspath(path), os.O_RDWR | os.O_CREAT), "r+b")
     except OSError as error:
         raise storage_error(path, error) from error
     with file:

@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -513,10 +514,11 @@ class RunDirectory:
             UsageError: a file was edited, exchanged or lost; names it.
             StorageError: the disk failed.
         """
-        summary = files.read_object(self.summary, RESTORE)
-        if summary is None:
+        if self.read_summary() is None:
             self.check_record(self._latest_meta())
-        elif _FILES in summary:
+            return
+        summary = files.read_object(self.summary, RESTORE) or {}
+        if _FILES in summary:
             files.need(self.summary, "", summary, {_FILES: dict}, RESTORE)
             self._compare(summary[_FILES], self.summary.name)
 
@@ -710,11 +712,8 @@ def make_workdir(path: str | os.PathLike[str]) -> pathlib.Path:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Only writing shows a full or read-only disk: root ignores the mode bits.
-        probe = workdir / f".write_test.{os.getpid()}"
-        try:
-            probe.write_bytes(bytes(4096))
-        finally:
-            probe.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=workdir) as probe:
+            probe.write(bytes(4096))
     except OSError as error:
         raise errors.StorageError(
             f"{workdir}: cannot be used as the run directory ({error.strerror or error}). "

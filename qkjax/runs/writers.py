@@ -52,7 +52,8 @@ class JsonlWriter(ScalarsOnly, MetricWriter):
                 resume_step,
             )
         wanted = b"".join(line + b"\n" for line, _ in kept)
-        if content != wanted or not self.path.exists():
+        link = self.path.is_symlink() and self.path.is_file()  # to a file that is not the run's
+        if content != wanted or link or not self.path.exists():
             files.replace(self.path, wanted)
         self._open()
 
