@@ -372,7 +372,7 @@ def read_object(path: str | os.PathLike[str], fix: str) -> dict[str, Any] | None
     if not isinstance(value, dict):
         raise damaged(path, "it is not a JSON object", fix)
     if SEAL in value and (seal := value.pop(SEAL)) != (found := digest_of(value)):
-        raise damaged(path, f"its values have sha256 {found[:12]}, {SEAL} is {seal!r:.14}", fix)
+        raise damaged(path, f"its values have sha256 {found[:12]}, {SEAL} is {str(seal)[:12]}", fix)
     return value
 
 

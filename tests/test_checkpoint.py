@@ -299,6 +299,12 @@ def test_record_that_lacks_something_is_refused(spoil, copied):
         restore(copied, 7)
 
 
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "checkpoints").symlink_to("nowhere")
+    with pytest.raises(errors.StorageError, match=r"/checkpoints: cannot be read or written"):
+        checkpoint.Checkpoints(tmp_path / "checkpoints")
+
+
 @pytest.mark.parametrize("item", ["params", "opt_state", "meta"])
 def test_checkpoint_without_an_item_does_not_count(item, copied, caplog):
     shutil.rmtree(copied / "7" / item)

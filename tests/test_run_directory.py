@@ -54,6 +54,14 @@ def test_make_workdir_refuses_a_file(tmp_path, inner):
         run_directory.make_workdir(tmp_path / "file" / inner)
 
 
+@pytest.mark.parametrize("name", ["dataset.json", "study.json"])
+def test_a_dataset_or_a_study_becomes_no_run(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(errors.UsageError, match=rf": holds {name}, expected a new directory or"):
+        RunDirectory.make(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @needs_dev_full
 def test_make_workdir_notices_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: FULL.open("wb"))

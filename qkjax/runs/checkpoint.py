@@ -100,6 +100,7 @@ class Checkpoints:
             keep_all: keep every step instead of step 0 and the latest two.
         Raises:
             UsageError: Orbax cannot make sense of a file there.
+            StorageError: the directory cannot be made or read.
         """
         self._directory = pathlib.Path(directory).absolute()
         self._num_bytes = 0  # of the checkpoint that was saved last
@@ -140,8 +141,8 @@ class Checkpoints:
         """Of what Orbax reads of every step, it forgives most damage, and raises for the rest."""
         try:
             yield
-        except OSError:
-            raise
+        except OSError as error:
+            raise files.storage_error(self._directory, error) from error
         except Exception as error:
             damaged = [path for path in self._step_directories() if not _has_sound_metadata(path)]
             place = damaged[0] / _METADATA if damaged else self._directory

@@ -36,6 +36,7 @@ _OTHER_STEP = "Restore the checkpoint from a copy, or give an earlier step."
 RESTORE = "Restore it from a copy, or use another --workdir."
 _ARRAYS = re.compile(r"step_(\d{8,})\.npz")
 _NONE = type(None)
+_OF_OTHERS = ("study.json", "dataset.json")  # of no run
 _FILES = "files"  # by name their sha256
 _FOLDERS = ("spectra", "validation")
 _SUMMARY: dict[str, files.Types] = {
@@ -125,10 +126,17 @@ class RunDirectory:
         """Creates the directory where it is missing; its path is absolute.
 
         Raises:
-            UsageError: the path is empty, remote or holds a NUL.
+            UsageError: the path is empty, remote or holds a NUL; a dataset or a study lies there.
             StorageError: it is a file, or cannot be created or written.
         """
-        return cls(make_workdir(path))
+        directory = cls(make_workdir(path))
+        other = [name for name in _OF_OTHERS if (directory.path / name).exists()]
+        if other and not directory.config.exists():
+            raise errors.UsageError(
+                f"{directory.path}: holds {other[0]}, expected a new directory or one of a run. "
+                "Give another --workdir."
+            )
+        return directory
 
     @contextlib.contextmanager
     def lock(self, *, shared: bool = False) -> Iterator[None]:
@@ -565,7 +573,7 @@ class RunDirectory:
             if found != recorded[name]:
                 raise errors.UsageError(
                     f"{self.path / name}: has sha256 {found[:12]}, but {where} says "
-                    f"{recorded[name]!r:.14}. {RESTORE}"
+                    f"{str(recorded[name])[:12]}. {RESTORE}"
                 )
 
     def record_up_to(self, step: int) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def _read_items(path: pathlib.Path, sha256: str | None) -> list[dict[str, Any]]:
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256:
         result = path.name.replace(".items.jsonl", ".json")
-        raise study_files.damaged(path, f"sha256 {found[:12]}, {result} has {sha256!r:.14}")
+        raise study_files.damaged(path, f"sha256 {found[:12]}, {result} has {str(sha256)[:12]}")
     return [_read_item(path, number, line) for number, line in enumerate(lines, start=1)]
 
 
