@@ -29,19 +29,34 @@ _VARIABLES = re.compile(r"XLA_FLAGS|CUDA_VISIBLE_DEVICES|JAX_\w+|TPU_\w+")
 _GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 
 _MASK = "***"
-_SECRET = r"(?:token|secret|password|passwd|(?:api_?)?key|credentials?|auth)"
-_SECRET_NAME = re.compile(rf"(?:.*[-_.])?{_SECRET}", re.IGNORECASE)
+_SECRET = (
+    r"(?:token|secret|password|passwd|pwd|passphrase|(?:api_?|account_?|access_?)?key(?:_?id)?"
+    r"|credentials?|auth|bearer|cookie|jwt|pat|sig(?:nature)?)"
+)
+_SECRET_NAME = re.compile(rf"(?:[^/?&;#]*[-_.])?{_SECRET}", re.IGNORECASE)
 # What is kept before and after the secret is in groups 1 and 2.
 _SECRET_VALUES = (
-    re.compile(r"()\b(?:hf|gh[pousr]|github_pat)_[A-Za-z0-9_]{8,}()"),
-    re.compile(r"()\b(?:sk|glpat|xox[abprs])-[A-Za-z0-9_-]{8,}()"),
+    re.compile(
+        r"()\b(?:hf|gh[pousr]|github_pat|npm|dckr_pat|figd|lin_api|[rs]k_(?:live|test))"
+        r"_[A-Za-z0-9_-]{8,}()"
+    ),
+    re.compile(
+        r"()\b(?:sk|gl(?:agent|cbt|dt|ft|imt|oas|pat|ptt|rt|soat)|xapp|xox[a-z]|nvapi|pypi)"
+        r"-[A-Za-z0-9_-]{8,}()"
+    ),
     re.compile(r"()\b(?:AKIA|ASIA)[A-Z0-9]{16}\b()"),  # access keys of AWS
+    re.compile(r"()\b(?:AIza[\w-]{30,}|ya29\.[\w-]{8,})()"),  # of Google
+    re.compile(r"()\bSG\.[\w-]{16,}\.[\w-]{16,}()"),  # of SendGrid
     re.compile(
         r"()\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]*)?()"
     ),  # JSON web tokens
-    re.compile(r"([?&;]sig(?:nature)?=)[^&;\s]+()", re.IGNORECASE),  # signed addresses of buckets
-    re.compile(rf"([?&;](?:\w*[-_])?{_SECRET}=)[^&;\s]+()", re.IGNORECASE),
+    re.compile(r"(\b(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}()", re.IGNORECASE),
+    re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).+()", re.DOTALL),
+    # Of addresses, as of signed ones of buckets, and of connection strings.
+    re.compile(rf"([?&;#](?:[\w-]*[-_])?{_SECRET}=)[^&;\s]+()", re.IGNORECASE),
+    re.compile(rf"""(["'](?:[\w-]*[-_])?{_SECRET}["']\s*:\s*["'])[^"']+()""", re.IGNORECASE),
     re.compile(r"(://[^/\s:@]*:)[^/\s@]+(@)"),
+    re.compile(r"(://)[^/\s:@]{20,}(@)"),  # a token in the place of a user
 )
 
 
