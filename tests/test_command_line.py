@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from qkjax import commands
+from qkjax.cli import command_line
 
 pytestmark = pytest.mark.process
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -280,3 +281,12 @@ def test_a_terminal_that_is_not_utf_8_gets_escapes(call):
     code = f"{PRINT}lambda: print('\u2581 é'), flags.FlagValues(), '')"
     done = call(start=("-c", code), PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout) == (0, "\\u2581 \\xe9\n"), done.stderr
+
+
+def test_a_failure_of_the_disk_that_nothing_foresaw_names_its_file(tmp_path, capsys):
+    missing = tmp_path / "no" / "file"
+    assert command_line.exit_code(lambda: int(missing.read_text())) == 4
+    assert capsys.readouterr().err == (
+        f"ERROR: {missing}: cannot be read or written (No such file or directory). "
+        "Check the path and its file system, then run the same command again.\n"
+    )

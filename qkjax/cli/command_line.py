@@ -160,4 +160,8 @@ def _describe(error: BaseException) -> tuple[int, str]:
             f"JAX_PLATFORMS: jax finds no device of {wanted!r} here ({errors.one_line(error)}). "
             "Unset it, or install the jax of that device."
         )
+    if isinstance(error, OSError) and isinstance(error.filename, str):
+        from qkjax import files  # numpy and all, which --help does without
+
+        return errors.StorageError.exit_code, str(files.storage_error(error.filename, error))
     return errors.StorageError.exit_code, f"{type(error).__name__}: {error}"

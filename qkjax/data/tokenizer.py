@@ -22,6 +22,7 @@ from qkjax.data import manifest as manifest_lib
 FILE_NAME = "tokenizer.json"
 KINDS = ("train:SIZE", "FILE (a tokenizer.json)", "hf:NAME (a model of the hub, or a directory)")
 _HUB = "hf:"
+_MOST_TRAINED = 1 << 24
 EOS_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 _BYTES = 256
 # What every tokenizer must give back as it is, to the letter.
@@ -147,6 +148,11 @@ def load(path: str | pathlib.Path, *, eos_token: str = "") -> Tokenizer:
         return Tokenizer(content, eos_token=eos_token or named, name=str(path))
     try:
         content = pathlib.Path(path).read_bytes()
+    except IsADirectoryError:
+        raise errors.UsageError(
+            f"{path}: a directory, expected a tokenizer.json. Name the file in it, or write "
+            f"{_HUB}{path}."
+        ) from None
     except FileNotFoundError:
         raise errors.UsageError(
             f"{path}: no such tokenizer file. Tokenizers are: {' or '.join(KINDS)}."
@@ -288,6 +294,10 @@ def trained_size(spec: str) -> int | None:
             raise errors.UsageError(
                 f"--tokenizer={spec}: SIZE: expected a whole number, found {rest!r}. "
                 "Write for example --tokenizer=train:4096."
+            )
+        if len(rest) > 10 or int(rest) > _MOST_TRAINED:  # tokenizers reserves room for all, or dies
+            raise errors.UsageError(
+                f"--tokenizer={spec}: SIZE: expected at most {_MOST_TRAINED}. Ask for fewer tokens."
             )
         return int(rest)
     if kind == "hf" and rest:
