@@ -67,20 +67,27 @@ BATCHES = np.random.default_rng(0).integers(3, VOCABULARY, (6, LENGTH + 1))
 LOOSE = 1e-5  # float32 against float64, of the largest
 
 
-def make_model(kind: str, seed: int = 0) -> Any:
-    """Random, two layers, with gammas and biases that are not what a fresh model has."""
-    name, config_name, own = CLASSES[kind]
-    fields = {
+def small_fields() -> dict[str, Any]:
+    """What most configs of transformers take."""
+    return {
         "vocab_size": VOCABULARY,
         "hidden_size": HEADS * HEAD_DIM,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS if kind in ("gpt_neox", "gpt2") else KV_HEADS,
+        "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
         "max_position_embeddings": 64,
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
     }
+
+
+def make_model(kind: str, seed: int = 0) -> Any:
+    """Random, two layers, with gammas and biases that are not what a fresh model has."""
+    name, config_name, own = CLASSES[kind]
+    fields = small_fields()
+    if kind in ("gpt_neox", "gpt2"):
+        fields["num_key_value_heads"] = HEADS
     if kind == "apertus":
         fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
     torch.manual_seed(seed)
@@ -448,11 +455,20 @@ def test_rank_curves_come_from_the_same_attention(place, tmp_path):
     assert ours.delta == pytest.approx(projected - full_loss, abs=1e-5)
 
 
-def test_the_first_position_can_stay_out(place):
-    model = make_model("llama")
-    found = measure_model(model, [BATCHES], skip_first=True)
+def test_the_first_position_can_stay_out(monkeypatch):
+    model = make_model("gemma3")
+    found = measure_model(model, [BATCHES[:4], BATCHES[4:]], skip_first=True)
     assert found.spectra["num_tokens"] == 6 * (LENGTH - 1)
     assert found.validation["count"].tolist() == [LENGTH] * 6
+    oracle = Oracle("gemma3", model)
+    losses = oracle.run(BATCHES, monkeypatch)
+    assert_near(found.validation["loss_sum"], losses.sum(axis=1), "loss")  # of all positions
+    for layer in range(2):
+        for stage, vectors in oracle.stages(layer).items():
+            mean = vectors[:, :, 1:].mean(axis=(0, 2))
+            assert_near(found.spectra[f"{stage}_mean"][layer], mean, stage)
+        lengths = np.linalg.norm(oracle.stages(layer)["key_post_rope"][:, :, 1:], axis=-1)
+        assert_near(found.spectra["key_norm_mean"][layer], lengths.mean(axis=(0, 2)), "lengths")
 
 
 def test_text_is_documents_joined_by_a_newline_and_bos_takes_a_place(place):
@@ -526,6 +542,104 @@ def test_latent_attention_is_refused():
     assert "latent attention" in refusal(lambda: measure_model(model, [BATCHES]))
 
 
+# Class of the model and of its config, its own fields, and what is said of it.
+REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "linear attention": (
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "shared_expert_intermediate_size": 16,
+        },
+        "1 of its 2 layers are linear_attention, which has no keys",
+    ),
+    "recurrent layers": (
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemmaConfig",
+        {"lru_width": 64},
+        "2 of its 2 layers are linear_attention, which has no keys",
+    ),
+    "convolutions": (
+        "Lfm2ForCausalLM",
+        "Lfm2Config",
+        {"layer_types": ["conv", "full_attention"]},
+        "1 of its 2 layers are conv, which has no keys",
+    ),
+    "recurrent layers that no config names": (
+        "xLSTMForCausalLM",
+        "xLSTMConfig",
+        {},
+        "0 of 2 layers have gone through transformers' attention interface",
+    ),
+    "sinks that are parameters": ("GptOssForCausalLM", "GptOssConfig", {}, "takes s_aux"),
+    "a mask with numbers": ("DogeForCausalLM", "DogeConfig", {}, "its mask adds numbers"),
+    "the difference of two attentions": (
+        "DiffLlamaForCausalLM",
+        "DiffLlamaConfig",
+        {},
+        "layer 0 has more than one attention",
+    ),
+    "a gamma for each head": (
+        "CohereForCausalLM",
+        "CohereConfig",
+        {"use_qk_norm": True},
+        "are not those of its projection, norm and rotate-half RoPE",
+    ),
+    "a norm for each head": (
+        "StableLmForCausalLM",
+        "StableLmConfig",
+        {"qk_layernorm": True},
+        "are not those of its projection, norm and rotate-half RoPE",
+    ),
+    "complex rotations": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {"intermediate_size_mlp": 64},
+        "are not those of its projection, norm and rotate-half RoPE",
+    ),
+    "values of another length": (
+        "MiMoV2FlashForCausalLM",
+        "MiMoV2FlashConfig",
+        {},
+        "Models whose heads differ",
+    ),
+    "an attention that cannot be exchanged": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {},
+        "has an attention of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_measured_is_refused(kind):
+    name, config_name, own, words = REFUSED[kind]
+    fields = {
+        **small_fields(),
+        **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 2),
+        "moe_intermediate_size": 16,
+    }
+    config = getattr(transformers, config_name)(**{**fields, **own})
+    model = getattr(transformers, name)(config)
+    before = model.config._attn_implementation
+    assert words in refusal(lambda: measure_model(model, [BATCHES]))
+    assert model.config._attn_implementation == before
+
+
+def test_an_attention_with_something_of_its_own_is_refused(monkeypatch):
+    """As of a class that scales its logits where the attention interface does not show it."""
+    model = make_model("llama")
+    modeling = sys.modules[type(model).__module__]
+    eager = modeling.eager_attention_forward
+
+    def warmer(*args: Any, scaling: float, **kwargs: Any) -> Any:
+        return eager(*args, scaling=1.01 * scaling, **kwargs)
+
+    monkeypatch.setattr(modeling, "eager_attention_forward", warmer)
+    assert "logits with plain attention are" in refusal(lambda: measure_model(model, [BATCHES]))
+
+
 def test_an_unknown_way_from_projection_to_key_is_refused(monkeypatch):
     """As of a class that turns neighbouring pairs, or normalises after RoPE."""
     model = make_model("llama")
@@ -556,6 +670,32 @@ def test_what_is_missing_is_named(place, tmp_path, monkeypatch):
     fields = {"tokens_per_step": None}
     message = refusal(lambda: directory.measure_directory(request(place, tmp_path / "o", **fields)))
     assert "names no tokens" in message
+
+
+def test_revisions_are_folders_of_a_directory_and_a_file_has_none(place, tmp_path):
+    source = loading.Source(str(place / "model"))
+    message = refusal(lambda: loading.load_model(source, "step7", "float32"))
+    assert message.startswith(f"{place / 'model' / 'step7'}: no config.json in it")
+    assert "--revision names folders inside it" in message
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    gguf = loading.Source(str(file))
+    message = refusal(lambda: gguf.arguments("step7"))
+    assert message == "--revision: step7, and model.gguf is one model. Leave it out."
+
+
+def test_a_gguf_that_transformers_does_not_load_is_refused(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="the extra [gguf] reads and writes such files")
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "nobodys-architecture")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    source = loading.Source(str(file))
+    words = "does not load as a causal language model"
+    assert words in refusal(lambda: loading.load_model(source, "", "float32"))
+    file.write_bytes(b"no such file")
+    assert words in refusal(lambda: loading.load_model(source, "", "float32"))
 
 
 def test_the_notebook_runs(tmp_path, capsys):

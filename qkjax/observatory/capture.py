@@ -5,6 +5,7 @@ values. Keys before RoPE are had by the exact inverse of the rotation, from the 
 sin; before the norm they are outputs of the projections. Both ways meet: in the first batch, what
 the projections and the norm give must be what the inverse gives, for every layer, or the model is
 refused. So a form of RoPE, of norm or of fused weights that is not known here cannot be misread.
+Nor can an attention that is: with transformers' own, its logits must be the same.
 """
 
 import inspect
@@ -26,8 +27,12 @@ _KEPT = 4  # last positions whose logits the model gives itself, to compare
 # rotation. bfloat16 and float16 round the rotated vectors themselves.
 _AGREE = {"float64": 1e-6, "float32": 1e-4}
 _AGREE_HALF = 0.05
+_COMPARED = 1_024  # first tokens whose logits transformers' own attention must give too
+_EAGER = "eager"  # its name: written out, with all that a class has of its own
 # What changes the logits beside the mask, and is not measured here.
 _UNKNOWN = ("s_aux", "position_bias", "head_mask", "alibi")
+# Layers without keys, by the words of transformers' configs.
+_KEYLESS = ("linear_attention", "conv", "moe")
 
 
 class LayerFacts(NamedTuple):
@@ -94,6 +99,7 @@ class Capture:
         self._outputs: dict[Any, Any] = {}  # of projections, by module
         self._hidden: Any = None
         self._layers_called: set[int] = set()
+        self._compared = False
         self._handles: list[Any] = []
         self._before = ""
 
@@ -138,7 +144,8 @@ class Capture:
     def _take_rotary(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         passed = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         found = passed.get("position_embeddings", kwargs.get("position_embeddings"))
-        self._rotary[module.layer_idx] = found
+        # Cos and sin; another form stays out, so that the layer is refused.
+        self._rotary[module.layer_idx] = found if isinstance(found, tuple) else None
 
     def _take_hidden(self, module: Any, args: Any, output: Any) -> None:
         self._hidden = output[0]
@@ -170,7 +177,7 @@ class Capture:
             [B] float64 summed losses of the T predicted positions, nats.
         Raises:
             UsageError: the model is one whose keys this cannot measure, or its logits are not
-                what its head makes of its hidden states.
+                what its head makes of its hidden states, or what its own attention gives.
         """
         import torch
 
@@ -180,10 +187,7 @@ class Capture:
         device = self.model.get_input_embeddings().weight.device
         tokens = torch.from_numpy(np.asarray(ids, np.int64)).to(device)
         with torch.inference_mode():
-            options: dict[str, Any] = {"use_cache": False}
-            if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-                options["logits_to_keep"] = _KEPT
-            found = self.model(input_ids=tokens[:, :-1], **options).logits[:, -_KEPT:]
+            found = self._last_logits(tokens[:, :-1])
             self._check_layers()
             hidden = self._hidden
             self._check_head(found, self._logits(hidden[:, -_KEPT:]))
@@ -192,10 +196,20 @@ class Capture:
                 logits = self._logits(hidden[:, start : start + _HEAD_BLOCK])
                 targets = tokens[:, start + 1 : start + 1 + logits.shape[1]]
                 losses = torch.nn.functional.cross_entropy(
-                    logits.transpose(1, 2), targets, reduction="none"
+                    logits.flatten(0, 1), targets.flatten(), reduction="none"
                 )
-                total += losses.double().sum(dim=1).cpu()
+                total += losses.view(targets.shape).double().sum(dim=1).cpu()
+            if not self._compared:
+                self._check_attention(tokens[:1, :_COMPARED])
+                self._compared = True
         return total.numpy()
+
+    def _last_logits(self, tokens: Any) -> Any:
+        """The model's own logits [B, _KEPT, V] of the last positions."""
+        options: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            options["logits_to_keep"] = _KEPT
+        return self.model(input_ids=tokens, **options).logits[:, -_KEPT:]
 
     def _logits(self, hidden: Any) -> Any:
         """Next-token logits [B, t, V] float32 of the last hidden states."""
@@ -213,6 +227,22 @@ class Capture:
             raise errors.UsageError(
                 f"{self.name}: its logits are {error:.3g} away from what its output embedding "
                 "makes of its last hidden states. This class cannot be measured."
+            )
+
+    def _check_attention(self, tokens: Any) -> None:
+        """An attention with something of its own must not be measured as if it were plain."""
+        self._look, self._change = None, None
+        self._layers_called.clear()
+        ours = self._last_logits(tokens).float()
+        self.model.set_attn_implementation(_EAGER)
+        expected = self._last_logits(tokens).float()
+        self.model.set_attn_implementation(ATTENTION)
+        error = float((ours - expected).abs().max())
+        if not error <= 10 * self._tolerance() * max(float(expected.abs().max()), 1.0):
+            raise errors.UsageError(
+                f"{self.name}: its logits with plain attention are {error:.3g} away from those "
+                "with its own, which does something that is not known here. This class cannot be "
+                "measured."
             )
 
     def _check_layers(self) -> None:
@@ -243,6 +273,11 @@ class Capture:
     ) -> tuple[Any, None]:
         """As the attention functions of transformers: [B, heads, T, K] -> [B, T, H, K]."""
         layer = module.layer_idx
+        if layer in self._layers_called:
+            raise errors.UsageError(
+                f"{self.name}: layer {layer} has more than one attention, expected one. This class "
+                "cannot be measured."
+            )
         self._layers_called.add(layer)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         allowed = self._allowed(attention_mask, kwargs)
@@ -268,7 +303,16 @@ class Capture:
                 f"{self.name}: its attention takes {', '.join(unknown)}, which changes the logits "
                 "in a way that is not known here. This class cannot be measured."
             )
-        allowed = None if mask is None else (mask if str(mask.dtype) == "torch.bool" else mask == 0)
+        allowed = mask
+        if mask is not None and mask.is_floating_point():
+            import torch
+
+            allowed = mask == 0
+            if not bool((allowed | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
+                raise errors.UsageError(
+                    f"{self.name}: its mask adds numbers to the logits, expected one that keeps "
+                    "tokens out. This class cannot be measured."
+                )
         if allowed is None or bool(allowed.triu(1).any()):
             raise errors.UsageError(
                 f"{self.name}: tokens see later ones, so this is an encoder, expected a decoder. "
@@ -312,8 +356,8 @@ class Capture:
     def _agrees(self, module: Any, query: Any, key: Any) -> bool:
         """Whether the inverse of RoPE meets what the projections and norms give."""
         for side, vectors in (("query", query), ("key", key)):
-            projected = self._projected(module, side)
-            if projected is None:
+            projected, norm = self._projected(module, side), heads_lib.norm(module, side)
+            if projected is None or (norm is not None and not heads_lib.takes_vectors(norm)):
                 return False
             expected = self._normalised(module, side, projected).float()
             found = self._unrotated(module.layer_idx, vectors)
@@ -427,8 +471,8 @@ def refuse_unknown(model: Any, name: str) -> None:
     """Refuses what shows at once that its keys cannot be measured.
 
     Raises:
-        UsageError: an encoder and decoder, latent attention, or an attention that cannot be
-            exchanged.
+        UsageError: an encoder and decoder, latent attention, layers without keys, or an attention
+            that cannot be exchanged.
     """
     stock = model.config
     if getattr(stock, "is_encoder_decoder", False):
@@ -440,6 +484,13 @@ def refuse_unknown(model: Any, name: str) -> None:
         raise errors.UsageError(
             f"{name}: {type(model).__name__} has multi-head latent attention, whose heads share "
             "what their keys are made of, expected keys of their own. It cannot be measured."
+        )
+    kinds = getattr(stock.get_text_config(), "layer_types", None) or ()
+    keyless = [kind for kind in kinds if kind in _KEYLESS]
+    if keyless:
+        raise errors.UsageError(
+            f"{name}: {len(keyless)} of its {len(kinds)} layers are {keyless[0]}, which has no "
+            "keys, expected attention in every layer. It cannot be measured."
         )
     if not model._can_set_attn_implementation() or model.get_output_embeddings() is None:
         raise errors.UsageError(

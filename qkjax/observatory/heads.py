@@ -81,6 +81,12 @@ def norm(attention: Any, side: str) -> Any | None:
     return next((module for module in found if module is not None), None)
 
 
+def takes_vectors(norm: Any) -> bool:
+    """Whether it is one module with one gamma, or none; StableLM and Cohere have one a head."""
+    weight = getattr(norm, "weight", None)
+    return not list(norm.parameters()) if weight is None else weight.ndim == 1
+
+
 def normalises_all_heads(norm: Any, head_dim: int) -> bool:
     """Whether it divides by the length of all heads together, as OLMo 2 does, not of each."""
     weight = getattr(norm, "weight", None)

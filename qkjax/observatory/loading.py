@@ -32,10 +32,14 @@ class Source:
         """What `from_pretrained` takes.
 
         Raises:
-            UsageError: the file or folder is missing.
+            UsageError: the file or folder is missing, or a file has no revisions.
         """
         path = pathlib.Path(self.name)
         if self.is_gguf:
+            if revision:
+                raise errors.UsageError(
+                    f"--revision: {revision}, and {path.name} is one model. Leave it out."
+                )
             if not path.is_file():
                 raise errors.UsageError(f"--model: {path} is no file. Give a GGUF file.")
             return str(path.parent.absolute()), {"gguf_file": path.name}
