@@ -177,6 +177,37 @@ def assert_near(found: np.ndarray, expected: np.ndarray, what: str) -> None:
     assert np.abs(found - expected).max() <= LOOSE * np.abs(expected).max(), what
 
 
+def assert_products(arrays: dict[str, np.ndarray], oracle: Oracle, layer: int) -> None:
+    """Keys with the queries that share them: over all pairs of tokens, and of the kernels."""
+    stages = oracle.stages(layer)
+    query, key = (stages[f"{side}_pre_rope"] for side in ("query", "key"))
+    sharing = query.shape[1] // key.shape[1]
+    modules = [m for m in oracle.model.modules() if getattr(m, "layer_idx", None) == layer]
+    attention = next((m for m in modules if hasattr(m, "q_proj")), None)
+    for head in range(HEADS):
+        q, k = (x.reshape(-1, HEAD_DIM) for x in (query[:, head], key[:, head // sharing]))
+        for centring, logits in (
+            ("raw", q @ k.T),
+            ("centred", (q - q.mean(0)) @ (k - k.mean(0)).T),
+        ):
+            sigma = np.linalg.svd(logits, compute_uv=False)[:HEAD_DIM]
+            assert_near(arrays[f"qk_pre_rope_{centring}"][layer, head], sigma, "q.k")
+        if attention is None:
+            continue
+        kernels = []
+        for name, at in (("q_proj", head), ("k_proj", head // sharing)):
+            weight = getattr(attention, name).weight.detach().numpy()
+            rows = weight[at * HEAD_DIM : (at + 1) * HEAD_DIM]
+            if oracle.kind in NORMS:
+                gamma = getattr(attention, name[0] + "_norm").weight.detach().numpy()
+                gamma = gamma + (oracle.kind == "gemma3")
+                own = gamma.reshape(-1, HEAD_DIM)[at if len(gamma) > HEAD_DIM else 0]
+                rows = rows * own[:, None]
+            kernels.append(rows)
+        sigma = np.linalg.svd(kernels[0].T @ kernels[1], compute_uv=False)[:HEAD_DIM]
+        assert_near(arrays["wqk_singular_values"][layer, head], sigma, "W_q^T W_k")
+
+
 @pytest.mark.parametrize(
     "kind", [k if k in SHORT else pytest.param(k, marks=pytest.mark.long) for k in CLASSES]
 )
@@ -214,6 +245,8 @@ def test_every_class_is_what_hooks_in_float64_say(kind, monkeypatch):
         lengths = np.linalg.norm(oracle.stages(layer)["key_post_rope"], axis=-1)
         assert_near(arrays["key_norm_mean"][layer], lengths.mean(axis=(0, 2)), "lengths")
         assert_near(arrays["key_norm_max"][layer], lengths.max(axis=(0, 2)), "longest")
+        if "key_pre_rope" in expected_stages:
+            assert_products(arrays, oracle, layer)
     if kind in NORMS:
         gammas = arrays["gamma_k"]
         for layer in range(2):
