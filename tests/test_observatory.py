@@ -18,13 +18,13 @@ import small_run
 
 from qkjax import errors, sharding
 from qkjax import evaluation as evaluation_lib
-from qkjax.data import pipeline
+from qkjax.data import holdout, pipeline
 from qkjax.export import directory as export_directory
 from qkjax.measures import ranks
 from qkjax.observatory import directory, gallery, loading, text
 from qkjax.observatory.capture import Capture
 from qkjax.observatory.measure import measure_model
-from qkjax.report import figures, quantities, run_spectra
+from qkjax.report import charts, figures, quantities, run_spectra
 from qkjax.runs.directory import RunDirectory
 from qkjax.trained import rank_curves
 
@@ -345,7 +345,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     fast.save_pretrained(place / "model")
     texts = [json.loads(line)["text"] for line in (place / "dataset.jsonl").open()]
     (place / "text.txt").write_text("\n".join(texts))
-    for step in (0, 10, 200):
+    for step in (0, 30, 200):
         torch.manual_seed(step)
         config = transformers.LlamaConfig(
             vocab_size=small_run.VOCABULARY,
@@ -367,7 +367,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def request(place: pathlib.Path, out: pathlib.Path, **fields: Any) -> directory.Request:
     values = {
         "source": loading.Source(str(place / "model")),
-        "revisions": ("step0", "step10", "step200"),
+        "revisions": ("step200", "step0", "step30"),  # in no order, nor in that of words
         "text": f"text:{place / 'text.txt'}",
         "tokens": 8 * 32,
         "sequence_length": 32,
@@ -385,15 +385,15 @@ def measured(place: pathlib.Path) -> pathlib.Path:
 
 def test_three_revisions_are_a_trajectory(measured, place):
     run = run_spectra.load_run(measured)
-    assert run.steps == (0, 10, 200) and run.is_model and run.arm == "LlamaForCausalLM"
-    assert [e.tokens for e in run.evaluations] == [0, 10_000, 200_000]
+    assert run.steps == (0, 30, 200) and run.is_model and run.arm == "LlamaForCausalLM"
+    assert [e.tokens for e in run.evaluations] == [0, 30_000, 200_000]
     record = RunDirectory(measured).read_model()
-    assert [each["revision"] for each in record["revisions"]] == ["step0", "step10", "step200"]
+    assert [each["revision"] for each in record["revisions"]] == ["step0", "step30", "step200"]
     assert len({each["params_sha256"] for each in record["revisions"]}) == 3
     drawn, _ = figures.figures_of_run(run, "pr")
     (axes, *_) = drawn["pr_key_trajectory"].axes
     (line,) = axes.get_lines()
-    assert list(line.get_xdata()) == [0, 10_000, 200_000]
+    assert list(line.get_xdata()) == [0, 30_000, 200_000]
     prs = [ranks.participation_ratio(e.arrays["key_post_rope_raw"]).mean() for e in run.evaluations]
     np.testing.assert_allclose(line.get_ydata(), prs, rtol=1e-5)
     lines: list[str] = []
@@ -406,7 +406,7 @@ def test_another_text_is_refused_in_the_same_directory(measured, place):
         directory.measure_directory(request(place, measured, tokens=64), lambda line: None)
 
 
-def test_a_model_stands_beside_a_run(measured, place, tmp_path):
+def test_a_model_stands_beside_a_run(measured, place, tmp_path, monkeypatch):
     dataset = place / "dataset"
     run = random_run.make(tmp_path / "run", dataset, "learned")
     arrays = run_spectra.load_run(measured).evaluations[-1].arrays
@@ -427,18 +427,34 @@ def test_a_model_stands_beside_a_run(measured, place, tmp_path):
     np.testing.assert_allclose(model.get_ydata(), expected, rtol=1e-6)
     np.testing.assert_allclose(ours.get_xdata(), [0, 1 / 3, 2 / 3, 1])
 
+    lines: dict[str, list[Any]] = {}
+
+    def chart(name: str, title: str, what: str, figure: Any, make: Any = charts.chart) -> Any:
+        (panel,) = figure.axes
+        lines[name] = [(line.get_xdata(), line.get_ydata()) for line in panel.get_lines()]
+        return make(name, title, what, figure)
+
+    monkeypatch.setattr(charts, "chart", chart)
     gallery.make_gallery([measured, run], tmp_path / "gallery", lambda line: None)
+    (depth, shares), (of_run, _) = lines[f"depth_{shown.name}"]
+    np.testing.assert_allclose(shares, expected, rtol=1e-6)  # of the last revision
+    assert (list(depth), list(of_run)) == ([0, 1], pytest.approx([0, 1 / 3, 2 / 3, 1]))
+    ((tokens, along),) = lines[f"training_{shown.name}"]  # the run has one evaluation
+    stored = run_spectra.load_run(measured).evaluations
+    means = [shown.values(e.arrays).mean() / 8 for e in stored]
+    assert list(tokens) == [0, 30_000, 200_000]
+    np.testing.assert_allclose(along, means, rtol=1e-6)
     page = (tmp_path / "gallery" / "index.html").read_text()
     assert "Over training" in page and "qkjax gallery" in page
     table = list(csv.DictReader((tmp_path / "gallery" / "gallery.csv").open()))
     assert [(row["name"], row["step"]) for row in table] == [
-        *(("measured", step) for step in ("0", "10", "200")),
+        *(("measured", step) for step in ("0", "30", "200")),
         ("run", "20"),
     ]
-    metrics = RunDirectory(measured).read_metrics()[-1]
-    assert float(table[2]["pr_post_rope_raw"]) == pytest.approx(
-        metrics["pr/key/post_rope/raw"] / 8, rel=1e-5
-    )
+    for row, metrics in zip(table[:3], RunDirectory(measured).read_metrics(), strict=True):
+        expected = pytest.approx(metrics["pr/key/post_rope/raw"] / 8, rel=1e-5)
+        assert float(row["pr_post_rope_raw"]) == expected
+        assert float(row["loss"]) == pytest.approx(metrics["val/loss"], rel=1e-5)
     assert table[2]["pr_pre_norm_raw"] == table[2]["gamma_key_pr"] == ""  # absent, not zero
     assert int(table[2]["parameters"]) == RunDirectory(measured).read_model()["parameters"]
     assert table[3]["kind"] == "run" and float(table[3]["pr_post_rope_raw"]) == 0.5
@@ -521,6 +537,47 @@ def test_text_is_documents_joined_by_a_newline_and_bos_takes_a_place(place):
     np.testing.assert_array_equal(started[:, 1:].ravel()[:64], stream[:64])
     with pytest.raises(errors.UsageError, match="tokens for this tokenizer, expected"):
         text.read(f"jsonl:{path}", tokenizer, tokens=10**6, length=32, bos=None)
+
+
+def test_sequences_start_with_bos_where_the_tokenizer_does_so_or_as_asked(place, tmp_path):
+    import tokenizers
+
+    plain = loading.load_tokenizer(loading.Source(str(place / "model")), "step0")
+    word = plain.convert_ids_to_tokens(5)
+    starts = transformers.PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer)
+    starts.bos_token = word
+    starts.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{word} $A", special_tokens=[(word, 5)]
+    )
+    starts.save_pretrained(tmp_path / "starts")
+    starting = loading.Source(str(place / "model"), str(tmp_path / "starts"))
+    plainly = loading.Source(str(place / "model"), str(place / "model"))
+    for source, asked, expected in (
+        (starting, None, 5),
+        (starting, False, None),
+        (plainly, None, None),
+    ):
+        out = tmp_path / f"{expected}-{asked}-{source is starting}"
+        fields = {"source": source, "revisions": ("step0",), "tokens": 64, "bos": asked}
+        directory.measure_directory(request(place, out, **fields), lambda line: None)
+        record = RunDirectory(out).read_model()
+        assert (record["text"]["bos"], record["text"]["tokens"]) == (expected, 64)
+    fields = {"source": plainly, "revisions": ("step0",), "bos": True}
+    message = refusal(lambda: directory.measure_directory(request(place, out, **fields)))
+    assert "has no such token" in message
+
+
+def test_the_text_is_the_held_out_part_unless_one_is_named(place, monkeypatch):
+    tokenizer = loading.load_tokenizer(loading.Source(str(place / "model")), "step0")
+    documents = [f"Document {i} says that {i} is less than {i + 1}." for i in range(2_000)]
+    path = place / "embedded.jsonl"
+    path.write_text("".join(json.dumps({"text": text_}) + "\n" for text_ in documents))
+    monkeypatch.setattr(text, "EMBEDDED", f"jsonl:{path}")
+    pool = [d for d in documents if holdout.in_pool(holdout.hash64(holdout.normalise(d)))]
+    assert 5 < len(pool) < 500
+    found = text.read("", tokenizer, tokens=64, length=32, bos=None).ids
+    expected = tokenizer("\n".join(pool))["input_ids"]
+    np.testing.assert_array_equal(found[0], expected[:33])
 
 
 # --------------------------------------------------------------------------------------------

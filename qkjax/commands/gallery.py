@@ -25,5 +25,5 @@ def _make(*workdirs: str) -> None:
     from qkjax.observatory import gallery
 
     if not _OUT.value:
-        raise errors.UsageError("--out: missing. Name a directory, --out=models/gallery.")
+        raise errors.UsageError("--out: missing. Name a directory, --out=gallery.")
     gallery.make_gallery(workdirs, _OUT.value, functools.partial(print, flush=True))
