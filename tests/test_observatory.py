@@ -35,7 +35,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 VOCABULARY, LENGTH, WINDOW, HEADS, KV_HEADS, HEAD_DIM = 97, 32, 8, 4, 2, 16
 _LAYERS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
-# Class of the model and of its config, its own fields, and how its heads lie.
+# Turns faster dimensions less, and makes keys longer.
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# Class of the model and of its config, and its own fields.
 CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": WINDOW}),
@@ -55,6 +62,12 @@ CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {}),
     "apertus": ("ApertusForCausalLM", "ApertusConfig", {}),
     "arcee": ("ArceeForCausalLM", "ArceeConfig", {}),
+    "yarn": ("LlamaForCausalLM", "LlamaConfig", {"rope_parameters": _YARN}),
+    "granite": (
+        "GraniteForCausalLM",
+        "GraniteConfig",
+        {"logits_scaling": 4.0, "attention_multiplier": 0.5},
+    ),
 }
 SHORT = ("gemma3", "gpt_neox")  # norm, window and shared kv heads; fused and partly rotated
 NORMS = {"qwen3": HEAD_DIM, "gemma3": HEAD_DIM, "apertus": HEAD_DIM, "olmo2": 0, "olmo3": 0}
@@ -242,7 +255,9 @@ def test_every_class_is_what_hooks_in_float64_say(kind, monkeypatch):
         entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1).mean(axis=(0, 2))
         assert_near(arrays["entropy"][layer], entropy, "entropy")
         assert_near(arrays["sink_mass"][layer], p[:, :, 1:, 0].mean(axis=(0, 2)), "sink")
-        lengths = np.linalg.norm(oracle.stages(layer)["key_post_rope"], axis=-1)
+        stages = oracle.stages(layer)
+        lengths = stages.get("key_pre_rope", stages["key_post_rope"])
+        lengths = np.linalg.norm(lengths, axis=-1)
         assert_near(arrays["key_norm_mean"][layer], lengths.mean(axis=(0, 2)), "lengths")
         assert_near(arrays["key_norm_max"][layer], lengths.max(axis=(0, 2)), "longest")
         if "key_pre_rope" in expected_stages:
@@ -253,6 +268,12 @@ def test_every_class_is_what_hooks_in_float64_say(kind, monkeypatch):
             _, module = oracle.calls["k_norm"][layer]
             own = module.weight.detach().numpy() + (kind == "gemma3")
             assert_near(gammas[layer], own, "gamma")
+        sizes = np.abs(gammas.astype(np.float64))
+        spread = np.quantile(sizes, 0.9, axis=1) / np.quantile(sizes, 0.1, axis=1)
+        pr = sizes.sum(axis=1) ** 2 / (sizes**2).sum(axis=1)
+        assert found.metrics["gamma/key_spread"] == pytest.approx(np.median(spread), rel=1e-5)
+        assert found.metrics["gamma/key_pr"] == pytest.approx(pr.mean(), rel=1e-5)
+        assert found.metrics["gamma/key_negative"] == pytest.approx((gammas < 0).mean())
     else:
         assert not {name for name in arrays if "gamma" in name or "norm_raw" in name}
     pr = ranks.participation_ratio(arrays["key_post_rope_raw"].astype(np.float64)).mean()
