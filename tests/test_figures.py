@@ -355,7 +355,7 @@ def test_an_older_run_is_drawn_as_far_as_it_goes(copy, call):
         ": query_post_rope_raw, query_pre_rope_centred not recorded",
         ": value_raw, value_centred not recorded",
         *(
-            f": {v}_pre_norm_centred, {v}_post_norm_centred not recorded (the arm has no QK-Norm); "
+            f": {v}_pre_norm_centred, {v}_post_norm_centred not recorded (it has no QK-Norm); "
             f"no figure srank_{v}_stages"
             for v in ("key", "query")
         ),
@@ -367,7 +367,7 @@ def test_an_older_run_is_drawn_as_far_as_it_goes(copy, call):
             f"mean_share_{v}_trajectory"
             for v in ("key", "query")
         ),
-        ": gamma_q, gamma_k not recorded (the arm has no QK-Norm); no figure gamma",
+        ": gamma_q, gamma_k not recorded (it has no QK-Norm); no figure gamma",
         ": max_logit, entropy, sink_mass not recorded; no figure attention",
     ]
     drawn = ("srank_key_trajectory", "srank_key_heat_maps", "key_singular_values")

@@ -476,6 +476,8 @@ def test_a_model_stands_beside_a_run(measured, place, tmp_path, monkeypatch):
         expected = pytest.approx(metrics["pr/key/post_rope/raw"] / 8, rel=1e-5)
         assert float(row["pr_post_rope_raw"]) == expected
         assert float(row["loss"]) == pytest.approx(metrics["val/loss"], rel=1e-5)
+    assert [row["positions"] for row in table] == ["256", "256", "256", "256"]
+    assert "Keys of each head" in page
     assert table[2]["pr_pre_norm_raw"] == table[2]["gamma_key_pr"] == ""  # absent, not zero
     assert int(table[2]["parameters"]) == RunDirectory(measured).read_model()["parameters"]
     assert table[3]["kind"] == "run" and float(table[3]["pr_post_rope_raw"]) == 0.5

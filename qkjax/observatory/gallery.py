@@ -105,6 +105,7 @@ def _rows(run: RunSpectra) -> list[Row]:
     metrics = {row["step"]: row for row in directory.read_metrics()}
     rows = []
     for evaluation in run.evaluations:
+        seen = evaluation.arrays.get("num_tokens")  # older runs lack it
         facts: dict[str, Any] = {
             "step": evaluation.step,
             "tokens": evaluation.tokens if run.ages_known else None,
@@ -112,6 +113,7 @@ def _rows(run: RunSpectra) -> list[Row]:
             "head_dim": run.head_dim,
             "text": run.dataset_fingerprint[:12],
             "sequence_length": run.sequence_length,
+            "positions": None if seen is None else int(seen),
         }
         if model is None:
             config = directory.need_config()
@@ -267,11 +269,20 @@ def _record(last: Sequence[Row]) -> Table:
     for row in last:
         facts = row.facts
         words = (facts["class"], facts["quantised"] or "no", str(facts["text_source"]))
-        counts = (facts["text"], str(facts["sequence_length"]), str(facts["layers"]))
-        cells.append((row.name, *words, *counts, str(facts["kv_heads"])))
-    columns = ("Model", "Class or arm", "Quantised", "Text", "Fingerprint", "T", "Layers")
+        counts = (facts["positions"], facts["sequence_length"], facts["layers"], facts["kv_heads"])
+        shown = (ABSENT if count is None else f"{count:,}" for count in counts)
+        cells.append((row.name, *words, facts["text"], *shown))
+    columns = (
+        "Model",
+        "Class or arm",
+        "Quantised",
+        "Text",
+        "Fingerprint",
+        "Keys of each head",
+        "T",
+    )
     caption = "T is the length of a sequence; the fingerprint is that of the token ids."
-    return Table(caption, (*columns, "kv heads"), tuple(cells), words=5)
+    return Table(caption, (*columns, "Layers", "kv heads"), tuple(cells), words=5)
 
 
 def _over_depth(runs: Sequence[RunSpectra]) -> Charts:

@@ -76,7 +76,7 @@ def figures_of_run(
     for name, quantities in _more(measure).items():
         normed = name.endswith("_stages")
         if not any(_series(run, q)[0] for q in (quantities[:1] if normed else quantities)):
-            why = " (the arm has no QK-Norm)" if normed and run.qk_norm == "none" else ""
+            why = " (it has no QK-Norm)" if normed and run.qk_norm == "none" else ""
             listed = ", ".join(q.array for q in quantities[: 2 if normed else None])
             notes.append(f"{run.workdir}: {listed} not recorded{why}; no figure {name}")
             continue
@@ -92,7 +92,7 @@ def figures_of_run(
             if run.ages_known:
                 figures[name] = draw(run)
             continue
-        why = " (the arm has no QK-Norm)" if name == "gamma" and run.qk_norm == "none" else ""
+        why = " (it has no QK-Norm)" if name == "gamma" and run.qk_norm == "none" else ""
         notes.append(f"{run.workdir}: {', '.join(arrays)} not recorded{why}; no figure {name}")
     return figures, notes
 
