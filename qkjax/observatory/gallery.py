@@ -55,9 +55,10 @@ _CAVEATS = (
     "The largest logit is that of the first sequences alone, after the model's own scaling and "
     "softcap. The sink is the probability on position 0; uniform attention gives the number in "
     "the CSV. In layers with a window it counts where the window still holds position 0.",
-    "Numbers of different texts, lengths and tokenizers differ by some percent: compare rows of "
-    "one text. Sizes of heads differ: 0.5 of 64 is not 0.5 of 256. A quantised model has the keys "
-    "of its quantised weights. One model is one training run: no error bar is possible.",
+    "Numbers of different texts and tokenizers differ by some percent, of other lengths of "
+    "sequences by more: compare rows of one text and one T. Sizes of heads differ: 0.5 of 64 is "
+    "not 0.5 of 256. A quantised model has the keys of its quantised weights. One model is one "
+    "training run: no error bar is possible.",
 )
 
 
