@@ -12,6 +12,9 @@ from qkjax.targets import estimate, hlo, launch, matrix, roofline, target
 # As XLA prints: a loop of 3 turns around a fusion that multiplies, updates 1 of 4 rows in place and
 # reads 1 of 4; a sum over devices; fused attention; a scatter; a solver.
 TEXT = (pathlib.Path(__file__).parent / "stored" / "program.hlo").read_text()
+# Pieces of a real train step, compiled for a v5e: one layer of stacked kernels, read by a fusion in
+# a fusion and multiplied, the result kept in a stack; copies to vector memory; splash attention.
+TPU_TEXT = (pathlib.Path(__file__).parent / "stored" / "tpu_program.hlo").read_text()
 
 
 def test_a_compiled_program_is_read():
@@ -94,6 +97,82 @@ def test_a_copy_to_the_chip_reads_its_array_once():
     )
     assert there.name == "started" and there.bytes == 4 * 4 * 8 * 32
     assert here.bytes == 2 * there.bytes
+
+
+def test_what_a_tpu_reads_and_writes_of_its_memory():
+    by_name = {kernel.name: kernel for kernel in hlo.Program(TPU_TEXT).kernels}
+    assert not any(name.startswith("custom-call") for name in by_name)  # they move nothing
+    # Of 22 layers one is read and one is written; the other operand and result are on the chip.
+    layer = by_name["bitcast_dynamic-update-slice_fusion.18"]
+    assert layer.bytes == 2 * 512 * 1344 + 2 * 8192 * 1344
+    assert [product.flop for product in layer.products] == [2 * 8192 * 512 * 1344]
+    # What is sliced off to the chip is read, though no result is written.
+    assert by_name["constant_dynamic-slice_fusion.35"].bytes == 2 * 256 * 128
+    # Slices that overlap read nothing twice.
+    last = "  ROOT %dynamic-slice.117 ="
+    again = "  %slice.1 = bf16[3,1,256,128]{2,3,1,0:T(8,128)(2,1)} slice(%param_0.2262)\n"
+    again += again.replace("slice.1", "slice.2")
+    rows = hlo.Program(TPU_TEXT.replace(last, again + last))
+    whole = next(k for k in rows.kernels if k.name == "constant_dynamic-slice_fusion.35")
+    assert whole.bytes == 4 * 2 * 256 * 128
+    assert by_name["copy-start.5"].bytes == 2 * 8192 * 512
+    assert by_name["slice-start"].bytes == by_name["slice-start.1"].bytes == 2 * 2 * 2048 * 8 * 64
+    assert by_name["copy.22"].bytes == 0  # from the chip to the chip
+    assert {name for name, kernel in by_name.items() if kernel.is_copy} == {
+        "copy-start.5",
+        "slice-start",
+        "slice-start.1",
+    }
+
+
+def test_arrays_of_a_tpu_are_padded_to_tiles():
+    def bytes_of(array: str) -> int:
+        text = TPU_TEXT.replace("%copy.22 = bf16[4,2048,8,64]{3,1,2,0:T(8,128)(2,1)S(1)}", array)
+        assert text != TPU_TEXT
+        return next(k.bytes for k in hlo.Program(text).kernels if k.name == "copy.22")
+
+    whole = 4 * 2048 * 8 * 64
+    for array, expected in (
+        ("bf16[4,2048,8,64]{1,3,2,0:T(8,128)(2,1)}", 2 * whole),
+        ("bf16[4,2048,8,64]{3,1,2,0:T(8,128)(2,1)}", 2 * 2 * whole),  # 64 lie in 128
+        ("f32[4,2048,8,64]{2,3,1,0:T(8,128)}", 16 * 4 * whole),  # 8 lie in 128
+        ("f32[4,2048,8,64]{3,2,1,0}", 4 * whole),
+        ("f32[3,100]{1,0:T(4,128)}", 4 * 4 * 128),
+        ("pred[300]{0:T(512)(128)(4,1)}", 512),
+        ("s32[]{:T(128)}", 4 * 128),
+        ("s32[]{:T(128)S(6)}", 0),  # scalar memory
+    ):
+        assert bytes_of(f"%copy.22 = {array}") == expected
+
+
+def test_attention_of_a_tpu_is_three_kernels():
+    kernels = {k.attention: k for k in hlo.Program(TPU_TEXT).kernels if k.attention}
+    assert list(kernels) == ["forward", "backward of queries", "backward of keys"]
+    square = 2 * 4 * 8 * 2048 * 2048 * 64  # FLOP of a product; half of it is causal
+    assert [k.attention_flop for k in kernels.values()] == [square, 1.5 * square, 2 * square]
+    # 64 lie in 128, in device memory. Forward: keys and values; three arrays for sums, the output.
+    keys, sums, out = 2 * 4 * 4 * 2048 * 128, 4 * 4 * 512 * 128, 2 * 4 * 8 * 2048 * 128
+    assert kernels["forward"].bytes == 2 * keys + 3 * sums + out
+    assert kernels["backward of queries"].bytes == 2 * keys + sums
+    assert kernels["backward of keys"].bytes == 2 * keys + 2 * sums
+
+
+def test_copies_hide_behind_products_as_far_as_the_memory_has_time():
+    program = hlo.Program(TPU_TEXT)
+    v5e = chips.table()["v5e"]
+    slow = dataclasses.replace(v5e, bfloat16=1e9)  # products and attention take minutes
+    computing = sum(p.flop for k in program.kernels for p in k.products) / (0.66 * 1e9)
+    computing += sum(k.attention_flop for k in program.kernels) / (0.4 * 1e9)
+    others = sum(
+        k.bytes for k in program.kernels if not (k.products or k.attention or k.is_copy)
+    ) / (0.9 * v5e.bandwidth)
+    found = roofline.estimate(program, slow, 1)
+    assert found.kernels == pytest.approx(computing + others, rel=1e-12)
+    fast = dataclasses.replace(v5e, bfloat16=1e18)
+    found = roofline.estimate(program, fast, 1)
+    moved = sum(k.bytes for k in program.kernels)
+    assert found.kernels == pytest.approx(moved / (0.9 * v5e.bandwidth))
+    assert found.memory_bound == found.kernels
 
 
 def test_the_roofline_takes_the_slower_of_moving_and_computing():

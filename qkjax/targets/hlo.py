@@ -3,7 +3,12 @@
 The text is that of `jax.stages.Compiled.as_text()` after all passes of the compiler, of one device.
 A kernel is an instruction of the entry, or of the body of a loop, that runs on the device; what is
 inside a fusion only counts FLOP. Bytes are those of device memory: operands read, results written,
-as far as a kernel reads or writes slices of them, only these.
+each once, as far as a kernel reads or writes slices of them, only these.
+
+In a TPU's program the layout of an array says where and how it lies: `{1,0:T(8,128)S(1)}` is in
+the core's vector memory (S(1); no S is device memory), in tiles of 8 x 128, to which it is padded.
+Vector memory counts no bytes: what enters or leaves it counts once, in the copy that moves it or in
+the kernel that has one side of its arrays there.
 """
 
 import dataclasses
@@ -33,7 +38,20 @@ _FREE = {
     "domain",
     "add-dependency",
 }
+# Custom calls that only name memory, or say something about it.
+_FREE_CALLS = {
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "ConcatBitcast",
+}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# The Pallas kernels of splash attention: matrix products of the square in each, and its direction.
+_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+_SPLASH_KERNELS = {
+    "fwd": (2.0, "forward"),
+    "dq": (3.0, "backward of queries"),
+    "dkv": (4.0, "backward of keys"),  # and values
+}
 _SOLVERS = re.compile(r"syevd|syevj|gesvd|geqrf|orgqr|cusolver|qr_|Qr|Householder|Eigh", re.I)
 
 
@@ -42,7 +60,8 @@ class Array(NamedTuple):
 
     dtype: str
     dims: tuple[int, ...]
-    on_chip: bool  # in a TPU's vector memory, not in the device's
+    on_chip: bool  # in a TPU's vector or scalar memory, not in the device's
+    places: int  # elements with what pads them to whole tiles of a TPU
 
     @property
     def size(self) -> int:
@@ -50,9 +69,14 @@ class Array(NamedTuple):
         return math.prod(self.dims)
 
     @property
+    def footprint(self) -> int:
+        """Bytes, in any memory."""
+        return self.places * _bits(self.dtype) // 8
+
+    @property
     def bytes(self) -> int:
         """In the device's memory."""
-        return 0 if self.on_chip else self.size * _bits(self.dtype) // 8
+        return 0 if self.on_chip else self.footprint
 
 
 def _bits(dtype: str) -> int:
@@ -124,8 +148,9 @@ class Kernel(NamedTuple):
     bytes: int  # of device memory, each time
     products: tuple[Product, ...]
     attention_flop: float  # of a fused attention call, causal
-    attention: str  # "forward", "backward" or ""
+    attention: str  # "forward", "backward" (or of what, where it is two kernels) or ""
     decompositions: int  # of a library of linear algebra, one after another; FLOP are not known
+    is_copy: bool  # started, and waited for later: it moves while other kernels run
 
 
 class Program:
@@ -137,7 +162,7 @@ class Program:
         self._computations: dict[str, dict[str, Instruction]] = {}
         self._entry = ""
         current: dict[str, Instruction] = {}
-        for line in text.splitlines():
+        for line in _joined(text):
             opened = _COMPUTATION.match(line) if line and not line[0].isspace() else None
             if opened:
                 current = self._computations[opened[2]] = {}
@@ -187,6 +212,8 @@ class Program:
         for i in inside.values():
             kind = i.opcode.removesuffix("-start")
             if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")):
+                continue
+            if i.opcode == "custom-call" and i.target in _FREE_CALLS:
                 continue
             if i.opcode == "while":
                 trips = i.trips or self._limit(i.called("condition")[0])
@@ -244,6 +271,7 @@ class Program:
             flop,
             direction,
             _decompositions(i),
+            i.opcode.endswith("-start"),
         )
 
     def _products(self, computation: str) -> Iterator[Product]:
@@ -256,29 +284,75 @@ class Program:
                 yield from _product(i, inside)
 
     def _fusion_bytes(self, i: Instruction, outside: dict[str, Instruction], name: str) -> int:
-        inside = self._computations[name]
-        parameters = {
-            int(re.match(r"(\d+)", p.text)[1]): p  # type: ignore[index]
-            for p in inside.values()
-            if p.opcode == "parameter"
-        }
-        users: dict[str, list[Instruction]] = {}
-        for user in inside.values():
-            for operand in user.operands:
-                users.setdefault(operand, []).append(user)
         total = 0
         for number, operand in enumerate(i.operands):
             arrays = outside[operand].arrays if operand in outside else ()
             whole = sum(array.bytes for array in arrays)
-            if number in parameters:
-                total += min(whole, _read(parameters[number], users, whole))
-            else:
-                total += whole
-        root = next(x for x in inside.values() if x.is_root)
+            parameter = self._parameter(name, number)
+            total += self._read(name, parameter, whole) if parameter else whole
+        root = next(inner for inner in self._computations[name].values() if inner.is_root)
         results = root.operands if root.opcode == "tuple" else (root.name,)
         for result, array in zip(results, i.arrays, strict=False):
-            total += min(array.bytes, _written(inside.get(result), inside, array.bytes))
+            total += self._written(name, result, array.bytes)
         return total
+
+    def _parameter(self, computation: str, number: int) -> str | None:
+        for i in self._computations[computation].values():
+            if i.opcode == "parameter" and re.match(rf"{number}\b", i.text):
+                return i.name
+        return None
+
+    def _read(self, computation: str, value: str, whole: int) -> int:
+        """Bytes that a fusion reads of one operand, which is `whole` bytes in device memory."""
+        total = 0
+        for user in self._computations[computation].values() if whole else ():
+            if value not in user.operands:
+                continue
+            if user.opcode in ("bitcast", "reshape") and user.arrays:
+                total += self._read(computation, user.name, whole)
+            elif user.opcode in ("dynamic-slice", "slice", "gather"):
+                total += sum(array.footprint for array in user.arrays)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == value:
+                total += 0  # updated in place
+            elif user.opcode == "fusion":  # a TPU's fusions stand in one another
+                (inner,) = user.called("calls")
+                for number, operand in enumerate(user.operands):
+                    parameter = self._parameter(inner, number)
+                    if operand == value and parameter:
+                        total += self._read(inner, parameter, whole)
+            else:
+                return whole
+        return min(total, whole)
+
+    def _written(self, computation: str, value: str, whole: int) -> int:
+        """Bytes that a fusion writes of one result, which is `whole` bytes in device memory."""
+        inside = self._computations[computation]
+        result = inside.get(value)
+        if not whole or result is None:
+            return whole
+        if result.opcode in ("bitcast", "reshape", "copy") and result.operands:
+            return self._written(computation, result.operands[0], whole)
+        if result.opcode != "dynamic-update-slice" or result.operands[1] not in inside:
+            return whole
+        update = inside[result.operands[1]]
+        return min(whole, sum(array.footprint for array in update.arrays))
+
+
+def _joined(text: str) -> Iterator[str]:
+    """Lines, but one for an instruction: the metadata of Pallas kernels have line ends."""
+    kept: list[str] = []
+    for line in text.splitlines():
+        is_next = bool(kept) and not _HEAD.match(line) and not _COMPUTATION.match(line)
+        if is_next and line and line != "}":
+            kept.append(line)
+            continue
+        if kept:
+            yield " ".join(kept)
+        kept = [line] if _HEAD.match(line) else []
+        if not kept:
+            yield line
+    if kept:
+        yield " ".join(kept)
 
 
 def _parse(line: str) -> Instruction | None:
@@ -319,40 +393,29 @@ def _closing(line: str, start: int) -> int:
 def _arrays(shape: str) -> Iterator[Array]:
     for dtype, dims, layout in _ARRAY.findall(shape):
         numbers = tuple(int(n) for n in re.findall(r"\d+", dims))
-        yield Array(dtype, numbers, "S(1)" in layout)
+        yield Array(dtype, numbers, "S(" in layout, _places(numbers, layout))
 
 
-def _read(parameter: Instruction, users: dict[str, list[Instruction]], whole: int) -> int:
-    """Bytes that a fusion reads of one operand."""
-    total = 0
-    for user in users.get(parameter.name, ()):
-        if user.opcode in ("bitcast", "reshape") and user.arrays:
-            total += _read(user, users, whole)
-        elif user.opcode in ("dynamic-slice", "slice", "gather"):
-            total += sum(array.bytes for array in user.arrays)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-            total += 0  # updated in place
-        else:
-            return whole
-    return total
-
-
-def _written(result: Instruction | None, inside: dict[str, Instruction], whole: int) -> int:
-    """Bytes that a fusion writes of one result."""
-    while result is not None and result.opcode in ("bitcast", "reshape", "copy"):
-        result = inside.get(result.operands[0]) if result.operands else None
-    if result is None or result.opcode != "dynamic-update-slice":
-        return whole
-    update = inside.get(result.operands[1])
-    return sum(array.size * _bits(array.dtype) // 8 for array in update.arrays) if update else whole
+def _places(dims: tuple[int, ...], layout: str) -> int:
+    """Elements of an array with its padding: `{1,2,0:T(8,128)}` names axes from the innermost."""
+    order, _, rest = layout.strip("{}").partition(":")
+    tile = re.match(r"T\(([\d,]+)\)", rest)
+    if tile is None:
+        return math.prod(dims)
+    sides = [int(side) for side in tile[1].split(",")]
+    inner = [dims[int(axis)] for axis in order.split(",") if axis]
+    inner += [1] * (len(sides) - len(inner))
+    for position, side in enumerate(reversed(sides)):
+        inner[position] = -(-inner[position] // side) * side
+    return math.prod(inner)
 
 
 def _plain_bytes(i: Instruction, inside: dict[str, Instruction]) -> int:
     """Of an instruction that is a kernel of its own."""
     if i.opcode.endswith("-start"):  # a copy or slice, whose result also names its source
-        moved = min((a.size * _bits(a.dtype) // 8 for a in i.arrays if a.dims), default=0)
-        source = inside[i.operands[0]].arrays if i.operands[0] in inside else ()
-        return moved * (1 if any(a.on_chip for a in (*i.arrays, *source)) else 2)
+        sides = [array for array in i.arrays if array.dims]
+        moved = min((array.footprint for array in sides), default=0)
+        return moved * sum(not array.on_chip for array in sides)
     results = sum(array.bytes for array in i.arrays)
     operands = [
         sum(array.bytes for array in inside[name].arrays) if name in inside else 0
@@ -419,10 +482,18 @@ def _decompositions(i: Instruction) -> int:
 
 
 def _attention(i: Instruction, inside: dict[str, Instruction]) -> tuple[float, str]:
-    """FLOP of cuDNN's causal attention, and its direction."""
-    if not i.target.startswith("__cudnn$fmhaSoftmax"):
+    """FLOP of causal attention in a fused kernel, half of the square, and its direction."""
+    if i.target.startswith("__cudnn$fmhaSoftmax"):
+        q, k = (
+            inside[name].arrays[0].dims for name in i.operands[:2]
+        )  # [B, T, H, K], [B, S, G, K]
+        forward = 2.0 * math.prod(q) * k[1]  # two products of the square, half of which is masked
+        backward = "Backward" in i.target
+        return (2.5 * forward, "backward") if backward else (forward, "forward")
+    kernel = _SPLASH.search(i.op_name) if i.target == "tpu_custom_call" else None
+    if kernel is None:
         return 0.0, ""
-    q, k = (inside[name].arrays[0].dims for name in i.operands[:2])  # [B, T, H, K], [B, S, G, K]
-    forward = 2.0 * math.prod(q) * k[1]  # two products of the square, half of which is masked
-    backward = "Backward" in i.target
-    return (2.5 * forward, "backward") if backward else (forward, "forward")
+    operands = [inside[name].arrays[0].dims for name in i.operands if name in inside]
+    q = next(dims for dims in operands if len(dims) == 4)  # [B, H, T, K], after the mask's arrays
+    products, direction = _SPLASH_KERNELS[kernel[1]]
+    return products * math.prod(q) * q[2], direction

@@ -35,19 +35,24 @@ class Time:
 
 def estimate(program: hlo.Program, chip: Chip, num_devices: int) -> Time:
     """The least time of a program on one of `num_devices` devices, at ASSUMPTIONS."""
-    kernels = memory_bound = 0.0
+    kernels = memory_bound = busy = 0.0
     for kernel in program.kernels:
         moving = kernel.bytes / (OF_BANDWIDTH * chip.bandwidth)
         computing = sum(p.flop / _rate(p, chip) for p in kernel.products)
         computing += kernel.attention_flop / (OF_ATTENTION * chip.bfloat16)
+        busy += kernel.times * moving
+        if kernel.is_copy:
+            continue
         kernels += kernel.times * max(moving, computing)
         memory_bound += kernel.times * moving if moving >= computing else 0.0
+    # Copies hide behind what computes, as far as the memory has time for them.
+    waiting = max(0.0, busy - kernels)
     shared = (num_devices - 1) / num_devices
     transfers = sum(
         c.times * c.bytes * shared * (2 if c.kind == "all-reduce" else 1) / (OF_LINK * chip.link)
         for c in program.collectives
     )
-    return Time(kernels, memory_bound, transfers)
+    return Time(kernels + waiting, memory_bound + waiting, transfers)
 
 
 def _rate(product: hlo.Product, chip: Chip) -> float:
