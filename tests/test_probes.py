@@ -505,6 +505,22 @@ def test_norms_of_a_stream(scale):
     np.testing.assert_array_equal(np.isnan(probes.norm_quantile(broken)), [True, False, False])
 
 
+@pytest.mark.parametrize("scale", [1, 1e-9, 1e9], ids=["usual", "below", "above"])
+def test_norms_are_counted_on_tpus_as_elsewhere(scale, monkeypatch):
+    rng = np.random.default_rng(5)
+    vectors = (scale * rng.standard_normal((3, 500, 2, 8)) ** 3).astype(np.float32)
+    vectors[1] = np.nan
+    valid = np.array([True, False, True])
+    here = jax.jit(lambda *arguments: probes._norms(*arguments))(vectors, valid)
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *arguments, tpu, default: tpu(*arguments)
+    )
+    there = jax.jit(lambda *arguments: probes._norms(*arguments))(vectors, valid)
+    assert here.histogram.sum() == 2 * 500 * 2
+    for one, other in zip(here, there, strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+
+
 def test_equal_norms_have_their_own_p99():
     vectors = np.full((1, 50, 2, 4), 0.7, np.float32)
     norms = probes._norms(vectors, np.ones(1, bool))

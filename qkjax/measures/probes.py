@@ -43,6 +43,7 @@ _LOWEST, _HIGHEST = -20, 20
 NUM_BINS = (_HIGHEST - _LOWEST) << _SPLIT_BITS
 DROPPED_BITS = 23 - _SPLIT_BITS  # of a float32's mantissa
 FIRST_BIN = (127 + _LOWEST) << _SPLIT_BITS
+_COLUMNS = 128  # of the table of bins on a TPU: its vectors' width
 _QUANTILE = 0.99
 
 Stream = spectral.Factor | moments.Moments
@@ -255,15 +256,36 @@ def _norms(vectors_BTHK: jax.Array, valid_B: jax.Array) -> Norms:
     norm_BTH = jnp.where(valid, norm_BTH, 0.0)
     mean = norm_BTH.sum(axis=(0, 1)) / jnp.maximum(count, 1).astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(norm_BTH, jnp.int32) >> DROPPED_BITS
-    bins = jnp.clip(bits - FIRST_BIN, 0, NUM_BINS - 1) + NUM_BINS * jnp.arange(H)
-    ones = jnp.broadcast_to(valid, bins.shape).astype(jnp.int32)
-    histogram = jnp.zeros(H * NUM_BINS, jnp.int32).at[bins].add(ones)
-    return Norms(
-        jnp.broadcast_to(count, (H,)),
-        mean,
-        norm_BTH.max(axis=(0, 1)),
-        histogram.reshape(H, NUM_BINS),
+    bins_BTH = jnp.clip(bits - FIRST_BIN, 0, NUM_BINS - 1)
+    histogram = jax.lax.platform_dependent(
+        bins_BTH, valid, tpu=_counted_by_products, default=_counted_by_additions
     )
+    return Norms(jnp.broadcast_to(count, (H,)), mean, norm_BTH.max(axis=(0, 1)), histogram)
+
+
+def _counted_by_additions(bins_BTH: jax.Array, valid: jax.Array) -> jax.Array:
+    """Of each head, how many valid values every bin has: [H, bins] int32."""
+    H = bins_BTH.shape[2]
+    bins = bins_BTH + NUM_BINS * jnp.arange(H)
+    ones = jnp.broadcast_to(valid, bins.shape).astype(jnp.int32)
+    return jnp.zeros(H * NUM_BINS, jnp.int32).at[bins].add(ones).reshape(H, NUM_BINS)
+
+
+def _counted_by_products(bins_BTH: jax.Array, valid: jax.Array) -> jax.Array:
+    """The same counts, below 2^24, for a TPU: its scatter adds one value after another.
+
+    A bin is a row and a column of a table. The product of where the values stand in rows with
+    where they stand in columns counts them: zeros and ones, with float32 sums.
+    """
+    rows = (bins_BTH[..., None] // _COLUMNS == jnp.arange(NUM_BINS // _COLUMNS)) & valid[..., None]
+    columns = bins_BTH[..., None] % _COLUMNS == jnp.arange(_COLUMNS)
+    counts = jnp.einsum(
+        "bthr,bthc->hrc",
+        rows.astype(jnp.bfloat16),
+        columns.astype(jnp.bfloat16),
+        preferred_element_type=jnp.float32,
+    )
+    return counts.astype(jnp.int32).reshape(-1, NUM_BINS)
 
 
 def _merge_norms(a: Norms, b: Norms) -> Norms:
