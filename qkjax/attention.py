@@ -6,11 +6,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 # What a rematerialised layer should keep carries this name (jax.ad_checkpoint).
 RESULT = "attention"
-IMPLEMENTATIONS = ("xla", "blocked", "cudnn")
+IMPLEMENTATIONS = ("xla", "blocked", "cudnn", "splash")
 # Queries are taken in blocks, each against the keys up to its own end: a causal row never pays for
 # the keys that it may not see, and no [T, T] matrix outlives its block.
 _QUERY_BLOCK = 256  # "xla"
 _TILE = 128  # "blocked": queries of a head, and keys
+# "splash": queries and keys of a block. Blocks behind the diagonal are skipped, so at T 2048 blocks
+# of 512 compute 62% of the square, of 1024 75%; smaller ones start more, and shorter, products.
+_MOST_SPLASH_BLOCK = 512
+_LANES = 128  # of a TPU's vectors: its kernels take multiples
 
 _Pair = tuple[jax.Array, jax.Array]
 _Triple = tuple[jax.Array, jax.Array, jax.Array]
@@ -49,7 +53,7 @@ def causal_attention(
     Args:
         implementation: "xla": einsums over all heads, for any device; "blocked": one head after
             another in tiles that fit the cache, with gradients of its own, for CPUs; "cudnn": the
-            fused kernel of NVIDIA GPUs, for bfloat16.
+            fused kernel of NVIDIA GPUs, for bfloat16; "splash": the fused kernels of TPUs.
     Returns:
         [B, T, H, K] in the dtype of the inputs.
     Raises:
@@ -63,6 +67,8 @@ def causal_attention(
         return jax.nn.dot_product_attention(
             q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="cudnn"
         )
+    if implementation == "splash":
+        return _by_splash(q_BTHK, k_BTGK, v_BTGK)
     raise ValueError(
         f"implementation: {implementation!r} is unknown. Choose one of {IMPLEMENTATIONS}."
     )
@@ -274,3 +280,48 @@ def _untile_keys(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[B G, n, C, K] to [B, T, G, K], which is `shape`."""
     B, T, G, K = shape
     return x.reshape(B, G, -1, K).transpose(0, 2, 1, 3)[:, :T]
+
+
+# --------------------------------------------------------------------------------------------
+# "splash": the Pallas kernels that jax has for TPUs. One kernel forward; backward one for the
+# queries and one for keys and values, each with float32 sums in the core's memory. (Their fused
+# form writes a share of the queries' gradient for every block of keys, in the inputs' dtype.)
+
+
+def _by_splash(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array) -> jax.Array:
+    # Imported where it is used: Pallas takes a second that other platforms need not wait for.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, H, K = q_BTHK.shape[1:]
+    length = -(-T // _LANES) * _LANES  # padded at the end, which no query before it sees
+    block = _splash_block(length)
+    attend = kernels.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * H),
+        block_sizes=kernels.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        residual_checkpoint_name=RESULT,
+    )
+    scaled = (q_BTHK.astype(jnp.float32) * K**-0.5).astype(q_BTHK.dtype)
+
+    def heads_first(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0)))
+        return padded.transpose(0, 2, 1, 3)
+
+    out_BHTK = jax.vmap(attend)(*(heads_first(x) for x in (scaled, k_BTGK, v_BTGK)))
+    return out_BHTK.transpose(0, 2, 1, 3)[:, :T]
+
+
+def _splash_block(length: int) -> int:
+    """The longest block that divides a length, which is a multiple of `_LANES`."""
+    return max(
+        block for block in range(_LANES, _MOST_SPLASH_BLOCK + 1, _LANES) if length % block == 0
+    )

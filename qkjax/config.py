@@ -22,6 +22,8 @@ from qkjax import errors, presets
 NUMERICS_VERSION = 1
 # Deeper models keep their layer loop where model.unroll is 0.
 _MOST_UNROLLED = 24
+# Attention that one platform alone can run: cuDNN's, and the Pallas kernels of TPUs.
+FUSED_ATTENTION = {"gpu": "cudnn", "tpu": "splash"}
 # More steps than these are kept as the rule that makes them, not one by one.
 _MOST_LISTED = 10_000
 _INT32 = 2**31  # XLA indexes, and optimisers count steps, below it
@@ -253,7 +255,7 @@ class ModelConfig:
     dtype: str = option("auto", OneOf(("auto", "float32", "bfloat16")))
     # Layers per iteration of the layer loop; 0 is settled by the platform.
     unroll: int = option(0, FROM_0)
-    attention: str = option("auto", OneOf(("auto", "cudnn", "blocked", "xla")))
+    attention: str = option("auto", OneOf(("auto", "cudnn", "splash", "blocked", "xla")))
 
     def attention_on(self, platform: str) -> str:
         """What attention "auto" stands for on a platform of jax's devices; other names stay."""
@@ -261,7 +263,7 @@ class ModelConfig:
             return self.attention
         if platform == "cpu":
             return "blocked"
-        return "cudnn" if platform == "gpu" and self.dtype == "bfloat16" else "xla"
+        return FUSED_ATTENTION.get(platform, "xla") if self.dtype == "bfloat16" else "xla"
 
     def on(self, platform: str) -> "ModelConfig":
         """What the model computes with on this platform: attention and unroll are settled.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -205,6 +206,67 @@ def test_attention_stays_finite_at_large_scores(implementation: str):
     assert max(found) < 1e-4
 
 
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU's kernels, computed on this machine."""
+    kernels = pytest.importorskip(
+        "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel"
+    )
+    call = kernels.pl.pallas_call
+    monkeypatch.setattr(
+        kernels.pl,
+        "pallas_call",
+        lambda *args, **options: call(*args, **{**options, "interpret": True}),
+    )
+    kernels._splash_attention.clear_cache()  # what was traced for a TPU
+    yield
+    kernels._splash_attention.clear_cache()
+
+
+def test_splash_attention_agrees_with_the_formula_and_its_gradients(interpreted):
+    """Five blocks: before, on and behind the diagonal."""
+    inputs = attention_inputs(640, 4, 2)
+    assert max(errors_against_the_formula("splash", inputs, "float32")) < 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("length", "heads", "kv_heads"),
+    [(2, 4, 2), (127, 3, 3), (300, 4, 1), (1024, 6, 2)],  # padded, one block, two of 512
+)
+def test_splash_attention_takes_every_length_and_sharing(interpreted, length, heads, kv_heads):
+    inputs = attention_inputs(length, heads, kv_heads)
+    assert max(errors_against_the_formula("splash", inputs, "float32")) < 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("length", [300, 2048])
+def test_splash_attention_agrees_in_bfloat16(interpreted, length):
+    inputs = attention_inputs(length, 4, 2)
+    assert max(errors_against_the_formula("splash", inputs, "bfloat16")) < 2e-2
+
+
+@pytest.mark.long
+def test_splash_attention_stays_finite_at_large_scores(interpreted):
+    q, k, v, weight = attention_inputs(150, 2, 2)
+    found = errors_against_the_formula("splash", [10 * q, 10 * k, v, weight], "float32")
+    assert max(found) < 1e-4
+
+
+def test_gradients_on_tpus_compute_attention_once():
+    """Rematerialised layers keep what the kernel gave: one forward call, two backward."""
+    c = small(dtype="bfloat16", attention="splash", sequence_length=128)
+    batch = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda params, batch: model.apply(params, batch, c).sum()))
+    lowered = gradient.trace(model.parameter_shapes(c), batch).lower(lowering_platforms=("tpu",))
+    calls = re.findall(r'kernel_name = "(splash_\w+)"', lowered.as_text())
+    assert sorted(calls) == [
+        "splash_mha_dkv_no_residuals",
+        "splash_mha_dq_no_residuals",
+        "splash_mha_fwd_residuals",
+    ]
+
+
 def test_attention_lowers_to_fused_kernels_for_cuda(monkeypatch):
     fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     # The only questions to a real device: the version of its cuDNN, and its compute capability.
@@ -253,7 +315,8 @@ def test_attention_is_chosen_by_platform_and_refused_by_name():
     assert chosen("auto", "cpu", "float32") == "blocked"
     assert chosen("auto", "gpu", "bfloat16") == "cudnn"
     assert chosen("auto", "gpu", "float32") == "xla"  # cuDNN's kernels have none
-    assert chosen("auto", "tpu", "bfloat16") == "xla"
+    assert chosen("auto", "tpu", "bfloat16") == "splash"
+    assert chosen("auto", "tpu", "float32") == "xla"
     assert chosen("blocked", "tpu", "bfloat16") == "blocked"
     q, k, v, _ = attention_inputs(2, 1, 1)
     for name in ("flash", "auto"):  # what the model computes with is settled before

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from qkjax import evaluation, sharding, train, train_step
 from qkjax.config import Config
 from qkjax.measures import probes
-from qkjax.runs import resources
+from qkjax.runs import attention_check, resources
 from qkjax.targets import hlo, roofline
 from qkjax.targets.target import Target
 
@@ -58,10 +58,12 @@ def compile_for(
         devices: of `devices.of`.
         names: some of ALL.
     Raises:
-        UsageError: the batch does not divide over the devices.
+        UsageError: the batch does not divide over the devices, or the attention asked for is that
+            of other ones.
         OutOfMemoryError: the compiler refuses what no device of the target holds.
     """
     mesh = sharding.make_mesh(devices)
+    attention_check.refuse_elsewhere(config.model, sharding.platform(mesh))
     programs = train.make_programs(config, mesh)
     state = train_step.state_shapes(config, programs.transformation)
     statistics = _shapes(lambda: probes.empty_statistics(config, sharding.platform(mesh)))

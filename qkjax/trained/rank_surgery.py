@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkjax import errors, files, losses, model, sharding
-from qkjax.config import Config
+from qkjax.config import FUSED_ATTENTION, Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import pipeline
 from qkjax.measures import spectral
@@ -334,7 +334,8 @@ class _Passes:
 
 def _here(config: Config) -> Config:
     """The run's config with attention and unroll for this machine, which need not be the run's."""
-    attention = "auto" if config.model.attention == "cudnn" else config.model.attention
+    there_alone = config.model.attention in FUSED_ATTENTION.values()
+    attention = "auto" if there_alone else config.model.attention
     model_config = dataclasses.replace(config.model, attention=attention, unroll=0)
     config = dataclasses.replace(config, model=model_config)
     return attention_check.settle(config, jax.default_backend(), may_be_slow=True)
