@@ -168,3 +168,11 @@ def test_a_train_step_on_tpus(v5e):
     # The matrix unit rounds a float32 operand on its way in, unless told otherwise.
     check_step(v5e["train"], 4, lambda product: "bf16" in product.dtypes and not product.precise)
     assert not v5e["train"].said["decompositions"]
+    # No [T, T] of scores, in no memory; what a kernel of Pallas holds is its own.
+    arrays = [array for i in v5e["train"].hlo.instructions() for array in i.arrays]
+    assert not [array for array in arrays if array.dims.count(LENGTH) > 1]
+    assert v5e["train"].said["attention_calls"] == {
+        "forward": LAYERS,
+        "backward of queries": LAYERS,
+        "backward of keys": LAYERS,
+    }

@@ -87,6 +87,53 @@ def test_a_tpu_writes_products_as_convolutions_and_keeps_arrays_on_the_chip():
     assert fused.bytes == 2 * 8 * 16 + 4 + 4 * 8 * 32  # w is not read from memory
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "result", "words", "flop"),
+    [
+        # As real programs have: 22 x 3 matrices; heads side by side, by padding; a sum over a batch
+        # of 4; a batch by padding and dilation.
+        (
+            "f32[22,3,512,1344]",
+            "f32[22,3,1344,512]",
+            "f32[22,3,512,512]",
+            "window={size=22x3 stride=21x2 lhs_dilate=22x3}, dim_labels=01bf_01io->01bf",
+            2 * 66 * 512 * 1344 * 512,
+        ),
+        (
+            "bf16[4,2048,512,1]",
+            "bf16[8,64,512,1]",
+            "bf16[4,2048,8,64]",
+            "window={size=1x8 pad=0_0x7_7 rhs_reversal=0x1}, dim_labels=0bf1_1oi0->0b1f",
+            2 * 4 * 2048 * 512 * 8 * 64,
+        ),
+        (
+            "bf16[4,512,2048]",
+            "bf16[4,2048,256]",
+            "f32[512,256,1]",
+            "window={size=4}, dim_labels=0bf_0io->bf0",
+            2 * 4 * 2048 * 512 * 256,
+        ),
+        (
+            "bf16[4,8,256,32]",
+            "bf16[4,8,32,64]",
+            "f32[4,8,256,64]",
+            "window={size=4x8 stride=4x7 pad=3_3x0_0 lhs_dilate=3x8 rhs_reversal=1x0}, "
+            "dim_labels=01bf_01io->01bf",
+            2 * 32 * 256 * 32 * 64,
+        ),
+    ],
+)
+def test_a_batch_of_products_on_a_tpu_is_a_window(left, right, result, words, flop):
+    """Each result meets one element of a batch's axis, and all of one that is summed over."""
+    text = (
+        "HloModule m, entry_computation_layout={}\n\nENTRY %main () -> f32[] {\n"
+        f"  %a = {left}{{0}} parameter(0)\n  %b = {right}{{0}} parameter(1)\n"
+        f"  ROOT %c = {result}{{0}} convolution(%a, %b), {words}\n}}\n"
+    )
+    (kernel,) = hlo.Program(text).kernels
+    assert [product.flop for product in kernel.products] == [flop]
+
+
 def test_a_copy_to_the_chip_reads_its_array_once():
     copy = "  ROOT %result = f32[4,8,32]{2,1,0} copy(%same)\n"
     shapes = "f32[4,8,32]{2,1,0:S(1)}, f32[4,8,32]{2,1,0}, u32[]{:S(2)}"

@@ -436,40 +436,51 @@ def _product(i: Instruction, inside: dict[str, Instruction]) -> Iterator[Product
     left, right = (inside.get(name) for name in i.operands[:2])
     if left is None or right is None or not left.arrays or not right.arrays:
         return
-    out = i.arrays[0].size
+    depth: float
     if i.opcode == "dot":
         found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.text)
         axes = [int(n) for n in found[1].split(",") if n] if found else []
         depth = math.prod(left.arrays[0].dims[axis] for axis in axes)
     else:
-        depth = _convolution_depth(i.text, right.arrays[0])
+        depth = _convolution_depth(i.text, left.arrays[0], right.arrays[0], i.arrays[0])
     dtypes = (left.arrays[0].dtype, right.arrays[0].dtype)
-    yield Product(dtypes, 2.0 * out * depth, "highest" in i.text, i.op_name)
+    flop = 2.0 * i.arrays[0].size * depth
+    yield Product(dtypes, flop, "highest" in i.text, i.op_name)
 
 
-def _convolution_depth(text: str, kernel: Array) -> int:
-    """Products summed for one element: TPUs write matrix products as convolutions."""
-    labels = re.search(r"dim_labels=\w+_(\w+)->", text)
+def _convolution_depth(text: str, left: Array, kernel: Array, out: Array) -> float:
+    """Products summed for one element: TPUs write matrix products as convolutions.
+
+    A batch of them is an axis with a window in which each result meets one element, by stride,
+    dilation or padding; of a contraction it meets all.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
     if labels is None:
         return 1
-    depth = 1
-    for label, size in zip(labels[1], kernel.dims, strict=False):
-        if label == "i":
-            depth *= size
-        elif label != "o":  # a window; one that is as dilated as it is wide holds one element
-            depth *= _window(text, int(label), size)
+    depth: float = kernel.dims[labels[2].index("i")]
+    for axis in filter(str.isdigit, labels[2]):
+        sizes = (
+            array.dims[order.index(axis)]
+            for order, array in zip(labels.groups(), (left, kernel, out), strict=True)
+        )
+        depth *= _met(text, int(axis), *sizes)
     return depth
 
 
-def _window(text: str, axis: int, size: int) -> int:
+def _met(text: str, axis: int, size: int, width: int, results: int) -> float:
+    """Elements of an axis that a result meets through a window, in the mean over the results."""
     window = re.search(r"window=\{([^}]*)\}", text)
     fields = dict(pair.split("=") for pair in window[1].split() if "=" in pair) if window else {}
 
-    def field(name: str) -> int:
-        values = fields.get(name, "").split("x")
-        return int(values[axis]) if len(values) > axis and values[axis].isdigit() else 1
+    def field(name: str, default: int) -> int:
+        if name not in fields:
+            return default
+        return int(fields[name].split("x")[axis].partition("_")[0])
 
-    return 1 if max(field("lhs_dilate"), field("stride")) >= size - 1 > 0 else size
+    stride, before, dilation = field("stride", 1), field("pad", 0), field("lhs_dilate", 1)
+    places = range(0, size * dilation, dilation)  # of the elements
+    starts = (result * stride - before for result in range(results))
+    return sum(start + i in places for start in starts for i in range(width)) / results
 
 
 def _decompositions(i: Instruction) -> int:
