@@ -505,10 +505,11 @@ def test_norms_of_a_stream(scale):
     np.testing.assert_array_equal(np.isnan(probes.norm_quantile(broken)), [True, False, False])
 
 
-@pytest.mark.parametrize("scale", [1, 1e-9, 1e9], ids=["usual", "below", "above"])
-def test_norms_are_counted_on_tpus_as_elsewhere(scale, monkeypatch):
+def test_norms_are_counted_on_tpus_as_elsewhere(monkeypatch):
     rng = np.random.default_rng(5)
-    vectors = (scale * rng.standard_normal((3, 500, 2, 8)) ** 3).astype(np.float32)
+    vectors = (rng.standard_normal((3, 500, 2, 8)) ** 3).astype(np.float32)
+    vectors[:, ::5] *= 1e-9  # below the bins
+    vectors[:, 1::5] *= 1e9  # above them
     vectors[1] = np.nan
     valid = np.array([True, False, True])
     here = jax.jit(lambda *arguments: probes._norms(*arguments))(vectors, valid)

@@ -3,11 +3,12 @@
 import dataclasses
 import pathlib
 
+import jax
 import pytest
 
 from qkjax import chips, errors
 from qkjax import config as config_lib
-from qkjax.targets import estimate, hlo, launch, matrix, roofline, target
+from qkjax.targets import estimate, hlo, launch, matrix, programs, roofline, target
 
 # As XLA prints: a loop of 3 turns around a fusion that multiplies, updates 1 of 4 rows in place and
 # reads 1 of 4; a sum over devices; fused attention; a scatter; a solver.
@@ -303,6 +304,13 @@ def test_without_a_compiler_the_command_to_install_it_is_named(monkeypatch, tmp_
     (own / "libtpu").mkdir(parents=True)
     assert launch.interpreter("gpu") is None  # the other one's
     assert launch.interpreter("tpu") == str(tmp_path / ".venv-aot" / "bin" / "python")
+
+
+def test_attention_of_other_devices_is_refused_before_compiling():
+    for name, devices in (("splash", "TPUs"), ("cudnn", "NVIDIA GPUs")):
+        config = small(model__attention=name).for_platform("cpu")
+        with pytest.raises(errors.UsageError, match=f"{name} runs on {devices} alone"):
+            next(programs.compile_for(config, jax.devices()[:1]))
 
 
 def test_a_compiler_that_fails_is_said_in_one_line(monkeypatch, tmp_path):
