@@ -14,6 +14,7 @@ import pytest
 
 from qkjax import config as config_lib
 from qkjax import model
+from qkjax.measures import probes
 from qkjax.targets import hlo, launch, target
 
 pytestmark = pytest.mark.long
@@ -78,7 +79,7 @@ def two_h100(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def v5e(tmp_path_factory):
-    return compiled("v5e:2x2", tmp_path_factory.mktemp("v5e"), ("train",))
+    return compiled("v5e:2x2", tmp_path_factory.mktemp("v5e"), ("train", "evaluate"))
 
 
 def products(program: Program) -> list[hlo.Product]:
@@ -176,3 +177,11 @@ def test_a_train_step_on_tpus(v5e):
         "backward of queries": LAYERS,
         "backward of keys": LAYERS,
     }
+
+
+def test_an_evaluation_on_tpus(v5e):
+    program = v5e["evaluate"]
+    assert program.said["attention_calls"] == {"forward": LAYERS}
+    # Norms are counted without a scatter, which would add one after another.
+    scattered = [i.arrays[0].size for i, _ in program.hlo.scatters()]
+    assert not [size for size in scattered if size % probes.NUM_BINS == 0]
