@@ -318,6 +318,8 @@ def test_attention_is_chosen_by_platform_and_refused_by_name():
     assert chosen("auto", "tpu", "bfloat16") == "splash"
     assert chosen("auto", "tpu", "float32") == "xla"
     assert chosen("blocked", "tpu", "bfloat16") == "blocked"
+    named = config_lib.OPTIONS["model.attention"].bound
+    assert set(named.names) == {"auto", *attention.IMPLEMENTATIONS}
     q, k, v, _ = attention_inputs(2, 1, 1)
     for name in ("flash", "auto"):  # what the model computes with is settled before
         with pytest.raises(ValueError, match=f"'{name}' is unknown"):
