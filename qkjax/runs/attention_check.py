@@ -35,7 +35,7 @@ _KERNELS = {
     "splash": _Kernel(
         "jax's splash attention",
         "TPUs",
-        "move 1.9 times the bytes",
+        "move 1.8 times the bytes",
         "Install a libtpu that fits jax",
     ),
 }
