@@ -46,14 +46,15 @@ def test_unpacked_archives_are_the_study_that_the_report_reads(study, tmp_path):
         assert copy.runs[key].rows == run.rows
 
 
-def test_scores_notes_and_earlier_plans_come_home_too(study, tmp_path):
+def test_scores_surgery_notes_and_earlier_plans_come_home_too(study, tmp_path):
     synthetic_study.write_downstream(study, {"muon_qk": 0.3, "adamw_qk": 0.3}, seeds=(42, 43))
     note = {"status": "skipped", "detail": "no data"}
     for name in ("logs/downstream/muon_noqk/seed_42.json", "dataset.json", "study.1.json"):
         files.write_json(study / name, note)
+    synthetic_study.write_surgery(study, {"muon_qk": (9, 12)}, seeds=(42, 43))
     home = unpack(packing.pack(study, tmp_path / "packed"), tmp_path / "home")
-    for folder in ("downstream", "logs"):
-        written = [path for path in (study / folder).rglob("*.json*") if path.is_file()]
+    for folder in ("downstream", "logs", "surgery"):
+        written = [path for path in (study / folder).rglob("*.*") if path.is_file()]
         assert written
         for path in written:
             assert (home / path.relative_to(study)).read_bytes() == path.read_bytes()

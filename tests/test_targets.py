@@ -370,6 +370,25 @@ def test_hours_and_cost_of_a_run_are_those_of_its_programs(monkeypatch):
     assert "IT DOES NOT FIT" in estimate.describe(estimate.make(config, found.target), None)
 
 
+def test_a_row_of_the_matrix_replaces_its_own_and_leaves_the_others():
+    page = "# T\n\n<!-- table -->\n<!-- end of table -->\nafter\n"
+    for row in (
+        "| full | muon_qk | v5e:2x4 | 1 |",
+        "| tiny | adamw_qk | h100:8 | 2 |",
+        "| full | muon_qk | h100:1 | 3 |",
+        "| full | muon_qk | v5e:2x4 | 4 |",
+    ):
+        page = matrix.with_row(page, row)
+    lines = page.splitlines()
+    assert lines[0] == "# T" and lines[-2:] == ["<!-- end of table -->", "after"]
+    assert [line for line in lines if line.startswith(("| tiny", "| full"))] == [
+        "| tiny | adamw_qk | h100:8 | 2 |",
+        "| full | muon_qk | h100:1 | 3 |",
+        "| full | muon_qk | v5e:2x4 | 4 |",
+    ]
+    assert page == matrix.with_row(page, "| full | muon_qk | v5e:2x4 | 4 |")
+
+
 def test_the_matrix_names_what_is_refused_and_what_is_not_installed(monkeypatch):
     monkeypatch.setattr(launch, "interpreter", lambda platform: "x" if platform == "gpu" else None)
     said = []

@@ -1,10 +1,12 @@
 """The table of docs/targets.md: train steps of the presets on every target, compiled.
 
-python -m qkjax.targets.matrix [TARGET|SCALE|ARM ...]: words choose rows; without words all of them.
+python -m qkjax.targets.matrix [TARGET|SCALE|ARM ...]: words choose rows, the others stay as they
+are; without words all of them.
 """
 
 import datetime
 import importlib.metadata
+import itertools
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -19,6 +21,11 @@ TARGETS = ("h100:1", "h100:8", "h200:1", "a100:1", "v5e:2x4", "v6e:2x2")
 SCALES = ("tiny", "small", "full", "1b5")  # pilot's programs are full's
 ARMS = {"muon_qk": ("muon", "learned"), "adamw_qk": ("adamw", "learned")}
 _MARKS = ("<!-- table -->", "<!-- end of table -->")
+_HEAD = (
+    "| scale | arm | target | GB a device | GB moved | GB between devices | ms, at least "
+    "| tokens/s, at most | MFU | compiled |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+)
 _PACKAGES = ("jax", "jax-cuda12-plugin", "libtpu")
 
 
@@ -68,21 +75,31 @@ def _write() -> None:
     root = places.checkout()
     if root is None:
         raise errors.UsageError("check_targets: no checkout here. Run it in the repository.")
-    lines = [
-        f"{datetime.date.today()}, {', '.join(_versions(root))}.",
-        "",
-        "| scale | arm | target | GB a device | GB moved | GB between devices | ms, at least "
-        "| tokens/s, at most | MFU |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
     page = root / "docs" / "targets.md"
-    before, _, rest = page.read_text().partition(_MARKS[0])
-    _, _, after = rest.partition(_MARKS[1])
+    made = f"{datetime.date.today()}, {', '.join(_versions(root))}"
     for row in rows(sys.argv[1:]):
         print(row, flush=True)
-        lines.append(row)
-        table = "\n".join(lines)
-        files.replace(page, f"{before}{_MARKS[0]}\n{table}\n{_MARKS[1]}{after}".encode())
+        files.replace(page, with_row(page.read_text(), f"{row} {made} |").encode())
+
+
+def with_row(page: str, row: str) -> str:
+    """The page with a row in its table, in place of an earlier one of the same program.
+
+    Rows stand in the order of SCALES, ARMS and TARGETS; those of other programs stay.
+    """
+    before, _, rest = page.partition(_MARKS[0])
+    table, _, after = rest.partition(_MARKS[1])
+    found = {_program(line): line for line in table.splitlines() if _program(line)}
+    found[_program(row)] = row
+    order = list(itertools.product(SCALES, ARMS, TARGETS))
+    lines = [*_HEAD, *(found[key] for key in order if key in found)]
+    return "\n".join([before + _MARKS[0], *lines, _MARKS[1] + after])
+
+
+def _program(line: str) -> tuple[str, ...]:
+    """Scale, arm and target of a row; () of another line."""
+    cells = tuple(cell.strip() for cell in line.split("|")[1:4])
+    return cells if cells[:1] and cells[0] in SCALES else ()
 
 
 def _versions(root: pathlib.Path) -> Iterator[str]:

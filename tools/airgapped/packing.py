@@ -23,6 +23,8 @@ _STUDY_FILES = (
     "study.*.json",
     "dataset.json",
     "sweep/learning_rates.json",
+    "surgery/*/*.csv",
+    "surgery/*/*.json",
     "logs/**/*.json",
     "report/*",
     "report/figures/*",
