@@ -357,7 +357,7 @@ _KINDS = {  # how many of the awkward documents below a tokenizer cannot give ba
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-def test_what_a_tokenizer_does_not_give_back_is_left_out_or_refused(tmp_path, shared, kind):
+def test_what_a_tokenizer_does_not_give_back_is_left_out_or_refused(tmp_path, shared, caplog, kind):
     """Prepared means proven: check_data finds nothing to complain of afterwards."""
     awkward = [
         " a space before the first word of a text",
@@ -381,6 +381,9 @@ def test_what_a_tokenizer_does_not_give_back_is_left_out_or_refused(tmp_path, sh
     made = prepare.prepare(request, out, progress=lines.append)
     assert made.dropped["lost_by_tokenizer"] == lost
     assert lost == 0 or f"{lost} documents left out" in lines[-1]
+    first = [r.getMessage() for r in caplog.records if "the tokenizer loses" in r.getMessage()]
+    assert len(first) == min(lost, 1)
+    assert lost == 0 or first[0].startswith(tuple(f"{path}:{n}: " for n in range(1, 7)))
     check.check(out, progress=_quiet)
 
 

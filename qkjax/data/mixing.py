@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from absl import logging
 
 from qkjax import errors
 from qkjax.data import encoding, holdout, overlap, reading, shards, sources
@@ -77,6 +78,8 @@ class TrainStream:
             if item.kind == encoding.EMPTY:
                 self._counts.empty += 1
             elif item.kind == encoding.LOST:
+                if not self._counts.lost_by_tokenizer:
+                    logging.warning("%s: the first that the tokenizer loses", item.position)
                 self._counts.lost_by_tokenizer += 1
             elif item.kind == encoding.POOL:
                 place = self._held_out.get(item.document_hash)

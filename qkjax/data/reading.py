@@ -17,6 +17,7 @@ class Item(NamedTuple):
     """One document of a source after encoding; `ids` is empty where it was not wanted."""
 
     number: int
+    position: str  # where it stands: file and line, or row
     text: str
     kind: int
     document_hash: int
@@ -25,10 +26,11 @@ class Item(NamedTuple):
 
 
 class _Mark(NamedTuple):
-    """How far a source had come: lines skipped, files opened."""
+    """How far a source had come: lines skipped, files opened, where its document stands."""
 
     bad_lines: int
     files_read: int
+    position: str = ""
 
 
 class _Chunk(NamedTuple):
@@ -93,17 +95,18 @@ class Reader:
         encoded = future.result()
         ends = np.cumsum(encoded.lengths)
         for i, text in enumerate(chunk.texts):
-            self.bad_lines, self.files_read = chunk.marks[i]
+            self.bad_lines, self.files_read, position = chunk.marks[i]
             self.consumed += 1
             yield Item(
                 self.consumed - 1,
+                position,
                 text,
                 int(encoded.kinds[i]),
                 int(encoded.hashes[i]),
                 encoded.ids[ends[i] - encoded.lengths[i] : ends[i]],
                 encoded.overlaps[i],
             )
-        self.bad_lines, self.files_read = chunk.marks[-1]
+        self.bad_lines, self.files_read, _ = chunk.marks[-1]
         if chunk.error is not None:
             raise chunk.error
 
@@ -123,7 +126,7 @@ def _chunks(source: documents.Source, start: int) -> Iterator[_Chunk]:
                     ended = True
                     break
                 texts.append(document.text)
-                marks.append(_Mark(source.bad_lines, source.files_read))
+                marks.append(_Mark(source.bad_lines, source.files_read, document.position))
                 characters += len(document.text)
         except errors.QkjaxError as error:
             yield _Chunk(texts, [*marks, _Mark(source.bad_lines, source.files_read)], error)
