@@ -109,7 +109,7 @@ MISTAKES = {
     "a fraction for an integer": ((CONFIG, "--config.seed=1.5"), "flag --config.seed=1.5: "),
     "several fields": (
         (CONFIG, "--config.model.head_dim=0", "--config.muon.scale=big"),
-        "config: model.head_dim is 0, it must be above 0; "
+        "config: model.head_dim is 0, it must be above 0 and below 2**31; "
         "muon.scale is 'big', it must be one of spectral, rms, mup",
     ),
     "recipe by override": (

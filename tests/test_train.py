@@ -436,7 +436,7 @@ def test_other_numerics_are_refused_and_may_be_allowed(finished, tmp_path):
     config, unbroken, summary = finished
     workdir = shutil.copytree(unbroken, tmp_path / "run")
     newer = dataclasses.replace(config, numerics_version=config.numerics_version + 1)
-    with pytest.raises(errors.UsageError, match=r"numerics_version +\d+ +\d+\n"):
+    with pytest.raises(errors.UsageError, match=r"numerics_version: old \d+, new \d+\."):
         train.train_and_evaluate(newer, workdir, restore_step=18)
     found = train.train_and_evaluate(
         newer, workdir, restore_step=18, allow_config_change=("numerics_version",)
@@ -449,7 +449,7 @@ def test_other_numerics_are_refused_and_may_be_allowed(finished, tmp_path):
     stored = json.loads((unbroken / "config.json").read_text())
     del stored["numerics_version"]
     (workdir / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(errors.UsageError, match=rf"numerics_version +1 +{versions[1]}\n"):
+    with pytest.raises(errors.UsageError, match=rf"numerics_version: old 1, new {versions[1]}\."):
         train.train_and_evaluate(newer, workdir, restore_step=18)
 
 

@@ -81,7 +81,7 @@ def factor(vectors: jax.Array, mask: jax.Array | None = None) -> Factor:
     anchor = jax.lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=12)
     residues = masked(vectors - anchor[..., None, :])
     offset = residues.sum(axis=-2) / divisor
-    return Factor(count, anchor, offset, triangular(masked(residues - offset[..., None, :])))
+    return Factor(count, anchor, offset, _by_qr(masked(residues - offset[..., None, :])))
 
 
 def merge(a: Factor, b: Factor) -> Factor:
@@ -95,7 +95,7 @@ def merge(a: Factor, b: Factor) -> Factor:
     difference = (b.anchor - a.anchor) + (b.offset - a.offset)
     # count_a * count_b would overflow int32 and waste float32's exactness.
     between = jnp.sqrt(count_a * share_b)[..., None] * difference
-    r = triangular(jnp.concatenate([a.r, b.r, between[..., None, :]], axis=-2))
+    r = _by_qr(jnp.concatenate([a.r, b.r, between[..., None, :]], axis=-2))
     merged = Factor(a.count + b.count, a.anchor, a.offset + difference * share_b[..., None], r)
     return _where(b.count == 0, a, _where(a.count == 0, b, merged))
 
@@ -205,19 +205,18 @@ def triangular(rows: jax.Array) -> jax.Array:
 
     On GPUs another R of the same R^T R, a singular vector a row: what is read from it is equal.
     """
+    return jax.lax.platform_dependent(
+        rows, cuda=lambda rows: gram.root(gram.of(rows)), default=_by_qr
+    )
 
-    def by_qr(rows: jax.Array) -> jax.Array:
-        num_rows, dim = rows.shape[-2:]
-        if num_rows < dim:
-            widths = [(0, 0)] * (rows.ndim - 2) + [(0, dim - num_rows), (0, 0)]
-            rows = jnp.pad(rows, widths)
-        with jax.default_matmul_precision("highest"):
-            return jnp.linalg.qr(rows, mode="r")
 
-    def by_gram(rows: jax.Array) -> jax.Array:
-        return gram.root(gram.of(rows))
-
-    return jax.lax.platform_dependent(rows, cuda=by_gram, default=by_qr)
+def _by_qr(rows: jax.Array) -> jax.Array:
+    num_rows, dim = rows.shape[-2:]
+    if num_rows < dim:
+        widths = [(0, 0)] * (rows.ndim - 2) + [(0, dim - num_rows), (0, 0)]
+        rows = jnp.pad(rows, widths)
+    with jax.default_matmul_precision("highest"):
+        return jnp.linalg.qr(rows, mode="r")
 
 
 def axis_alignment(f: Factor) -> tuple[jax.Array, jax.Array]:
