@@ -1,6 +1,7 @@
 """Archives of results: what is in them, what they unpack to, and the limits."""
 
 import io
+import json
 import pathlib
 import subprocess
 import sys
@@ -60,6 +61,28 @@ def test_scores_surgery_notes_and_earlier_plans_come_home_too(study, tmp_path):
             assert (home / path.relative_to(study)).read_bytes() == path.read_bytes()
     assert (home / "dataset.json").exists() and (home / "study.1.json").exists()
     assert len(results.load_study(home).items) == 4
+
+
+def test_paths_of_the_machine_stay_there(study, tmp_path):
+    for run in study.glob("runs/*/*/"):
+        record = json.loads((run / "environment.json").read_text())
+        record["command"] = [
+            "/opt/some/bin/python",
+            "--config=configs/muon_qk.py:tiny",
+            f"--workdir={run}",
+        ]
+        record["variables"] = {"XLA_FLAGS": "--a=b", "CACHE": "/home/someone/.cache/jax"}
+        files.write_json(run / "environment.json", record)
+    synthetic_study.seal(study)
+    home = unpack(packing.pack(study, tmp_path / "packed"), tmp_path / "home")
+    results.load_study(home)  # by digests that know of it
+    record = json.loads((home / "runs" / "muon_qk" / "seed_42" / "environment.json").read_text())
+    assert record["command"] == [
+        "python",
+        "--config=configs/muon_qk.py:tiny",
+        "--workdir=seed_42",
+    ]
+    assert record["variables"] == {"XLA_FLAGS": "--a=b", "CACHE": "jax"}
 
 
 def test_spectra_are_float16_where_that_is_harmless(study, tmp_path):

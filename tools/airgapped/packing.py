@@ -1,6 +1,7 @@
 """Run directories as a few small archives, for machines from which only small files come back.
 
-An archive holds whole runs without checkpoints: everything that verdicts and the report read.
+An archive holds whole runs without checkpoints: everything that verdicts and the report read. Of
+paths of the machine, in environment.json, the last name stays.
 Unpacked over each other with `tar -xzf`, the archives of a study are that part of its directory.
 """
 
@@ -8,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import pathlib
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 
@@ -40,6 +42,8 @@ _RUN_FILES = (
     "spectra/*.npz",
     "validation/*.npz",
 )
+# The folders of a path of the machine, which nobody else has: the last name stays.
+_ABSOLUTE = re.compile(rb'([":=])/(?:[^/"\\:]+/)+')
 _MAX_ROUNDING = 2.0**-10  # relative; an array that float16 would change by more stays float32
 
 
@@ -154,10 +158,16 @@ def _archive(workdir: pathlib.Path, paths: Sequence[pathlib.Path]) -> bytes:
 def _content(path: pathlib.Path) -> bytes:
     if path.parent.name == "spectra":
         return _as_float16(path)
-    if path.name == "summary.json":  # it lists the sha256 of the spectra
-        spectra = {f"spectra/{p.name}": p for p in path.parent.glob("spectra/*.npz")}
-        digests = {name: hashlib.sha256(_as_float16(p)).hexdigest() for name, p in spectra.items()}
-        return RunDirectory(path.parent).summary_with(digests)
+    if path.name == "environment.json":
+        return _ABSOLUTE.sub(rb"\1", path.read_bytes())
+    if path.name == "summary.json":  # it lists the sha256 of what is packed otherwise
+        changed = [*path.parent.glob("spectra/*.npz"), *path.parent.glob("environment.json")]
+        return RunDirectory(path.parent).summary_with(
+            {
+                p.relative_to(path.parent).as_posix(): hashlib.sha256(_content(p)).hexdigest()
+                for p in changed
+            }
+        )
     return path.read_bytes()
 
 
