@@ -446,18 +446,12 @@ def read_arrays(
         UsageError: the file is damaged or missing, or lacks one of `names`.
         StorageError: the disk failed.
     """
-    try:
+    with _array_errors(path, fix):
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it is no npz archive")
         with archive:
             arrays = {name: archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise errors.UsageError(f"{os.fspath(path)}: missing. {fix}") from error
-    except OSError as error:
-        raise storage_error(path, error) from error
-    except _DAMAGE as error:
-        raise damaged(path, errors.one_line(error), fix) from error
     bad = [name for name, x in arrays.items() if not isinstance(x, np.ndarray)]
     if bad:
         raise damaged(path, f"{', '.join(bad)} are no arrays", fix)
@@ -477,18 +471,25 @@ def read_array(path: str | os.PathLike[str], fix: str, *, mapped: bool = False) 
         UsageError: the file is damaged or missing.
         StorageError: the disk failed.
     """
-    try:
+    with _array_errors(path, fix):
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise damaged(path, "it is an archive of arrays", fix)
+    return array
+
+
+@contextlib.contextmanager
+def _array_errors(path: str | os.PathLike[str], fix: str) -> Iterator[None]:
+    """Turns whatever numpy raises of a file into one of our errors."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise errors.UsageError(f"{os.fspath(path)}: missing. {fix}") from error
     except OSError as error:
         raise storage_error(path, error) from error
     except _DAMAGE as error:
         raise damaged(path, errors.one_line(error), fix) from error
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise damaged(path, "it is an archive of arrays", fix)
-    return array
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
