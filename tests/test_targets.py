@@ -1,6 +1,7 @@
 """Compiled for GPUs and TPUs that are not here: the reader of programs, the roofline, the words."""
 
 import dataclasses
+import datetime
 import pathlib
 
 import jax
@@ -408,6 +409,10 @@ def test_the_matrix_names_what_is_refused_and_what_is_not_installed(monkeypatch)
     assert "refused: train.tokens_per_step: 2 sequences a step" in found[1]
     assert "aot-tpu is not installed" in found[2]
     assert said[0] == ("h100:1", 256, ("train",))
-    assert {row.count("|") for row in found} == {10}
+    assert {row.count("|") for row in found} == {11}
+    made = [row.split("|")[-2].strip() for row in found]
+    today = str(datetime.date.today())
+    assert [words.split(" ")[:2] for words in made] == [[f"{today},", "jax"]] * 3
+    assert "libtpu" not in made[0] and "cuda" not in made[2]  # the compiler of its own target
     with pytest.raises(errors.UsageError, match="h10: no target, scale or arm"):
         list(matrix.rows(["h10"]))

@@ -7,7 +7,6 @@ are; without words all of them.
 import datetime
 import importlib.metadata
 import itertools
-import pathlib
 import sys
 from collections.abc import Iterator
 
@@ -20,13 +19,14 @@ from qkjax.targets import target as target_lib
 TARGETS = ("h100:1", "h100:8", "h200:1", "a100:1", "v5e:2x4", "v6e:2x2")
 SCALES = ("tiny", "small", "full", "1b5")  # pilot's programs are full's
 ARMS = {"muon_qk": ("muon", "learned"), "adamw_qk": ("adamw", "learned")}
+_NOT_HERE = "not compiled"  # such a row is printed, and takes no other's place
 _MARKS = ("<!-- table -->", "<!-- end of table -->")
 _HEAD = (
     "| scale | arm | target | GB a device | GB moved | GB between devices | ms, at least "
     "| tokens/s, at most | MFU | compiled |",
     "|---|---|---|---|---|---|---|---|---|---|",
 )
-_PACKAGES = ("jax", "jax-cuda12-plugin", "libtpu")
+_COMPILERS = {"gpu": "jax-cuda12-plugin", "tpu": "libtpu"}
 
 
 def rows(words: list[str]) -> Iterator[str]:
@@ -48,14 +48,15 @@ def rows(words: list[str]) -> Iterator[str]:
     for scale in scales:
         for arm in arms:
             for name in targets:
-                yield f"| {scale} | {arm} | {name} | {_result(scale, arm, name)} |"
+                made = ", ".join((str(datetime.date.today()), *_versions(name)))
+                yield f"| {scale} | {arm} | {name} | {_result(scale, arm, name)} | {made} |"
 
 
 def _result(scale: str, arm: str, name: str) -> str:
     config = config_lib.resolve(config_lib.base(*ARMS[arm], scale))
     aim = target_lib.parse(name)
     if launch.interpreter(aim.chip.platform) is None:
-        return f"not compiled: {aim.extra} is not installed | | | | |"
+        return f"{_NOT_HERE}: {aim.extra} is not installed | | | | |"
     try:
         (train,) = launch.ask(config, aim, ("train",))
     except errors.OutOfMemoryError:
@@ -76,10 +77,10 @@ def _write() -> None:
     if root is None:
         raise errors.UsageError("check_targets: no checkout here. Run it in the repository.")
     page = root / "docs" / "targets.md"
-    made = f"{datetime.date.today()}, {', '.join(_versions(root))}"
     for row in rows(sys.argv[1:]):
         print(row, flush=True)
-        files.replace(page, with_row(page.read_text(), f"{row} {made} |").encode())
+        if _NOT_HERE not in row:
+            files.replace(page, with_row(page.read_text(), row).encode())
 
 
 def with_row(page: str, row: str) -> str:
@@ -102,11 +103,13 @@ def _program(line: str) -> tuple[str, ...]:
     return cells if cells[:1] and cells[0] in SCALES else ()
 
 
-def _versions(root: pathlib.Path) -> Iterator[str]:
-    own = [str(path) for path in (root / ".venv-aot").glob("lib/python*/site-packages")]
-    for package in _PACKAGES:
-        found = next(iter(importlib.metadata.distributions(name=package, path=[*own, *sys.path])))
-        yield f"{package} {found.version}"
+def _versions(target: str) -> Iterator[str]:
+    """jax and the compiler that a row is made with, where they are installed."""
+    own = (places.PACKAGE.parent / ".venv-aot").glob("lib/python*/site-packages")
+    path = [*map(str, own), *sys.path]
+    for package in ("jax", _COMPILERS[target_lib.parse(target).chip.platform]):
+        for found in itertools.islice(importlib.metadata.distributions(name=package, path=path), 1):
+            yield f"{package} {found.version}"
 
 
 if __name__ == "__main__":
