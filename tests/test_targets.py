@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import pathlib
+import re
 
 import jax
 import pytest
@@ -192,6 +193,14 @@ def test_arrays_of_a_tpu_are_padded_to_tiles():
         ("s32[]{:T(128)S(6)}", 0),  # scalar memory
     ):
         assert bytes_of(f"%copy.22 = {array}") == expected
+
+
+def test_attention_of_one_sequence_a_device_has_no_batch_axis():
+    text = re.sub(r"\[4,([48]),2048,(\d+)\]\{3,2,1,0", r"[\1,2048,\2]{2,1,0", TPU_TEXT)
+    kernels = {k.attention: k for k in hlo.Program(text).kernels if k.attention}
+    assert list(kernels) == ["forward", "backward of queries", "backward of keys"]
+    square = 2 * 8 * 2048 * 2048 * 64
+    assert [k.attention_flop for k in kernels.values()] == [square, 1.5 * square, 2 * square]
 
 
 def test_attention_of_a_tpu_is_three_kernels():

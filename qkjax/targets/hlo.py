@@ -504,7 +504,8 @@ def _attention(i: Instruction, inside: dict[str, Instruction]) -> tuple[float, s
     kernel = _SPLASH.search(i.op_name) if i.target == "tpu_custom_call" else None
     if kernel is None:
         return 0.0, ""
-    operands = [inside[name].arrays[0].dims for name in i.operands if name in inside]
-    q = next(dims for dims in operands if len(dims) == 4)  # [B, H, T, K], after the mask's arrays
+    operands = [inside[name].arrays[0] for name in i.operands if name in inside]
+    # [B, H, T, K], or [H, T, K] of one sequence, after the mask's arrays, which are integers
+    q = next(array.dims for array in operands if array.dtype[0] in "bf")
     products, direction = _SPLASH_KERNELS[kernel[1]]
-    return products * math.prod(q) * q[2], direction
+    return products * math.prod(q) * q[-2], direction
