@@ -415,7 +415,7 @@ def test_the_matrix_names_what_is_refused_and_what_is_not_installed(monkeypatch)
         ["| small", "muon_qk", name] for name in ("h100:1", "h100:8", "v5e:2x4")
     ]
     assert "| 2.00 of 80 | 0.0 | 0.00 | 500.0 | 1,024 | 0% |" in found[0]
-    assert "refused: train.tokens_per_step: 2 sequences a step" in found[1]
+    assert "refused: train.tokens_per_step: 2 sequences a step for 8 devices | |" in found[1]
     assert "aot-tpu is not installed" in found[2]
     assert said[0] == ("h100:1", 256, ("train",))
     assert {row.count("|") for row in found} == {11}

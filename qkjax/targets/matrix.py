@@ -62,7 +62,8 @@ def _result(scale: str, arm: str, name: str) -> str:
     except errors.OutOfMemoryError:
         return "refused: the memory does not hold a pass | | | | |"
     except errors.QkjaxError as error:
-        return f"refused: {str(error)[:90]} | | | | |"
+        said, _, _ = str(error).partition(". ")
+        return f"refused: {said} | | | | |"
     found = estimate.of_step(config, aim, train)
     transferred = sum(c["bytes"] for c in train["collectives"].values())
     return (
