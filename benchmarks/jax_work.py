@@ -14,7 +14,7 @@ from qkjax import attention, evaluation, losses, model, optimizer, sharding, tra
 from qkjax import config as config_lib
 from qkjax.cli import startup
 from qkjax.config import Config
-from qkjax.runs import checkpoint
+from qkjax.runs import checkpoint, resources
 
 startup.keep_freed_memory()  # as every command of the project does; the peers run as torch comes
 
@@ -44,7 +44,8 @@ class Step(JaxWork):
         )
         self._state = jax.device_put(state, sharding.replicated(mesh))
         self._tokens = sharding.put_batch(mesh, tokens)
-        self._step = train_step.make_train_step(settings, transformation, mesh)
+        step = train_step.make_train_step(settings, transformation, mesh)
+        self._step = resources.compile_step(step, settings, self._state, mesh)
 
     def settle(self, settings: Config) -> Config:
         """The config that is really measured."""

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qkjax import losses, model, sharding
+from qkjax.cli import startup
 from qkjax.config import Config
 from qkjax.data import pipeline
 from qkjax.measures import probes, ranks, spectral
@@ -339,7 +340,9 @@ class Evaluator:
         return self._compiled[name, rows]
 
     def _compile(self, jitted: Any, arguments: tuple[Any, ...]) -> Any:
-        return jitted.lower(*arguments).compile()
+        program = jitted.lower(*arguments).compile()
+        startup.give_back_freed_memory()
+        return program
 
 
 class _Clock:

@@ -10,9 +10,10 @@ import subprocess
 import sys
 
 import pytest
+import small_run
 from absl import flags
 
-from qkjax import commands, errors
+from qkjax import commands, errors, train
 from qkjax.cli import command_line, startup
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -225,3 +226,35 @@ def test_freed_memory_stays_with_the_process_on_cpus():
     assert faults(JAX_PLATFORMS="cpu") < 1.5
     assert faults(JAX_PLATFORMS="cuda") > 5  # as glibc has it
     assert faults(JAX_PLATFORMS="cpu", MALLOC_TRIM_THRESHOLD_="131072") > 5  # as the user has it
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own")
+def test_what_a_compiler_has_freed_goes_back_to_the_system():
+    """Pieces between what lives on, as LLVM leaves them, in a process that keeps freed memory."""
+    code = """
+import os
+from qkjax.cli import startup
+startup.keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+pieces = [bytes([1]) * 100_000 for _ in range(2000)]
+kept = pieces[::50]
+del pieces
+freed = resident()
+startup.give_back_freed_memory()
+print(freed - resident(), sum(map(len, kept)))
+"""
+    returned, kept = map(int, run(code, JAX_PLATFORMS="cpu").split())
+    assert returned > 150_000_000 and kept == 4_000_000
+
+
+def test_programs_of_a_run_give_back_what_compiling_them_took(monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(startup, "give_back_freed_memory", lambda: said.append(True))
+    data = small_run.make_dataset(tmp_path / "data")
+    config = small_run.make_config(
+        data, train__tokens=2 * small_run.TOKENS_PER_STEP, eval__at_tokens=()
+    )
+    train.train_and_evaluate(config, tmp_path / "run")
+    assert len(said) == 4  # the step; the evaluation's, its decomposition, the loss alone

@@ -100,7 +100,9 @@ def compile_step(
         jnp.int32,
         sharding=sharding.batch_sharding(mesh),
     )
-    return step.lower(state, batch).compile()
+    program = step.lower(state, batch).compile()
+    startup.give_back_freed_memory()
+    return program
 
 
 def program_cost(program: jax.stages.Compiled) -> str:
