@@ -666,7 +666,7 @@ def broken(run: pathlib.Path, copy: Callable[..., pathlib.Path], tmp_path: pathl
 MISTAKES = {
     "plot_spectra": (
         ((), "--workdir: missing, expected a run directory"),
-        (("--workdir={tmp}/none",), "{tmp}/none: not a run directory, expected a config.json"),
+        (("--workdir={tmp}/none",), "{tmp}/none: neither a run nor a measured model, expected a"),
         (("--workdir={empty}",), "{empty}/spectra: no evaluation in it, expected step_*.npz"),
         (("--workdir={damaged}",), "{damaged}/spectra/step_00000005.npz: damaged ("),
         (("--workdir={nameless}",), "{nameless}/environment.json: names no dataset_fingerprint"),

@@ -83,7 +83,12 @@ def load_run(workdir: str | pathlib.Path, label: str = "") -> RunSpectra:
     """
     directory = RunDirectory(workdir)
     model = directory.read_model()
-    config = directory.need_config() if model is None else None
+    config = directory.read_config() if model is None and directory.path.is_dir() else None
+    if model is None and config is None:
+        raise errors.UsageError(
+            f"{directory}: neither a run nor a measured model, expected a config.json or a "
+            "model.json in it. Give a --workdir of `qkjax train`, or an --out of `qkjax measure`."
+        )
     directory.check_files()
     rows = directory.read_metrics()
     tokens = {row["step"]: row["tokens"] or 0 for row in rows if "tokens" in row}
