@@ -55,6 +55,7 @@ class OneOf:
         return value in self.names
 
 
+_FLOAT32 = 3.4028234663852886e38
 ABOVE_0 = Bound("above 0", lambda value: value > 0)
 SIZE = Bound("above 0 and below 2**31", lambda value: 0 < value < _INT32)
 FROM_0 = Bound("0 or more", lambda value: value >= 0)
@@ -81,6 +82,8 @@ class Option(typing.NamedTuple):
         """What the value must be instead; "" if it is right."""
         if not _is_kind(value, self.kind):
             return _KINDS[self.kind] + (f", {self.bound.wanted}" if self.bound else "")
+        if isinstance(value, int | float) and abs(value) > _FLOAT32 and self.kind is not int:
+            return f"at most {_FLOAT32:.3g}, the largest float32"
         if value is None or self.bound is None or self.bound.holds(value):
             return ""
         return self.bound.wanted

@@ -513,6 +513,14 @@ def test_fields_that_do_not_fit_together_are_told_with_mistakes_of_others():
     assert "num_heads is" not in str(caught.value)
 
 
+@pytest.mark.parametrize("field", ["optimizer.learning_rate", "optimizer.eps", "model.rope_base"])
+def test_a_number_that_float32_does_not_hold_is_refused(field):
+    """Else a step casts it to infinity, and the run counts as diverged."""
+    given = overridden(**{field.replace(".", "__"): 1e300})
+    with pytest.raises(errors.UsageError, match=f"{field} is 1e\\+300, it must be at most 3.4e"):
+        config_lib.resolve(given)
+
+
 @pytest.mark.parametrize("field", INVALID)
 def test_every_mistake_alone_is_refused(field):
     given = overridden(**{field.replace(".", "__"): INVALID[field]})

@@ -41,7 +41,9 @@ def folder(tmp_path):
         tokenizer=manifest_lib.TokenizerRecord(
             "tokenizer.json", digest(tmp_path / "tokenizer.json"), 300, 0
         ),
-        sources=({"name": "docstrings", "read_from": {}},),
+        sources=(
+            {"name": "docstrings", "weight": 1.0, "documents": 9, "tokens": 97, "read_from": {}},
+        ),
         split={"rule": "sha256 of normalised text"},
         dropped={"empty": 0},
         splits=splits,
@@ -142,6 +144,12 @@ def _drop(*keys):
             _set("sources", 0, "read_from", value={"files_read": "1"}),
             r"sources\[0\]\.read_from\.files_read: expected int, found '1'",
         ),
+        (
+            _set("sources", 0, "weight", value="1"),
+            r"sources\[0\]\.weight: expected float, found '1'",
+        ),
+        (_set("sources", 0, "documents", value=1.5), r"\.documents: expected int, found 1\.5"),
+        (_set("sources", 0, "tokens", value=-1), r"\.tokens: expected 0 or more, found -1"),
         (_set("end_of_text", value=1), "end_of_text: expected bool, found 1"),
         (_set("splits", "train", "shards", 0, value=3), r"shards\[0\]: expected an object"),
         (_set("dtype", value="int16"), "dtype: expected uint16 or uint32, found int16"),

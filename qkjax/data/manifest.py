@@ -310,6 +310,9 @@ class _Reader:
         if not isinstance(content, dict):
             raise self.error(f"{where}: expected an object, found {type(content).__name__}")
         self._get(content, "name", str, where)
+        for field, kind in {"weight": float, "documents": int, "tokens": int}.items():
+            if self._get(content, field, kind, where) < 0:
+                raise self.error(f"{where}.{field}: expected 0 or more, found {content[field]}")
         read_from = self._get(content, "read_from", dict, where)
         for field, kind in {"files_read": int, "sha256": str}.items():
             if field in read_from:  # datasets from before lack them
