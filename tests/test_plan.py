@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -366,7 +367,12 @@ def test_the_time_comes_from_finished_runs_or_is_said_to_be_unknown(tmp_path):
     study = make_plan("tiny")
     unknown = plan_cost.describe(study, {})
     assert "time: nothing is measured here yet" in unknown and "\nh100  " in unknown
-    for arm, diverged, seconds in (("adamw_qk", False, 10.0), ("muon_qk", True, 1.0)):
+    training = [plan_cost.cost(study, s).flop for s in study.steps if s.kind in plan.TRAINING]
+    found = re.findall(r"([128]) (\d+):(\d\d):(\d\d)", unknown)
+    seconds = {int(n): 3600 * int(h) + 60 * int(m) + int(s) for n, h, m, s in found}
+    assert seconds[1] == pytest.approx(sum(training) / 65e9, abs=1)
+    assert seconds[1] / 8 < seconds[8] < seconds[2] < seconds[1]
+    for arm, diverged, took in (("adamw_qk", False, 10.0), ("muon_qk", True, 1.0)):
         directory = tmp_path / "sweep" / arm / "lr_1"
         directory.mkdir(parents=True)
         RunDirectory(directory).write_summary(
@@ -378,7 +384,7 @@ def test_the_time_comes_from_finished_runs_or_is_said_to_be_unknown(tmp_path):
                 "params_sha256": "0" * 64,
                 "diverged": diverged,
                 "diverged_step": 10 if diverged else None,
-                "wall_seconds": seconds,
+                "wall_seconds": took,
             },
         )
     rates = plan_cost.measured_rates(tmp_path)

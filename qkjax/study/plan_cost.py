@@ -23,6 +23,9 @@ _DERIVED = (
     "eval.steps",
     "checkpoint.steps",
 )
+# Model FLOP a second of one CPU core: whole runs of small with their evaluations, docs/results.
+_CORE_FLOP_PER_SECOND = 65e9
+_CORES = (1, 2, 8)
 _CHECKPOINTS = 4  # most that a run has at one time: step 0, two kept, one being written
 
 
@@ -185,6 +188,23 @@ def _costs(
             "run of this study is finished, or --aot=h100:8. Training alone takes:"
         )
         yield from chips.hours_table(sum(c.flop for c in training))
+        yield (
+            f"CPU cores, a run on each (--jobs), at {_CORE_FLOP_PER_SECOND / 1e9:.0f} GFLOP/s as "
+            "runs of small were measured, in h:mm:ss: "
+            + ", ".join(f"{n} {_core_time(training, n)}" for n in _CORES)
+        )
+
+
+def _core_time(costs: list[Cost], cores: int) -> str:
+    return duration(_longest([c.flop for c in costs], cores) / _CORE_FLOP_PER_SECOND)
+
+
+def _longest(work: list[float], workers: int) -> float:
+    """What the busiest of the workers does, where each takes the next piece as it is free."""
+    busy = [0.0] * workers
+    for piece in work:
+        busy[busy.index(min(busy))] += piece
+    return max(busy)
 
 
 def _rate(rates: Mapping[str, float], arm: str) -> float:
