@@ -25,6 +25,7 @@ VERBS = {
     "measure": "measure the keys of a public model",
     "gallery": "set models and runs side by side on one page",
     "audit": "sum the decay of gammas over a run or a public recipe",
+    "reproduction": "compare a study with the published one",
     "determinism": "repeat and resume a run, and compare to the bit",
 }
 
