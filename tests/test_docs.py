@@ -1,6 +1,7 @@
 """README and docs name what exists: links, headings, files of the repository, modules."""
 
 import ast
+import importlib.util
 import pathlib
 import re
 
@@ -19,6 +20,10 @@ PRESENT = [page for page in PAGES if page.name not in ("log.md", "CHANGELOG.md")
 FOLDERS = "benchmarks|docs|qkjax|tests|tools"
 # An error beside its heading, two errors on one line, or one at the end of a sentence.
 IN_PROSE = re.compile(r"Raises: *\S.*|^ *Raises \w+Error.*|.*[.;] [A-Z]\w+Error\b.*", re.MULTILINE)
+
+
+# Pages that a reader opens; the lab book opens with how it is kept.
+OPENING = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md"]
 
 
 def name_of(page: pathlib.Path) -> str:
@@ -75,6 +80,55 @@ def test_the_tree_in_the_readme_is_the_repository():
     assert all(path.exists() for path in drawn), [path for path in drawn if not path.exists()]
     wings = {path.parent for path in (ROOT / "qkjax").glob("*/__init__.py")}
     assert wings <= drawn, wings - drawn
+
+
+@pytest.fixture(scope="module")
+def generated():
+    """docs/write_generated.py as a module."""
+    spec = importlib.util.spec_from_file_location("written", ROOT / "docs" / "write_generated.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_first_screen_is_what_the_archives_say(generated):
+    """Figure, sentence and table: nobody writes them by hand."""
+    runs = generated.read_all()
+    assert len(runs) > 2
+    page = generated.README.read_text()
+    again = "Run python docs/write_generated.py."
+    assert generated.with_block(page, "results", generated.block(runs)) == page, again
+    assert generated.svg(runs) == generated.FIGURE.read_text(), again
+    assert all(hue in generated.FIGURE.read_text() for hue in generated.DARK.values())
+
+
+def test_the_first_screen_names_seeds_and_what_is_missing(generated):
+    runs = generated.read_all()
+    first = runs["adamw_qk"][0]
+    other = first._replace(seed=137, values={k: v + 1 for k, v in first.values.items()})
+    two = {arm: [first, other] if arm == "adamw_qk" else of_arm for arm, of_arm in runs.items()}
+    two.pop("muon_qk", None)
+    assert "1 seed of 3, so nothing is decided; not run yet: Muon + QK-Norm" in " ".join(
+        generated.block(two).split()
+    )
+    assert "| AdamW + QK-Norm | 42, 137 | 4.815 (4.315 to 5.315) |" in generated.block(two)
+    three = {arm: [first, other, other._replace(seed=256)] for arm in generated.ARMS}
+    assert "3 seeds." in " ".join(generated.block(three).split())
+
+
+def test_the_deviations_are_those_of_the_configs(generated):
+    page = generated.DEVIATIONS.read_text()
+    assert generated.recipes() in page, "Run python docs/write_generated.py."
+
+
+def test_the_readme_is_read_in_a_minute():
+    assert 80 < len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", OPENING, ids=name_of)
+def test_a_page_opens_with_what_its_reader_can_do(page):
+    opening = page.read_text().split("\n\n")[1]
+    assert opening.startswith("After this page you "), page.name
 
 
 def test_imports_written_in_strings_and_scripts_exist():

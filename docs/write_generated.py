@@ -1,0 +1,262 @@
+"""Draws the figure of the README and writes what pages take from data: run it when these change.
+
+    python docs/write_generated.py
+
+reads docs/results/small_original/runs/ARM_seed_N.tar.gz (`tools/airgapped/pack_results.py` made
+them), writes docs/figures/results.svg, and replaces what stands between the two marks in README.md:
+the answer so far, the figure and the table. The table of docs/deviations.md comes from the configs.
+Run it again when archives are added. Equal archives give equal bytes. Needs matplotlib.
+"""
+
+import json
+import pathlib
+import re
+import sys
+import tarfile
+import textwrap
+from typing import Any, NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from qkjax.report import arms as arms_lib  # noqa: E402
+from qkjax.report import drawing  # noqa: E402
+from qkjax.study import plan_config, plan_cost  # noqa: E402
+
+ARCHIVES = ROOT / "docs" / "results" / "small_original" / "runs"
+FIGURE = ROOT / "docs" / "figures" / "results.svg"
+README = ROOT / "README.md"
+DEVIATIONS = ROOT / "docs" / "deviations.md"
+MARK = "<!-- {}: written by docs/write_generated.py -->"
+END = "<!-- end of {} -->"
+
+ARMS = ("adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk")
+# Under recipe original the gammas of an arm decay; these controls are the same without decay.
+DRAWN = (
+    "adamw_qk",
+    "adamw_qk_undecayed",
+    "adamw_noqk",
+    "muon_qk",
+    "muon_qk_undecayed",
+    "muon_noqk",
+)
+LOSS = "val/loss"
+MEASURES = {  # metric -> title of its panel and column of the table
+    "pr/key/pre_rope/centred": "before RoPE, centred",
+    "pr/key/post_rope/raw": "after RoPE, raw",
+}
+HEAD_DIM = 64
+SEEDS = 3  # that the study owes of every arm
+WORDS = {
+    "AdamW": {
+        "adamw_qk": "with QK-Norm whose gammas decay as the original's do",
+        "adamw_qk_undecayed": "with gammas that do not decay",
+        "adamw_noqk": "without QK-Norm",
+    },
+    "Muon": {
+        "muon_qk": "with QK-Norm whose gammas decay",
+        "muon_qk_undecayed": "with gammas that do not decay",
+        "muon_noqk": "without QK-Norm",
+    },
+}
+ALT = "Participation Ratio of the keys over training, before and after RoPE, by arm"
+# A page is dark where its reader's system is: paper, ink, grid, and the hues of Okabe & Ito.
+DARK = {
+    "#ffffff": "#0d1117",
+    "#000000": "#e6edf3",
+    "#dddddd": "#30363d",
+    "#0072b2": "#56b4e9",
+    "#d55e00": "#ff9d57",
+}
+
+
+class Run(NamedTuple):
+    """One finished run of the archives."""
+
+    arm: str
+    seed: int
+    commit: str
+    tokens: np.ndarray  # [evaluations]
+    values: dict[str, np.ndarray]  # by metric, [evaluations]
+
+
+def read(archive: pathlib.Path) -> Run:
+    """The evaluations of an archived run; nothing is unpacked."""
+    with tarfile.open(archive) as tar:
+        members = {pathlib.PurePath(name).name: name for name in tar.getnames()}
+
+        def text(name: str) -> str:
+            member = tar.extractfile(members[name])
+            assert member is not None, name
+            return member.read().decode()
+
+        rows = [json.loads(line) for line in text("metrics.jsonl").splitlines()]
+        summary: dict[str, Any] = json.loads(text("summary.json"))
+        commit = json.loads(text("environment.json"))["git"]["sha"]
+    shown = [row for row in rows if LOSS in row]
+    return Run(
+        summary["arm"],
+        summary["seed"],
+        commit[:7],
+        np.array([row["tokens"] for row in shown]),
+        {name: np.array([row[name] for row in shown], float) for name in (LOSS, *MEASURES)},
+    )
+
+
+def read_all(folder: pathlib.Path = ARCHIVES) -> dict[str, list[Run]]:
+    """By arm, the runs by seed."""
+    found: dict[str, list[Run]] = {}
+    for archive in sorted(folder.glob("*.tar.gz")):
+        run = read(archive)
+        found.setdefault(run.arm, []).append(run)
+    return {arm: sorted(runs, key=lambda run: run.seed) for arm, runs in sorted(found.items())}
+
+
+def table(runs: dict[str, list[Run]]) -> str:
+    """The four arms as a table: mean over seeds, in brackets the range where there are several."""
+    columns = " | ".join(f"PR {title}" for title in MEASURES.values())
+    lines = [
+        f"| arm | seeds | validation loss, nat | {columns} | commit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        of_arm = runs.get(arm, [])
+        seeds = ", ".join(str(run.seed) for run in of_arm)
+        cells = [_cell([run.values[LOSS][-1] for run in of_arm], 3)]
+        cells += [_cell([run.values[name][-1] for run in of_arm], 1) for name in MEASURES]
+        commits = ", ".join(sorted({run.commit for run in of_arm}))
+        row = (arms_lib.label(arm), seeds or "not run yet", *cells, commits or "-")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def answer(runs: dict[str, list[Run]]) -> str:
+    """What the finished runs say so far, in two sentences with their scope."""
+    metric = "pr/key/post_rope/raw"
+    said = []
+    for optimizer, words in WORDS.items():
+        ends = [
+            f"{_cell([run.values[metric][-1] for run in runs[arm]], 1)} {how}"
+            for arm, how in words.items()
+            if arm in runs
+        ]
+        if ends:
+            said.append(f"{optimizer}'s keys end at {', '.join(ends)}")
+    missing = [arms_lib.label(arm) for arm in ARMS if arm not in runs]
+    fewest = min(len(of_arm) for of_arm in runs.values())
+    tokens = drawing.count(max(int(run.tokens[-1]) for of in runs.values() for run in of))
+    if missing or fewest < SEEDS:
+        scope = f"{fewest} seed{'s' * (fewest > 1)} of {SEEDS}, so nothing is decided"
+    else:
+        scope = f"{fewest} seeds"
+    gaps = f"; not run yet: {' and '.join(missing)}" if missing else ""
+    return (
+        f"**So far**, after RoPE and of {HEAD_DIM}: {'; '.join(said)}. That is a model of 4 layers "
+        f"(scale `small`, recipe `original`), {tokens} tokens of docstrings a run, {scope}{gaps}."
+    )
+
+
+def block(runs: dict[str, list[Run]]) -> str:
+    """What stands between the marks: the answer, the figure, the table."""
+    picture = f"![{ALT}](docs/figures/{FIGURE.name})"
+    note = (
+        "Means over the seeds at the last step, in brackets their range. In this recipe an arm's "
+        "gammas decay; the figure also has the controls without that decay."
+    )
+    said, below = (textwrap.fill(words, 112) for words in (answer(runs), note))
+    return "\n\n".join((said, picture, table(runs), below))
+
+
+def _cell(values: list[float], digits: int) -> str:
+    if not values:
+        return "-"
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+@drawing.styled
+def figure(runs: dict[str, list[Run]]) -> Any:
+    """PR of the keys over training, before and after RoPE: means, and a thin line a seed."""
+    drawn = {arm: runs[arm] for arm in DRAWN if arm in runs}
+    looks = arms_lib.looks(DRAWN)
+    panels_figure = drawing.new_figure(7.4, 3.5)
+    panels = panels_figure.subplots(1, 2, sharey=True)
+    for axes, (metric, title) in zip(panels, MEASURES.items(), strict=True):
+        axes.patch.set_visible(False)
+        for arm, of_arm in drawn.items():
+            hue, line, marker = looks[arm]
+            for run in of_arm if len(of_arm) > 1 else ():
+                axes.plot(run.tokens, run.values[metric], color=hue, ls=line, lw=0.6, alpha=0.6)
+            count = len(of_arm)
+            axes.plot(
+                of_arm[0].tokens,
+                np.mean([run.values[metric] for run in of_arm], axis=0),
+                color=hue,
+                ls=line,
+                marker=marker,
+                lw=1.6,
+                label=f"{arms_lib.short(arm)} ({count} seed{'s' * (count > 1)})",
+            )
+        drawing.token_axis(axes, sorted({int(t) for of in drawn.values() for t in of[0].tokens}))
+        axes.set_title(title)
+        axes.set_ylim(0, HEAD_DIM)
+    panels[0].set_ylabel(f"PR of keys (directions of {HEAD_DIM})")
+    panels_figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=8,
+        handlelength=3.2,
+    )
+    return panels_figure
+
+
+def svg(runs: dict[str, list[Run]]) -> str:
+    """The figure with a second set of colours for readers whose system is dark."""
+    drawn = drawing.to_bytes(figure(runs), "svg").decode()
+    rules = [
+        f'[style*="{kind}: {light}"] {{ {kind}: {dark} !important }}'
+        for light, dark in DARK.items()
+        for kind in ("fill", "stroke")
+    ]
+    rules.append(f"text {{ fill: {DARK['#000000']} }}")
+    style = "\n   ".join(rules)
+    themed = (
+        f"<style>\n  @media (prefers-color-scheme: dark) {{\n   {style}\n  }}\n </style>\n <defs>"
+    )
+    return re.sub(r"<defs>", lambda _: themed, drawn, count=1)
+
+
+def recipes() -> str:
+    """The settings in which the recipes differ at full scale, as the plan of a study has them."""
+    from configs import study
+
+    found = plan_cost.recipe_differences(plan_config.resolve(study.get_config("full")))
+    lines = ["| setting | fixed | original | arms |", "|---|---|---|---|"]
+    lines += [f"| `{field}` | {ours} | {theirs} | {arms} |" for field, ours, theirs, arms in found]
+    return "\n".join(lines)
+
+
+def with_block(page: str, name: str, written: str) -> str:
+    """The page with a block between its two marks."""
+    start, end = MARK.format(name), END.format(name)
+    before, _, rest = page.partition(start)
+    _, _, after = rest.partition(end)
+    assert after, f"the marks {start} and {end} are not there"
+    return f"{before}{start}\n{written}\n{end}{after}"
+
+
+def main() -> None:
+    runs = read_all()
+    FIGURE.write_text(svg(runs))
+    README.write_text(with_block(README.read_text(), "results", block(runs)))
+    DEVIATIONS.write_text(with_block(DEVIATIONS.read_text(), "recipes", "\n" + recipes() + "\n"))
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
