@@ -131,6 +131,14 @@ def test_a_page_opens_with_what_its_reader_can_do(page):
     assert opening.startswith("After this page you "), page.name
 
 
+def test_the_site_lists_every_page():
+    """mkdocs.yml's nav; the build itself is tests/test_site.py."""
+    listed = (ROOT / "mkdocs.yml").read_text()
+    pages = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")]
+    missing = [str(page) for page in pages if f"- {page}\n" not in listed]
+    assert len(pages) > 15 and not missing, f"mkdocs.yml: nav lacks {missing}"
+
+
 def test_imports_written_in_strings_and_scripts_exist():
     """No linter reads the code for other processes that tests hold in strings."""
     scripts = [p for folder in FOLDERS.split("|") for p in (ROOT / folder).rglob("*.[ps][yh]")]
