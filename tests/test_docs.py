@@ -2,8 +2,10 @@
 
 import ast
 import importlib.util
+import json
 import pathlib
 import re
+import tarfile
 
 import pytest
 
@@ -119,6 +121,16 @@ def test_the_first_screen_names_seeds_and_what_is_missing(generated):
 def test_the_deviations_are_those_of_the_configs(generated):
     page = generated.DEVIATIONS.read_text()
     assert generated.recipes() in page, "Run python docs/write_generated.py."
+
+
+def test_the_address_of_tensorboard_pins_what_a_run_writes():
+    address = re.search(r"\?pinnedCards=(\[.*\])#timeseries", (ROOT / "docs/train.md").read_text())
+    with tarfile.open(next((ROOT / "docs" / "results").rglob("*.tar.gz"))) as archive:
+        name = next(name for name in archive.getnames() if name.endswith("metrics.jsonl"))
+        rows = map(json.loads, archive.extractfile(name).read().splitlines())
+        written = {tag for row in rows for tag in row}
+    for card in json.loads(address[1]):
+        assert card["tag"] in written, card
 
 
 def test_the_readme_is_read_in_a_minute():

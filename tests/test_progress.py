@@ -49,7 +49,8 @@ def test_a_clock_of_the_day_that_jumps_changes_no_rate(clock, monkeypatch, capsy
     rates = shown.rates(1, 0.0)
     assert rates["perf/tokens_per_second"] == pytest.approx(2048)
     shown.show_step(1, row(1, rates))
-    assert "-" not in capsys.readouterr().out.rpartition("MFU")[2]  # of the time that is left
+    shown.show_step(195, row(195, rates))
+    assert "-" not in capsys.readouterr().out  # of the time that is left
 
 
 def test_mfu_counts_all_devices_and_is_null_where_the_peak_is_unknown(clock):
@@ -98,6 +99,20 @@ def test_too_few_losses_make_no_spike(clock, caplog):
     assert not caplog.records
 
 
+def test_what_is_not_known_is_left_out_of_a_line(clock, capsys):
+    shown = make()
+    shown.restart_clock(0)
+    clock[0] += 1
+    rates = shown.rates(1, 0.0)
+    shown.show_step(1, row(1, rates))
+    assert capsys.readouterr().out.count("  ") == 3  # step, tokens, loss, speed
+    shown = make("NVIDIA H200")
+    shown.restart_clock(0)
+    clock[0] += 1
+    shown.show_step(1, row(1, {**rates, "perf/mfu": 0.4321}))
+    assert capsys.readouterr().out.endswith("tokens/s  MFU (PaLM) 43.2%\n")
+
+
 def test_heads_without_a_pr_are_said(clock, caplog, capsys):
     shown = make()
     shown.show_evaluation(
@@ -125,6 +140,6 @@ def test_lines_show_step_loss_pr_speed_and_time_left(clock, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "val/loss 8.1234" in lines[0] and "21.46" in lines[0] and "of 32" in lines[0]
     assert len(lines) == 1 + 10  # one every 10 seconds
-    assert lines[1].startswith("step 1/195") and "time left unknown" in lines[1]
+    assert lines[1].startswith("step 1/195") and lines[1].endswith("tokens/s")
     assert "tokens 186,368  loss 3.2500  PR 21.5  2,048 tokens/s" in lines[-1]
-    assert "MFU (PaLM) null" in lines[-1] and lines[-1].endswith("0:01:44 left")
+    assert lines[-1].endswith("tokens/s  0:01:44 left")

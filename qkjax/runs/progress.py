@@ -144,22 +144,28 @@ class Progress:
         self._losses.append(loss)
 
     def show_step(self, step: int, row: Mapping[str, Any]) -> None:
-        """One line every `log.every_seconds`, and after the last step."""
+        """One line every `log.every_seconds`, and after the last step.
+
+        What is not known is left out: PR before an evaluation, MFU of a device of unknown peak, the
+        time left before a rate is known.
+        """
         now = time.monotonic()
         self._first = self._first or (step, now)
         last = step == self._config.train.num_steps
         if now - self._shown < self._config.log.every_seconds and not last:
             return
         self._shown = now
-        mfu = row["perf/mfu"]
-        pr = "-" if self._pr is None else f"{self._pr:.1f}"
-        print(
-            f"step {step}/{self._config.train.num_steps}  "
-            f"tokens {row['tokens']:,}  loss {_number(row['train/loss'], 4)}  PR {pr}  "
-            f"{row['perf/tokens_per_second']:,.0f} tokens/s  "
-            f"MFU (PaLM) {'null' if mfu is None else f'{mfu:.1%}'}  {self._left(step, now)}",
-            flush=True,
-        )
+        parts = [
+            f"step {step}/{self._config.train.num_steps}",
+            f"tokens {row['tokens']:,}",
+            f"loss {_number(row['train/loss'], 4)}",
+        ]
+        if self._pr is not None:
+            parts.append(f"PR {self._pr:.1f}")
+        parts.append(f"{row['perf/tokens_per_second']:,.0f} tokens/s")
+        if row["perf/mfu"] is not None:
+            parts.append(f"MFU (PaLM) {row['perf/mfu']:.1%}")
+        print("  ".join(parts + self._left(step, now)), flush=True)
 
     def show_evaluation(self, step: int, row: Mapping[str, Any]) -> None:
         """One line an evaluation."""
@@ -180,15 +186,15 @@ class Progress:
             flush=True,
         )
 
-    def _left(self, step: int, now: float) -> str:
+    def _left(self, step: int, now: float) -> list[str]:
         """Time left, at the average pace since the first step (evaluations included)."""
         assert self._first is not None
         first_step, first_time = self._first
         if step == first_step:
-            return "time left unknown"
+            return []
         pace = (now - first_time) / (step - first_step)
         seconds = round(pace * (self._config.train.num_steps - step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+        return [f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"]
 
 
 def _number(value: float | None, digits: int) -> str:
