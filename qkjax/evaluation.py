@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qkjax import losses, model, sharding
+from qkjax import losses, model, processes, sharding
 from qkjax.cli import startup
 from qkjax.config import Config
 from qkjax.data import pipeline
@@ -297,7 +297,7 @@ class Evaluator:
         Args:
             interrupted: asked between batches; when True the pass is given up.
         Returns:
-            None when it was given up.
+            None when it was given up. Process 0 alone has spectra.
         """
         started = time.monotonic()
         statistics = empty_statistics(self._config, self._mesh)
@@ -313,10 +313,13 @@ class Evaluator:
             sums.append(loss_sum)
             masks.append(valid)
         # Every device has the same: one of them is enough, and several would deadlock in LAPACK.
-        one_device = jax.tree.map(lambda leaf: leaf.addressable_data(0), (statistics, params))
-        decompose = self._program("decompose", 0, *one_device)
-        decomposed = clock.time(decompose, *one_device)
-        spectra, sums, masks = jax.device_get((decomposed, sums, masks))
+        decomposed = Spectra({}, {})
+        if processes.is_first():
+            one_device = jax.tree.map(lambda leaf: leaf.addressable_data(0), (statistics, params))
+            decompose = self._program("decompose", 0, *one_device)
+            decomposed = clock.time(decompose, *one_device)
+        processes.meet()  # collectives would not wait for a long decomposition
+        spectra, sums, masks = processes.whole((decomposed, sums, masks))
         if clock.wanted and not interrupted():
             alone = self._program("loss", len(valid), params, tokens, valid)
             self._probe_fraction = clock.probe_fraction(alone, len(sums), params, tokens, valid)

@@ -3,7 +3,9 @@
 The same command again resumes the run. --config runs the code of the config file.
 """
 
+import contextlib
 import json
+import re
 
 from absl import flags
 
@@ -50,11 +52,35 @@ _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config", False, "Show the checked config as JSON.", flag_values=FLAGS
 )
 
-
 _INIT_FROM = flags.DEFINE_string(
     "init_from",
     None,
     "Start from the parameters of this Llama or Qwen3 directory, public or exported.",
+    flag_values=FLAGS,
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "One of several processes, as the environment of SLURM, a TPU VM, Open MPI or Kubernetes says.",
+    flag_values=FLAGS,
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "One of several processes: HOST:PORT of process 0, the same in every process.",
+    flag_values=FLAGS,
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "With --coordinator: how many.", lower_bound=1, flag_values=FLAGS
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "With --coordinator: which, from 0.", lower_bound=0, flag_values=FLAGS
+)
+_JOIN_SECONDS = flags.DEFINE_integer(
+    "join_seconds",
+    300,
+    "How long the processes wait for each other at the start.",
+    lower_bound=1,
     flag_values=FLAGS,
 )
 
@@ -79,6 +105,8 @@ def _train() -> None:
     if not _WORKDIR.value:
         raise errors.UsageError("--workdir: missing. Name the run directory, --workdir=runs/NAME.")
 
+    _check_process_flags()
+
     from qkjax.data import dataset as dataset_lib
 
     dataset_lib.require_directory(config)
@@ -87,12 +115,56 @@ def _train() -> None:
     from qkjax import train  # jax and all: only once the command line is known to be sound
     from qkjax.export import hf
 
-    train.train_and_evaluate(
-        config,
-        _WORKDIR.value,
-        restore_step=_RESTORE_STEP.value,
-        allow_config_change=tuple(_ALLOW_CONFIG_CHANGE.value),
-        origin=hf.read_origin(_INIT_FROM.value, config.model) if _INIT_FROM.value else None,
+    with _processes():
+        train.train_and_evaluate(
+            config,
+            _WORKDIR.value,
+            restore_step=_RESTORE_STEP.value,
+            allow_config_change=tuple(_ALLOW_CONFIG_CHANGE.value),
+            origin=hf.read_origin(_INIT_FROM.value, config.model) if _INIT_FROM.value else None,
+        )
+
+
+def _check_process_flags() -> None:
+    coordinator, number, index = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    given = {"coordinator": coordinator, "num_processes": number, "process_id": index}
+    missing = [name for name, value in given.items() if value is None]
+    if _DISTRIBUTED.value and len(missing) < len(given):
+        raise errors.UsageError(
+            "--distributed: it takes all from the environment of a cluster. Leave --coordinator, "
+            "--num_processes and --process_id out, or --distributed."
+        )
+    if len(missing) == len(given):
+        return
+    if coordinator is None or number is None or index is None:
+        raise errors.UsageError(
+            f"--{missing[0]}: missing. Several processes need --coordinator=HOST:PORT, "
+            "--num_processes=N and --process_id=I in each."
+        )
+    if not re.fullmatch(r".+:\d{1,5}", coordinator):
+        raise errors.UsageError(
+            f"--coordinator: {coordinator!r} is no address, expected HOST:PORT of process 0, such "
+            "as 10.0.0.1:8476. Add the port."
+        )
+    if index >= number:
+        raise errors.UsageError(
+            f"--process_id: {index} of {number} processes, expected 0 to {number - 1}. Number the "
+            "processes from 0."
+        )
+
+
+def _processes() -> contextlib.AbstractContextManager[None]:
+    """This process as one of several, if the command line says so."""
+    if not _DISTRIBUTED.value and _COORDINATOR.value is None:
+        return contextlib.nullcontext()
+    from qkjax import processes
+
+    return processes.joined(
+        command_line.describe,
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        _JOIN_SECONDS.value,
     )
 
 

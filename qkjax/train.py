@@ -1,6 +1,7 @@
 """The training run: set up, restore, loop, finish."""
 
 import contextlib
+import json
 import os
 import time
 import zlib
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import qkjax
 from qkjax import (
     after_update,
     errors,
@@ -20,9 +22,11 @@ from qkjax import (
     flops,
     model,
     optimizer,
+    processes,
     sharding,
     train_step,
 )
+from qkjax import config as config_lib
 from qkjax.cli import startup
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
@@ -41,6 +45,9 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains one arm in `workdir`, or resumes what an earlier call left.
 
+    With several processes each calls this, inside `processes.joined`; process 0 alone reads and
+    writes the run directory, and the others need not see it.
+
     Args:
         config: a resolved config; dtypes "auto" are settled for the devices at hand.
         workdir: the run directory (docs/run_directory.md).
@@ -48,39 +55,80 @@ def train_and_evaluate(
         allow_config_change: fields that may differ from the directory's config.json.
         origin: what a new run starts from; None: random parameters of its seed.
     Returns:
-        The summary, as summary.json holds it.
+        The summary, as summary.json holds it; the same in every process.
     Raises:
         UsageError: dataset, config or checkpoint do not fit; before anything is computed.
         NonFiniteError: the run diverged; its last finite state is saved.
         StorageError: the disk failed; earlier checkpoints stay.
         Stopped: SIGTERM or SIGINT; a checkpoint was saved.
     """
-    directory = RunDirectory.make(workdir)
+    directory = RunDirectory.make(workdir) if processes.is_first() else RunDirectory(workdir)
     platform = jax.default_backend()
     _check_determinism(config, platform)
     config = attention_check.settle(config.for_platform(platform), platform)
-    with directory.lock(), signals.StopRequest() as stop:
-        dataset = dataset_lib.open_dataset(config, directory.recorded_dataset())
+    lock = directory.lock() if processes.is_first() else contextlib.nullcontext()
+    with lock, signals.StopRequest() as stop:
+        dataset = _open_dataset(config, directory)
         run = _Run(config, directory, dataset, stop, origin)
-        changes = directory.config_changes(
-            config, dataset.manifest.fingerprint, allow_config_change
-        )
-        summary = directory.read_summary()
-        if summary is not None and restore_step is None and _is_finished(summary, config):
+        _check_processes(config, dataset, origin)
+
+        def changes_or_summary() -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+            changes = directory.config_changes(
+                config, dataset.manifest.fingerprint, allow_config_change
+            )
+            summary = directory.read_summary()
+            if summary is None or restore_step is not None or not _is_finished(summary, config):
+                return changes, None
             _check_finished(directory, summary, changes)
             run.check_latest_checkpoint()
             print(
                 f"{directory}: already complete at step {summary['step']}; nothing to do",
                 flush=True,
             )
+            return changes, summary
+
+        changes, summary = processes.from_first(changes_or_summary)
+        if summary is not None:
             return summary
         resources.check_memory(config, run.transformation)
-        resources.check_disk(directory, config, run.transformation)
+        if processes.is_first():
+            resources.check_disk(directory, config, run.transformation)
         resources.warn_of_cpu(config, platform)
         try:
             return run.execute(restore_step, changes)
         except jax.errors.JaxRuntimeError as error:
             raise resources.explain(error, config, run.transformation) from error
+
+
+def _open_dataset(config: Config, directory: RunDirectory) -> dataset_lib.Dataset:
+    """Process 0 first, which makes the embedded corpus where it is missing; then the others."""
+    if not processes.is_first():
+        return dataset_lib.open_dataset(config, processes.from_first(str))
+    recorded = directory.recorded_dataset()
+    dataset = dataset_lib.open_dataset(config, recorded)
+    processes.from_first(lambda: recorded)
+    return dataset
+
+
+def _check_processes(
+    config: Config, dataset: dataset_lib.Dataset, origin: checkpoint.Origin | None
+) -> None:
+    """Refuses processes that would not train the same run."""
+    if processes.count() == 1:
+        return
+    settings = flatten(files.plain(config.to_dict()))
+    private = ("data.dir", *config_lib.FREE_FIELDS)  # each host has its own paths
+    processes.check_equal(
+        {
+            **{f"config.{n}": json.dumps(v) for n, v in settings.items() if n not in private},
+            "the dataset's fingerprint": dataset.manifest.fingerprint,
+            "params_sha256 of --init_from": "none" if origin is None else origin.params_sha256,
+            "the version of jax": jax.__version__,
+            "the version of qkjax": qkjax.__version__,
+            "the device": jax.local_devices()[0].device_kind,
+            "the number of its devices": str(jax.local_device_count()),
+        }
+    )
 
 
 def _check_determinism(config: Config, platform: str) -> None:
@@ -162,6 +210,11 @@ def _check_finished(
     directory.check_files()
 
 
+def _of_resume(meta: dict[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint's record every process needs."""
+    return {name: meta[name] for name in ("step", "wall_seconds")}
+
+
 class _Pending(NamedTuple):
     """A dispatched step whose metrics are still on the device."""
 
@@ -198,6 +251,8 @@ class _Run:
         self.dataset = dataset
         self.stop = stop
         self.mesh = sharding.make_mesh()
+        self.votes = processes.Votes(self.mesh)
+        self.stopping: int | None = None  # the signal that all processes stop by
         self.transformation, self.train_step, self.hooks, self.evaluate = make_programs(
             config, self.mesh
         )
@@ -214,7 +269,7 @@ class _Run:
         self.started = time.monotonic()
         self.earlier_seconds = 0.0
         self.profiling = False
-        self.checkpoints: checkpoint.Checkpoints
+        self.checkpoints: checkpoint.Checkpoints  # of process 0, as the writer
         self.writer: writers.CompositeWriter
 
     def execute(self, restore_step: int | None, changes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -223,12 +278,19 @@ class _Run:
         Args:
             changes: of the config, recorded once the checkpoint has taken them.
         """
+        if not processes.is_first():
+            meta = processes.from_first(dict)
+            state = (
+                self._start() if meta is None else self._resume(checkpoint.Restored((), (), meta))
+            )
+            return self._finish(self._train(state))
         self.checkpoints = checkpoint.Checkpoints(
             self.directory.checkpoints, keep_all=self.config.checkpoint.keep_all
         )
         with contextlib.closing(self.checkpoints):
             restored = self._restore(restore_step, changes)
             table = self._record_start(changes)
+            processes.from_first(lambda: None if restored is None else _of_resume(restored.meta))
             state = self._start() if restored is None else self._resume(restored)
             with contextlib.closing(self.writer):
                 shown = progress.banner(
@@ -297,8 +359,9 @@ class _Run:
         return self.checkpoints.restore(step, shapes.params, shapes.opt_state)
 
     def _start(self) -> train_step.TrainState:
-        self.writer = writers.create_run_writer(self.directory.path, resume_step=-1)
-        self.writer.write_hparams(flatten(self.config.to_dict()))
+        if processes.is_first():
+            self.writer = writers.create_run_writer(self.directory.path, resume_step=-1)
+            self.writer.write_hparams(flatten(self.config.to_dict()))
         if self.origin is not None:
             return train_step.state_of(self.origin.params, self.transformation, self.mesh)
         return train_step.init_state(
@@ -307,6 +370,18 @@ class _Run:
 
     def _resume(self, restored: checkpoint.Restored) -> train_step.TrainState:
         step = restored.meta["step"]
+        self.earlier_seconds = restored.meta["wall_seconds"]
+        self.saved.add(step)
+        if processes.is_first():
+            self._resume_files(step)
+        shapes = train_step.state_shapes(self.config, self.transformation)
+        params = processes.arrays_from_first(restored.params, shapes.params)
+        opt_state = processes.arrays_from_first(restored.opt_state, shapes.opt_state)
+        state = train_step.TrainState(jnp.int32(step), params, opt_state, jnp.ones((), bool))
+        return jax.device_put(state, sharding.replicated(self.mesh))
+
+    def _resume_files(self, step: int) -> None:
+        """Cuts what lies behind the step, and reads what the run has measured up to it."""
         aside = self.checkpoints.set_aside_after(step)
         if aside:
             print(
@@ -314,22 +389,16 @@ class _Run:
                 "--restore_step out of the next command, or it starts here again",
                 flush=True,
             )
-        self.earlier_seconds = restored.meta["wall_seconds"]
-        self.saved.add(step)
         self.writer = writers.create_run_writer(self.directory.path, resume_step=step)
         for row in self.directory.read_metrics():
             self.latest.update(row)
             self.progress.remember_loss(row.get("train/loss"))
         self.directory.drop_evaluations_after(step)
-        state = train_step.TrainState(
-            jnp.int32(step), restored.params, restored.opt_state, jnp.ones((), bool)
-        )
-        return jax.device_put(state, sharding.replicated(self.mesh))
 
     def _train(self, state: train_step.TrainState) -> train_step.TrainState:
         """Runs the steps that are left."""
         start = int(state.step)
-        row = self.writer.last_row()
+        row = processes.from_first(lambda: self.writer.last_row())
         if row is None or row["step"] != start:  # a new run, or metrics.jsonl has lost rows
             row = {"step": start, "tokens": start * self.config.train.tokens_per_step}
         self._settle(state, start, row)
@@ -353,7 +422,7 @@ class _Run:
                     if pending is not None:  # one step late, so that the device never waits
                         self._write(self._read(pending))
                     pending = _Pending(step, metrics, rows, batch, data_wait)
-                    if self._is_boundary(step) or self.stop.signum is not None:
+                    if self._is_stopping() or self._is_boundary(step):
                         row, pending = self._read(pending), None
                         self._settle(state, step, row)
             except _NonFiniteStep as bad:
@@ -367,12 +436,14 @@ class _Run:
         started = time.monotonic()
         program = resources.compile_step(self.train_step, self.config, state, self.mesh)
         seconds = time.monotonic() - started
-        print(f"compiled   in {seconds:.1f} s: {resources.program_cost(program)}", flush=True)
+        if processes.is_first():
+            print(f"compiled   in {seconds:.1f} s: {resources.program_cost(program)}", flush=True)
+        processes.meet()  # a collective may not wait for as long as another process compiles
         return program
 
     def _profile(self, step: int) -> None:
         """Starts the trace before its first update, and ends it before the one after its last."""
-        if not self.config.profile.steps:
+        if not self.config.profile.steps or not processes.is_first():
             return
         first, last = self.config.profile.steps
         if step == first:
@@ -411,23 +482,37 @@ class _Run:
         if step in self.config.eval.steps and "val/loss" not in row:
             measured = self._measure(state.params, self.config.eval.tokens)
             if measured is not None:
-                self.directory.write_evaluation(step, measured.spectra, measured.validation)
                 row = {**row, **measured.metrics}
-                self.progress.show_evaluation(step, row)
+                if processes.is_first():
+                    self.directory.write_evaluation(step, measured.spectra, measured.validation)
+                    self.progress.show_evaluation(step, row)
         self._write(row)
-        if step in self.config.checkpoint.steps or self.stop.signum is not None:
+        if self._is_stopping() or step in self.config.checkpoint.steps:
             self._save(state, step)
-        if self.stop.signum is not None:
+        if self.stopping is not None:
             self._stop(f"after step {step}, which is saved")
+        processes.meet()  # process 0 has written
         self.progress.restart_clock(step)
 
+    def _is_stopping(self) -> bool:
+        """Asks all processes; once the answer is yes, it stays."""
+        if self.stopping is None:
+            self.stopping = self.votes.of_all(self.stop.signum)
+        return self.stopping is not None
+
     def _stop(self, where: str) -> None:
-        self.checkpoints.wait()
-        assert self.stop.signum is not None
+        self._wait_for_checkpoints()
+        assert self.stopping is not None
         raise signals.Stopped(
-            self.stop.signum,
+            self.stopping,
             f"{self.directory}: stopped {where}. Run the same command again to resume.",
         )
+
+    def _wait_for_checkpoints(self) -> None:
+        """Returns, in all processes, when process 0 has them on the disk."""
+        if processes.is_first():
+            self.checkpoints.wait()
+        processes.meet()
 
     def _measure(self, params: model.Params, tokens: int) -> evaluation.Evaluation | None:
         """One pass over the first `tokens` of the validation split (0 = all); None: interrupted."""
@@ -441,7 +526,7 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        return self.evaluate(params, batches, lambda: self.stop.signum is not None)
+        return self.evaluate(params, batches, self._is_stopping)
 
     def _read(self, pending: _Pending) -> dict[str, Any]:
         """Waits for a step and makes its row.
@@ -464,24 +549,31 @@ class _Run:
             self._write(row)
             names = checkpoint.leaf_names(model.parameter_shapes(self.config.model))
             raise _NonFiniteStep(pending, _first_not_finite(metrics, names))
-        self.progress.watch_loss(pending.step, float(metrics.loss))
-        self.progress.show_step(pending.step, row)
+        if processes.is_first():
+            self.progress.watch_loss(pending.step, float(metrics.loss))
+            self.progress.show_step(pending.step, row)
         return row
 
     def _write(self, row: dict[str, Any]) -> None:
-        self.writer.write_row(row)
-        self.latest.update(row)
+        if processes.is_first():
+            self.writer.write_row(row)
+            self.latest.update(row)
 
     def _save(self, state: train_step.TrainState, step: int) -> None:
         """Checkpoints a step unless it is there; everything written before it is on disk first."""
         if step in self.saved:
             return
-        self.writer.flush()
         self.saved.add(step)
+        params, opt_state = state.params, state.opt_state
+        if processes.count() > 1:
+            params, opt_state = processes.whole((params, opt_state))
+        if not processes.is_first():
+            return
+        self.writer.flush()
         self.checkpoints.save(
             step,
-            state.params,
-            state.opt_state,
+            params,
+            opt_state,
             {
                 "config": self.config.to_dict(),
                 "dataset_fingerprint": self.dataset.manifest.fingerprint,
@@ -498,9 +590,10 @@ class _Run:
         """Saves the last finite state, writes the summary, and raises."""
         step = int(state.step)
         self._save(state, step)
-        self.checkpoints.wait()
+        self._wait_for_checkpoints()
         self._write_summary(step, diverged_step=bad.pending.step)
-        ids = ", ".join(str(i) for i in bad.pending.batch.record_ids)
+        shares = processes.from_all(bad.pending.batch.record_ids.tolist())
+        ids = ", ".join(str(i) for row in zip(*shares, strict=True) for i in row)
         raise errors.NonFiniteError(
             f"{self.directory}: step {bad.pending.step} is not finite, first in {bad.where}; its "
             f"batch has the training records {ids}. The state after step {step} is saved. "
@@ -510,21 +603,28 @@ class _Run:
     def _finish(self, state: train_step.TrainState) -> dict[str, Any]:
         """The final pass, if there is one, and the summary that marks the run as finished."""
         step = int(state.step)
-        self.checkpoints.wait()
+        self._wait_for_checkpoints()
         if self.config.eval.final_tokens >= 0:
             measured = self._measure(state.params, self.config.eval.final_tokens)
             if measured is None:
                 self._stop("in the final pass; training is complete and saved")
                 raise AssertionError("_stop raises")
-            self.directory.write_evaluation(FINAL, measured.spectra, measured.validation)
-            self.progress.show_evaluation(step, measured.metrics)
-            self.latest |= {final_name(name): v for name, v in measured.metrics.items()}
-        self.writer.flush()
+            if processes.is_first():
+                self.directory.write_evaluation(FINAL, measured.spectra, measured.validation)
+                self.progress.show_evaluation(step, measured.metrics)
+                self.latest |= {final_name(name): v for name, v in measured.metrics.items()}
+        if processes.is_first():
+            self.writer.flush()
         summary = self._write_summary(step, diverged_step=None)
-        print(f"done       {self.directory.summary}", flush=True)
+        if processes.is_first():
+            print(f"done       {self.directory.summary}", flush=True)
         return summary
 
     def _write_summary(self, step: int, diverged_step: int | None) -> dict[str, Any]:
+        """Marks the run as finished; every process returns with the summary when it is written."""
+        return processes.from_first(lambda: self._summarise(step, diverged_step))
+
+    def _summarise(self, step: int, diverged_step: int | None) -> dict[str, Any]:
         passes = dataset_lib.passes_over_data(self.config, self.dataset.manifest, step)
         summary = {
             **self.latest,

@@ -134,7 +134,7 @@ def exit_code(work: Callable[[], int | None], debug: Callable[[], bool] = lambda
             raise
         if "--debug" in sys.argv or debug():
             traceback.print_exc()
-        code, text = _describe(error)
+        code, text = describe(error)
         print(f"ERROR: {text}", file=sys.stderr, flush=True)
         return code
 
@@ -145,7 +145,8 @@ def _is_of_jax_start(error: BaseException) -> bool:
     return last.name == "backends" and last.filename.endswith("xla_bridge.py")
 
 
-def _describe(error: BaseException) -> tuple[int, str]:
+def describe(error: BaseException) -> tuple[int, str]:
+    """The exit code of an error, and its text behind ERROR:; 1 and one line of an internal one."""
     if isinstance(error, errors.QkjaxError):
         return error.exit_code, str(error)
     if isinstance(error, flags.Error):
@@ -154,7 +155,7 @@ def _describe(error: BaseException) -> tuple[int, str]:
         return errors.OutOfMemoryError.exit_code, _NO_MEMORY.format(reason=errors.one_line(error))
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped by SIGINT"
-    if isinstance(error, _NO_DEVICE):
+    if isinstance(error, _NO_DEVICE) and _is_of_jax_start(error):
         wanted = os.environ.get("JAX_PLATFORMS", "")
         return errors.UsageError.exit_code, (
             f"JAX_PLATFORMS: jax finds no device of {wanted!r} here ({errors.one_line(error)}). "
@@ -164,4 +165,6 @@ def _describe(error: BaseException) -> tuple[int, str]:
         from qkjax import files  # numpy and all, which --help does without
 
         return errors.StorageError.exit_code, str(files.storage_error(error.filename, error))
-    return errors.StorageError.exit_code, f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        return errors.StorageError.exit_code, f"{type(error).__name__}: {error}"
+    return 1, errors.one_line(error)

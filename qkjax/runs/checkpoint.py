@@ -116,10 +116,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=(checkpoint_managers.LatestN(None) if keep_all else policy),
             read_only=read_only,
-            create=not read_only,
+            create=not read_only and jax.process_count() == 1,
+            multiprocessing_options=_of_this_process(),
             cleanup_tmp_directories=not read_only,
         )
         with self._damage_named():
+            if not read_only and jax.process_count() > 1:
+                self._directory.mkdir(parents=True, exist_ok=True)  # Orbax leaves it to us there
             self._manager = ocp.CheckpointManager(
                 self._directory, options=options, item_names=_ITEMS
             )
@@ -380,6 +383,19 @@ class Checkpoints:
                 f"{usage.f_bavail * usage.f_frsize / 1e9:.3g} GB are free). "
                 f"Sound checkpoints: {self.steps()}. Make room and run the same command again."
             ) from error
+
+
+def _of_this_process() -> ocp.options.MultiprocessingOptions:
+    """Orbax's rule for checkpoints that one of several processes writes and reads, here process 0.
+
+    Digests are of whole arrays, which `processes.whole` brings to it.
+    """
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+    )
 
 
 def _is_record(meta: Any) -> bool:
