@@ -340,6 +340,8 @@ class Evaluator:
         """The program compiled for batches of `rows` rows, before its first use."""
         if (name, rows) not in self._compiled:
             self._compiled[name, rows] = self._compile(self._jitted[name], arguments)
+            if name != "decompose":  # of process 0 alone; no collective waits for compilers
+                processes.meet()
         return self._compiled[name, rows]
 
     def _compile(self, jitted: Any, arguments: tuple[Any, ...]) -> Any:

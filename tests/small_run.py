@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import signal
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,6 +85,35 @@ def make_config(
         section, _, field = name.rpartition("__")
         (values[section] if section else values)[field] = value
     return config_lib.resolve(values)
+
+
+def command(dataset: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[str]:
+    """`python -m qkjax.main` for the run of `make_config(dataset, "muon", "learned")`."""
+    overrides = {
+        "data.dir": dataset,
+        "model.num_layers": 2,
+        "model.d_model": 32,
+        "model.num_heads": 2,
+        "model.num_kv_heads": 1,
+        "model.head_dim": 16,
+        "model.d_ff": 48,
+        "model.vocab_size": VOCABULARY,
+        "model.sequence_length": LENGTH,
+        "train.tokens": STEPS * TOKENS_PER_STEP,
+        "train.tokens_per_step": TOKENS_PER_STEP,
+        "eval.at_tokens": f"({5 * TOKENS_PER_STEP},{9 * TOKENS_PER_STEP})",
+        "checkpoint.every_tokens": 6 * TOKENS_PER_STEP,
+        "log.every_seconds": 0.0,
+    }
+    return [
+        sys.executable,
+        "-m",
+        "qkjax.main",
+        "--config=configs/muon_qk.py:tiny",
+        *(f"--config.{name}={value}" for name, value in overrides.items()),
+        f"--workdir={workdir}",
+        *flags,
+    ]
 
 
 def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:

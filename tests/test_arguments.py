@@ -29,6 +29,7 @@ def home(tmp_path, monkeypatch) -> pathlib.Path:
         (["-config.data.dir=~/d"], ["-config.data.dir={home}/d"]),
         (["--source=jsonl:~/a/*.jsonl:text"], ["--source=jsonl:{home}/a/*.jsonl:text"]),
         (["--prompt=~/ is home"], ["--prompt=~/ is home"]),
+        (["--prompt=gs://b"], ["--prompt=gs://b"]),
         (["--prompt", "~/ is home"], ["--prompt", "~/ is home"]),
         (["--prompt=one\n\ttwo"], ["--prompt=one\n\ttwo"]),
         (["--out=a~b", "--only=runs/*"], ["--out=a~b", "--only=runs/*"]),
@@ -56,6 +57,10 @@ def test_a_tilde_is_the_home_folder_wherever_a_value_begins(given, expected, hom
         (["--prompt=caf\udce9"], r"--prompt: caf\xe9 holds bytes that are not UTF-8."),
         (["--prompt=\x07"], r"--prompt: \x07 holds a control character."),
         (["--config.data.dir=x\r"], r"--config.data.dir: x\r ends with"),
+        (["--workdir=gs://b/run"], "--workdir: gs://b/run is in a bucket, expected a local path"),
+        (["--config.data.dir", "s3://b/d"], "--config.data.dir: s3://b/d is in a bucket"),
+        (["--source=jsonl:S3://b/*.jsonl"], "--source: jsonl:S3://b/*.jsonl is in a bucket"),
+        (["gs://b/run"], "argument: gs://b/run is in a bucket"),
     ],
 )
 def test_what_no_path_should_hold_is_refused_in_one_printable_line(given, message):

@@ -33,34 +33,7 @@ def unbroken(dataset, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-def command(dataset: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[str]:
-    """`python -m qkjax.main` for the run of `unbroken`."""
-    steps, tokens = small_run.STEPS, small_run.TOKENS_PER_STEP
-    overrides = {
-        "data.dir": dataset,
-        "model.num_layers": 2,
-        "model.d_model": 32,
-        "model.num_heads": 2,
-        "model.num_kv_heads": 1,
-        "model.head_dim": 16,
-        "model.d_ff": 48,
-        "model.vocab_size": small_run.VOCABULARY,
-        "model.sequence_length": small_run.LENGTH,
-        "train.tokens": steps * tokens,
-        "train.tokens_per_step": tokens,
-        "eval.at_tokens": f"({5 * tokens},{9 * tokens})",
-        "checkpoint.every_tokens": 6 * tokens,
-        "log.every_seconds": 0.0,
-    }
-    return [
-        sys.executable,
-        "-m",
-        "qkjax.main",
-        "--config=configs/muon_qk.py:tiny",
-        *(f"--config.{name}={value}" for name, value in overrides.items()),
-        f"--workdir={workdir}",
-        *flags,
-    ]
+command = small_run.command
 
 
 def start(arguments: list[str]) -> subprocess.Popen:

@@ -12,6 +12,7 @@ _FLAG = re.compile(r"--?[\w.]+=")
 _KIND = re.compile(r"[a-z]+:(?=~)")  # of a source, as in jsonl:~/texts/*.jsonl
 # Control characters, halves of characters (bytes that are not UTF-8), separators of lines.
 _REFUSED = ("Cc", "Cs", "Zl", "Zp")
+_BUCKET = re.compile(r"(?:^|[:,'\"(])(?:gs|gcs|s3|s3a|r2|az|abfss?|hdfs)://", re.IGNORECASE)
 _LINE_BREAKS = "\n\t\r"
 
 
@@ -25,8 +26,9 @@ def check(argv: Sequence[str], texts: Collection[str] = ()) -> list[str]:
         texts: flags whose value is text: it may hold line breaks, and a ~ in it stays.
     Raises:
         UsageError: control characters, as the carriage return at the end of a line of a script
-            that was written on Windows; bytes that are not UTF-8; or other letters than ASCII
-            where the locale is not UTF-8, so that Python misreads them.
+            that was written on Windows; a path in a bucket (gs://, s3://); bytes that are not
+            UTF-8; or other letters than ASCII where the locale is not UTF-8, so that Python
+            misreads them.
     """
     return [*argv[:1], *_checked(argv[1:], texts)]
 
@@ -46,6 +48,12 @@ def _checked(arguments: Sequence[str], texts: Collection[str]) -> Iterator[str]:
                 is_text and character in _LINE_BREAKS
             ):
                 raise errors.UsageError(_refusal(f"--{name}" if name else "argument", value))
+        if not is_text and _BUCKET.search(value):
+            raise errors.UsageError(
+                f"{f'--{name}' if name else 'argument'}: {value} is in a bucket, expected a local "
+                "path: shards, locks and appended rows need a file system. Mount the bucket, or "
+                "copy the directory as it is, before and after; docs/scaling.md has more."
+            )
         flag = "" if match or not argument.startswith("-") else argument.lstrip("-")
         yield argument if is_text else argument[:start] + _expanded(value)
 

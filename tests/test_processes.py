@@ -1,0 +1,218 @@
+"""Several processes on this machine, through the command: the same run, and one end for all."""
+
+import json
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import small_run
+
+from qkjax import train
+
+pytestmark = [pytest.mark.process, pytest.mark.long]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STEPS = 50
+TOKENS = f"--config.train.tokens={STEPS * small_run.TOKENS_PER_STEP}"
+# What is seen of a peer that was killed comes from the heartbeat, after 20 s; the rest is a guard.
+END_SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return small_run.make_dataset(tmp_path_factory.mktemp("datasets") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def alone(dataset, tmp_path_factory) -> pathlib.Path:
+    """The run of one process, of `STEPS` steps."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    tokens = STEPS * small_run.TOKENS_PER_STEP
+    config = small_run.make_config(dataset, "muon", "learned", train__tokens=tokens)
+    train.train_and_evaluate(config, workdir)
+    return workdir
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(count: int, command: list[str], own: dict[int, list[str]] | None = None) -> list:
+    """The processes of one command; `own` has more flags of some of them."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [
+                *command,
+                f"--coordinator=127.0.0.1:{port}",
+                f"--num_processes={count}",
+                f"--process_id={index}",
+                *(own or {}).get(index, []),
+            ],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+
+
+def ends(processes: list) -> list[tuple[int, str]]:
+    """Exit code and stderr of each."""
+    try:
+        texts = [process.communicate(timeout=END_SECONDS)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+
+
+def wait_for_rows(processes: list, workdir: pathlib.Path, count: int) -> None:
+    path = workdir / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert all(process.poll() is None for process in processes), ends(processes)
+        time.sleep(0.01)
+
+
+def error_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("ERROR: ")]
+
+
+def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    """One row a step with the same names, losses to 1e-5, and one set of files."""
+    ours, theirs = small_run.rows(workdir), small_run.rows(other)
+    assert [row["step"] for row in ours] == list(range(STEPS + 1))
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for name in ("train/loss", "val/loss"):
+        pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) if name in a]
+        np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-5)
+    for folder in ("spectra", "validation"):
+        names = sorted(path.name for path in (other / folder).iterdir())
+        assert sorted(path.name for path in (workdir / folder).iterdir()) == names
+        for name in names:
+            with np.load(workdir / folder / name) as a, np.load(other / folder / name) as b:
+                assert a.files == b.files
+                if folder == "validation":
+                    np.testing.assert_allclose(a["loss_sum"], b["loss_sum"], rtol=1e-5)
+
+
+def test_two_processes_train_the_run_of_one(dataset, alone, tmp_path):
+    found = ends(start(2, small_run.command(dataset, tmp_path / "run", TOKENS)))
+    assert [code for code, _ in found] == [0, 0], found
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_a_run_survives_a_signal_and_a_kill_on_two_and_four_and_one(dataset, alone, tmp_path):
+    workdir = tmp_path / "run"
+    command = small_run.command(dataset, workdir, TOKENS)
+    two = start(2, command)
+    wait_for_rows(two, workdir, 4)
+    two[1].send_signal(signal.SIGTERM)
+    for code, text in ends(two):
+        assert code == 143 and len(error_lines(text)) == 1, text
+        assert "stopped after step" in text and "which is saved" in text
+    saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert saved == small_run.rows(workdir)[-1]["step"] < STEPS
+
+    four = start(4, command)
+    wait_for_rows(four, workdir, saved + 14)  # there is a later checkpoint
+    four[2].kill()
+    killed = ends(four)
+    assert killed[2][0] == -signal.SIGKILL
+    for index in (0, 1, 3):
+        assert killed[index][0] not in (0, None)
+        assert len(error_lines(killed[index][1])) == 1, killed[index][1]
+
+    last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert "resumed after step" in last.stdout and "from scratch" not in last.stdout
+    assert_same_run(workdir, alone)
+    again = start(2, command)
+    assert [code for code, _ in ends(again)] == [0, 0]
+
+
+def test_one_that_refuses_ends_all_with_its_words(dataset, alone, tmp_path):
+    for own, code, expected in (
+        # Process 0 alone knows the run directory.
+        ({}, 2, "this run started with other settings: optimizer.learning_rate: old "),
+        # Files of the host of process 1.
+        ({1: ["--config.data.dir=/nowhere"]}, 2, "/nowhere"),
+        # Every process sees that the second differs.
+        ({1: ["--config.optimizer.momentum=0.5"]}, 2, "--process_id=1: config.optimizer."),
+    ):
+        rate = "--config.optimizer.learning_rate=0.5" if not own else TOKENS
+        workdir = tmp_path / "new" if own else alone
+        for found, text in ends(start(2, small_run.command(dataset, workdir, TOKENS, rate), own)):
+            assert found == code, text
+            assert len(error_lines(text)) == 1 and expected in error_lines(text)[0], text
+
+
+def test_a_run_that_diverges_names_the_records_of_all_processes(dataset, tmp_path):
+    flags = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.adam_learning_rate=1e30")
+    command = small_run.command(dataset, tmp_path / "one", *flags)
+    one = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    two = ends(start(2, small_run.command(dataset, tmp_path / "two", *flags)))
+    records = re.compile(r"training records ([\d, ]+);")
+    wanted = records.findall(one.stderr)
+    assert one.returncode == 3 and len(wanted[0].split(", ")) == 4
+    for code, text in two:
+        assert code == 3 and records.findall(text) == wanted, text
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["diverged"]
+
+
+def test_a_coordinator_that_is_not_there_is_named(dataset, tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    flags = ("--num_processes=2", "--process_id=1", "--join_seconds=2")
+    command = small_run.command(dataset, tmp_path / "run", f"--coordinator={address}", *flags)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"ERROR: --coordinator: {address} cannot be reached within 2 s")
+    assert not (tmp_path / "run").exists()
+
+
+RAISES = """
+import runpy, sys
+from qkjax.data import pipeline
+original = pipeline.TrainLoader.__next__
+def raise_here(loader):
+    if loader.step == 7 and "--process_id=1" in sys.argv:
+        raise ValueError("of a test")
+    return original(loader)
+pipeline.TrainLoader.__next__ = raise_here
+sys.argv = ["qkjax.main", *sys.argv[1:]]
+runpy.run_module("qkjax.main", run_name="__main__")
+"""
+
+
+def test_one_that_raises_ends_the_other_with_the_cause(dataset, tmp_path):
+    flags = small_run.command(dataset, tmp_path / "run")[3:]
+    (first, text), (second, own) = ends(start(2, [sys.executable, "-c", RAISES, *flags]))
+    assert first == second == 1
+    assert error_lines(text) == ["ERROR: process 1: ValueError: of a test"]
+    assert "Traceback" in own
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--coordinator=a:1",), "--num_processes: missing."),
+        (("--num_processes=2", "--process_id=0"), "--coordinator: missing."),
+        (("--coordinator=a", "--num_processes=2", "--process_id=0"), "--coordinator: 'a' is no"),
+        (("--coordinator=a:1", "--num_processes=2", "--process_id=2"), "--process_id: 2 of 2"),
+        (("--coordinator=a:1", "--distributed"), "--distributed: it takes all from"),
+    ],
+)
+def test_flags_that_do_not_fit_together(dataset, tmp_path, flags, expected):
+    command = small_run.command(dataset, tmp_path / "run", *flags)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"ERROR: {expected}")
