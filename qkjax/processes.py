@@ -101,14 +101,16 @@ def _join(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if coordinator is not None and process_id:
         _reach(coordinator, seconds)
-    where = coordinator or "the cluster's environment"
+    guard = threading.Timer(seconds, _give_up, (coordinator, num_processes, seconds))
+    guard.daemon = True
+    guard.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
             cluster_detection_method=None if coordinator is None else "deactivate",
-            initialization_timeout=seconds,
+            initialization_timeout=seconds + _GONE_SECONDS,
             heartbeat_timeout_seconds=_GONE_SECONDS,
             shutdown_timeout_seconds=_GONE_SECONDS,
         )
@@ -119,10 +121,23 @@ def _join(
         ) from error
     except RuntimeError as error:
         raise errors.UsageError(
-            f"--coordinator: the {num_processes or ''} processes did not meet at {where} within "
-            f"{seconds} s ({errors.one_line(error)}). Start the same command on every host, with "
-            "another --process_id each and a port that is free on the first."
+            f"--coordinator: {coordinator or 'of the cluster'} cannot be used "
+            f"({errors.one_line(error)}). Give a port that is free on the host of process 0, the "
+            "same in every process."
         ) from error
+    finally:
+        guard.cancel()
+
+
+def _give_up(coordinator: str | None, num_processes: int | None, seconds: int) -> None:
+    """Ends this process in one line, where jax would abort it with a stack of C++."""
+    text = (
+        f"ERROR: --coordinator: {num_processes or 'the'} processes did not meet at "
+        f"{coordinator or 'the address of the cluster'} within {seconds} s. Start the same command "
+        "on every host, with another --process_id each; see --join_seconds.\n"
+    )
+    os.write(2, text.encode(errors="backslashreplace"))
+    os._exit(errors.UsageError.exit_code)
 
 
 def _reach(address: str, seconds: int) -> None:

@@ -1,6 +1,7 @@
 """Several processes on this machine, through the command: the same run, and one end for all."""
 
 import json
+import os
 import pathlib
 import re
 import signal
@@ -65,6 +66,27 @@ def start(count: int, command: list[str], own: dict[int, list[str]] | None = Non
     ]
 
 
+def start_in_slurm(count: int, command: list[str]) -> list:
+    """The processes of one command, as srun starts them: jax reads who they are."""
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(count),
+        "JAX_COORDINATOR_PORT": str(free_port()),
+    }
+    return [
+        subprocess.Popen(
+            [*command, "--distributed"],
+            cwd=ROOT,
+            env={**os.environ, **job, "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+
+
 def ends(processes: list) -> list[tuple[int, str]]:
     """Exit code and stderr of each."""
     try:
@@ -105,7 +127,7 @@ def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
 
 
 def test_two_processes_train_the_run_of_one(dataset, alone, tmp_path):
-    found = ends(start(2, small_run.command(dataset, tmp_path / "run", TOKENS)))
+    found = ends(start_in_slurm(2, small_run.command(dataset, tmp_path / "run", TOKENS)))
     assert [code for code, _ in found] == [0, 0], found
     assert_same_run(tmp_path / "run", alone)
 
@@ -169,13 +191,18 @@ def test_a_run_that_diverges_names_the_records_of_all_processes(dataset, tmp_pat
     assert summary["diverged"]
 
 
-def test_a_coordinator_that_is_not_there_is_named(dataset, tmp_path):
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_is_not_there_is_named(dataset, tmp_path, index):
+    """Process 1 does not reach the coordinator; or process 0 waits for process 1."""
     address = f"127.0.0.1:{free_port()}"
-    flags = ("--num_processes=2", "--process_id=1", "--join_seconds=2")
+    flags = ("--num_processes=2", f"--process_id={index}", "--join_seconds=2")
     command = small_run.command(dataset, tmp_path / "run", f"--coordinator={address}", *flags)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"ERROR: --coordinator: {address} cannot be reached within 2 s")
+    assert done.returncode == 2 and len(error_lines(done.stderr)) == 1
+    missing = f"{address} cannot be reached within 2 s"
+    expected = missing if index else f"2 processes did not meet at {address} within 2 s"
+    assert done.stderr.startswith(f"ERROR: --coordinator: {expected}")
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -209,6 +236,7 @@ def test_one_that_raises_ends_the_other_with_the_cause(dataset, tmp_path):
         (("--coordinator=a", "--num_processes=2", "--process_id=0"), "--coordinator: 'a' is no"),
         (("--coordinator=a:1", "--num_processes=2", "--process_id=2"), "--process_id: 2 of 2"),
         (("--coordinator=a:1", "--distributed"), "--distributed: it takes all from"),
+        (("--distributed",), "--distributed: jax detects no cluster here"),
     ],
 )
 def test_flags_that_do_not_fit_together(dataset, tmp_path, flags, expected):
