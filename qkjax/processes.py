@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -32,6 +33,9 @@ _WAIT_MS = 30 * 24 * 3600 * 1000  # no limit of its own: a dead process is notic
 _POLL_SECONDS = 0.25
 _HEAR_SECONDS = 1.0
 _LINGER_SECONDS = 10.0  # that process 0 stays for the others to hear why all end
+_STATUS = re.compile(
+    "(ABORTED|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN):"
+)
 _FAILURE, _LEFT = "qkjax/failure", "qkjax/left"
 _numbers = itertools.count()  # of messages; equal in all processes, as their calls are
 
@@ -80,7 +84,7 @@ def joined(
         yield
         meet()
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if _is_of_runtime(error):
             time.sleep(_HEAR_SECONDS)  # if another has said why, the watch speaks and ends us
             error = _lost(error)
         watch.close()
@@ -212,6 +216,13 @@ def _linger() -> None:
             if len(_client().key_value_dir_get(_LEFT)) == count():
                 return
             time.sleep(_POLL_SECONDS)
+
+
+def _is_of_runtime(error: BaseException) -> bool:
+    """Whether devices or the coordinator failed; jax also raises their status as ValueError."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and _STATUS.match(str(error)) is not None
+    )
 
 
 def _lost(error: BaseException) -> errors.QkjaxError:

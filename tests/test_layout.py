@@ -198,6 +198,7 @@ DOOR = {
         "qkjax/tasks/benchmarks.py": "rows of public benchmarks",
         "qkjax/data/tokenizer.py": "a tokenizer.json, which the tokenizers library has read",
         "qkjax/export/directory.py": "a tokenizer.json, which the tokenizers library has read",
+        "qkjax/processes.py": "what the processes of a run tell each other",
     },
     "np.load": {},
     "np.save": {},
