@@ -1,5 +1,6 @@
 """Exports: the four stock classes, there and back; verification that sees every mutation."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -200,6 +201,33 @@ def test_card_says_what_the_run_was(place):
         assert fact in text, fact
     assert str(place) not in text
     assert max(map(len, text.splitlines())) < 140
+
+
+def test_card_has_the_metadata_of_the_hub(place):
+    """Read by the hub's own library; the names of results are the user's, and quoted."""
+    hub = pytest.importorskip("huggingface_hub")
+    found = hub.ModelCard((place / "exports" / "apertus" / "README.md").read_text()).data
+    run = opened(place, "apertus")
+    assert (found.library_name, found.pipeline_tag) == ("transformers", "text-generation")
+    assert found.license == "apache-2.0"
+    assert {"qkjax", "muon", "qk-norm"} <= set(found.tags)
+    losses = [result for result in found.eval_results if result.metric_type == "loss"]
+    assert [result.metric_value for result in losses] == [4.25]
+    assert losses[0].dataset_type == run.dataset.manifest.fingerprint
+    assert losses[0].dataset_split == "validation" and losses[0].task_type == "text-generation"
+
+
+def test_a_name_cannot_break_the_metadata(place):
+    hub = pytest.importorskip("huggingface_hub")
+    run = opened(place, "apertus")
+    odd = dataclasses.replace(run.dataset.manifest, name='a: "b"\n---\n# c')
+    run = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, manifest=odd))
+    (loss,) = (
+        result
+        for result in hub.ModelCard(card.render(run, "float32")).data.eval_results
+        if result.metric_type == "loss"
+    )
+    assert loss.dataset_name.startswith(odd.name)
 
 
 def test_names_cannot_break_the_card():

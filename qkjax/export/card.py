@@ -1,6 +1,8 @@
 """README.md of an exported directory: what the model is, and whether it was verified."""
 
+import json
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,12 @@ from qkjax.runs.directory import RunDirectory
 from qkjax.trained.trained_run import TrainedRun
 
 NOT_VERIFIED = ("Not verified. Export again with --verify to compare it with its run.",)
+_METRICS = {  # of a run's row -> type and name of the hub
+    "val/loss": ("loss", "validation loss, nat per token"),
+    "val/perplexity": ("perplexity", "validation perplexity"),
+    "pr/key/post_rope/raw": ("participation_ratio", "PR of keys after RoPE, raw"),
+    "pr/key/pre_rope/centred": ("participation_ratio", "PR of keys before RoPE, centred"),
+}
 _USE = """\
     import transformers
     model = transformers.AutoModelForCausalLM.from_pretrained("DIR")
@@ -36,9 +44,7 @@ def render(run: TrainedRun, dtype: str, verification: Sequence[str] = NOT_VERIFI
         else "In training documents followed each\n  other without it: the model has never seen it."
     )
     return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [qkjax]
+{_front_matter(run, name)}
 ---
 
 # qkjax: {name}
@@ -59,11 +65,55 @@ answers are not reliable. It loads with stock classes:
   The tokenizer does not add it. {starts}
 - transformers reads a special token written out in a text as that token; in training the same
   characters were ordinary text.
+- The licence above is that of qkjax. Change it where the training text asks for another one.
 
 ## Verification
 
 {chr(10).join(verification)}
 """
+
+
+def _front_matter(run: TrainedRun, name: str) -> str:
+    """The hub's metadata as YAML: library, task, licence, tags, results. JSON is YAML."""
+    model = run.config.model
+    norm = "no-qk-norm" if model.qk_norm == "none" else "qk-norm"
+    tags = ["qkjax", "jax", run.config.optimizer.name, norm, "participation-ratio"]
+    values: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",
+        "tags": tags,
+    }
+    results = _results(run)
+    if results:
+        values["model-index"] = [{"name": f"qkjax: {name}", "results": results}]
+    return "\n".join(f"{key}: {_yaml(value)}" for key, value in values.items())
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return textwrap.indent(json.dumps(value, indent=1), "  ").strip()
+
+
+def _results(run: TrainedRun) -> list[dict[str, Any]]:
+    """What the run measured on its validation split at this step, as the hub's model-index."""
+    row = _evaluation(run)
+    metrics = [
+        {"type": kind, "name": title, "value": float(row[key])}
+        for key, (kind, title) in _METRICS.items()
+        if row.get(key) is not None
+    ]
+    if not metrics:
+        return []
+    manifest = run.dataset.manifest
+    dataset = {
+        "name": f"{manifest.name}, fingerprint {manifest.fingerprint[:12]}",
+        "type": manifest.fingerprint,
+        "split": "validation",
+    }
+    task = {"type": "text-generation", "name": "Text Generation"}
+    return [{"task": task, "dataset": dataset, "metrics": metrics}]
 
 
 def _facts(run: TrainedRun, dtype: str) -> list[tuple[str, Any]]:
@@ -98,11 +148,16 @@ def _facts(run: TrainedRun, dtype: str) -> list[tuple[str, Any]]:
     ]
 
 
-def _validation_loss(run: TrainedRun) -> str:
+def _evaluation(run: TrainedRun) -> dict[str, Any]:
+    """The row of the exported step; empty where the run has none."""
     directory = RunDirectory(run.workdir)
     rows = directory.read_metrics() if directory.metrics.exists() else []
-    found = [row.get("val/loss") for row in rows if row["step"] == run.step]
-    return "not measured at this step" if not found or found[0] is None else f"{found[0]:.5f}"
+    return next((row for row in rows if row["step"] == run.step), {})
+
+
+def _validation_loss(run: TrainedRun) -> str:
+    found = _evaluation(run).get("val/loss")
+    return "not measured at this step" if found is None else f"{found:.5f}"
 
 
 def _device(environment: dict[str, Any]) -> str:
