@@ -167,6 +167,12 @@ def test_step_0_and_the_latest_two_are_kept(keep_all, kept, tmp_path):
         assert_same_bits(restore(tmp_path, step).params, state(step).params)
 
 
+def test_reading_warns_of_nothing(saved, caplog):
+    """Orbax says twice that a directory is opened for reading only."""
+    assert checkpoint.Checkpoints(saved, read_only=True).steps()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_parameters_are_a_plain_tree_for_orbax(saved):
     found = ocp.StandardCheckpointer().restore(saved / "7" / "params")
     assert_same_bits(jax.tree.map(np.asarray, found), state(7).params)

@@ -109,6 +109,7 @@ class Checkpoints:
         policy = checkpoint_managers.AnyPreservationPolicy(
             [checkpoint_managers.CustomSteps([0]), checkpoint_managers.LatestN(2)]
         )
+        _add_filter(_drop_orbax_notes)
         if not read_only:
             self._remove_temporary()
             self._set_incomplete_aside()
@@ -424,11 +425,22 @@ def _quieten() -> None:
     Its threads log each failure several times, with tracebacks; tensorstore prints another one for
     every write that ends after the event loop was closed.
     """
-    absl_logger = std_logging.getLogger("absl")
-    if _drop_orbax_errors not in absl_logger.filters:
-        absl_logger.addFilter(_drop_orbax_errors)
+    _add_filter(_drop_orbax_errors)
     if getattr(sys.unraisablehook, "func", None) is not _drop_closed_loop:
         sys.unraisablehook = functools.partial(_drop_closed_loop, sys.unraisablehook)
+
+
+def _add_filter(drop: Callable[[std_logging.LogRecord], bool]) -> None:
+    absl_logger = std_logging.getLogger("absl")
+    if drop not in absl_logger.filters:
+        absl_logger.addFilter(drop)
+
+
+def _drop_orbax_notes(record: std_logging.LogRecord) -> bool:
+    """Orbax warns that a directory is opened for reading, which is what was asked for."""
+    note = record.levelno < std_logging.ERROR and "orbax" in record.pathname
+    message = record.getMessage()
+    return not (note and ("read_only" in message or "read only" in message))
 
 
 def _drop_orbax_errors(record: std_logging.LogRecord) -> bool:
