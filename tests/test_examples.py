@@ -4,8 +4,11 @@ import json
 import pathlib
 import re
 import runpy
+import tomllib
 
 import pytest
+
+from qkjax import commands
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -49,3 +52,40 @@ def test_the_participation_ratio_of_torch_vectors(capsys):
     assert f"head 1: raw {names['raw']:.1f}, centred {s.sum() ** 2 / (s**2).sum():.1f} of 32" in (
         capsys.readouterr().out
     )
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Of the Dockerfile: (instruction, its arguments)."""
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    return [tuple(line.split(" ", 1)) for line in lines if line and not line.startswith("#")]
+
+
+def test_the_dockerfile_installs_the_package_and_runs_as_a_user():
+    """Docker is not asked: what it copies exists, is let through, and is what a build reads."""
+    found = instructions()
+    known = {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "USER", "ENTRYPOINT", "CMD"}
+    assert {name for name, _ in found} == known and found[0][0] == "FROM"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    copied = {name for kind, rest in found if kind == "COPY" for name in rest.split()[:-1]}
+    needed = {"pyproject.toml", "setup.py", "constraints.txt", "qkjax", "configs"}
+    assert copied == needed | {project["readme"], *project["license-files"]}
+    assert all((ROOT / name).exists() for name in copied)
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {name[1:] for name in ignored if name[0] == "!"} == copied and ignored[0] == "*"
+    extras = re.findall(r"EXTRAS=([\w,]+)", (ROOT / "Dockerfile").read_text())
+    assert len(extras) > 1
+    assert {name for each in extras for name in each.split(",")} <= {
+        *project["optional-dependencies"]
+    }
+    base = re.fullmatch(r"python:3\.(\d+)-slim-\w+", found[0][1])
+    assert base and project["requires-python"] == f">=3.{base[1]}"
+    users = [rest for kind, rest in found if kind == "USER"]
+    assert users and users[-1] != "root"
+    for kind, rest in found:
+        if kind in ("ENTRYPOINT", "CMD"):
+            assert isinstance(json.loads(rest), list), "the exec form: signals reach the run"
+
+
+def test_a_command_in_the_dockerfile_is_one_that_exists():
+    words = re.findall(r"qkjax(?::\w+)? (\w+) --", (ROOT / "Dockerfile").read_text())
+    assert words and set(words) <= {*commands.VERBS}
