@@ -1,4 +1,4 @@
-"""Which parameters does my optimiser decay? `qkjax.audit.decay_table` in a loop of one's own.
+"""Which parameters does my optimiser decay? `qkjax.audit.decay_table` in your own loop.
 
 python examples/audit_my_optimizer.py
 

@@ -1,4 +1,4 @@
-"""Muon on the matrices of a Flax NNX model, AdamW on the rest: `qkjax.muon` in a loop of one's own.
+"""Muon on the matrices of a Flax NNX model, AdamW on the rest: `qkjax.muon` in your own loop.
 
 python examples/muon_in_flax_nnx.py
 """

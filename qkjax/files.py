@@ -141,7 +141,7 @@ def sealed_bytes(value: Mapping[str, Any]) -> bytes:
 
 
 def digest_of(values: Mapping[str, Any], but: str = SEAL) -> str:
-    """sha256 of JSON values but one, whatever the order of their names and the space between."""
+    """sha256 of JSON values but one; the order of names and the space between do not matter."""
     rest = {name: value for name, value in values.items() if name != but}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -481,7 +481,7 @@ def read_array(path: str | os.PathLike[str], fix: str, *, mapped: bool = False) 
 
 @contextlib.contextmanager
 def _array_errors(path: str | os.PathLike[str], fix: str) -> Iterator[None]:
-    """Turns whatever numpy raises of a file into one of our errors."""
+    """Turns any error of numpy about a file into one of ours."""
     try:
         yield
     except FileNotFoundError as error:

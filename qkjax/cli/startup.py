@@ -37,7 +37,7 @@ _GOOGLE = "0x1ae0"
 def prepare_process() -> None:
     """Sets the environment variables that this project computes under, before jax is imported.
 
-    Commands call it first; a notebook or script of one's own that is to give a command's bits does
+    Commands call it first; a notebook or script of your own that is to give a command's bits does
     the same. Importing qkjax sets nothing. A value that the user has set stays.
     """
     # XLA calls LAPACK from all threads of its pool. An OpenBLAS with threads of its own then spins

@@ -1,6 +1,6 @@
 """What is measured of queries, keys, values, logits and weights.
 
-Of vectors of one's own, in two lines and without jax:
+Of vectors of your own, in two lines and without jax:
 
 >>> import numpy as np
 >>> from qkjax import measures

@@ -81,7 +81,7 @@ class ParticipationRatios(NamedTuple):
 
 
 def participation_ratio_of(vectors: np.typing.ArrayLike) -> ParticipationRatios:
-    """The participation ratio of vectors of one's own, for instance the keys of a head.
+    """The participation ratio of vectors of your own, for instance the keys of a head.
 
     Args:
         vectors: [n, d], one vector a row, an array of numpy, jax or torch (on the CPU).

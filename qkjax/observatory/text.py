@@ -20,7 +20,7 @@ class Records(NamedTuple):
 
     ids: np.ndarray  # int64 [S, T + 1]
     facts: dict[str, Any]  # for model.json
-    fingerprint: str  # sha256 of the ids: equal for equal records, whatever they are called
+    fingerprint: str  # sha256 of the ids: equal for equal records under any name
 
 
 def read(spec: str, tokenizer: Any, *, tokens: int, length: int, bos: int | None) -> Records:

@@ -86,7 +86,7 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     """How each arm of a plan is drawn; no two alike.
 
     Args:
-        names: every arm of the plan, in its order: arms of one's own are told apart by it.
+        names: every arm of the plan, in its order: arms of your own are told apart by it.
     """
     names = tuple(names)
     hues = dict(HUES)

@@ -207,7 +207,7 @@ class Checkpoints:
         self._started = self._thread.submit(self._write, step, params, opt_state, dict(meta))
 
     def _write(self, step: int, params: Any, opt_state: Any, meta: dict[str, Any]) -> None:
-        """In a thread of its own: hashing takes seconds of a large model, and steps go on."""
+        """In a thread of its own: hashing takes seconds of a large model, and steps continue."""
         params_leaves, params_sha256 = digests(params)
         opt_state_leaves, opt_state_sha256 = digests(opt_state)
         record = {

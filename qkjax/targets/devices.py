@@ -38,7 +38,7 @@ def of(target: Target) -> list[jax.Device]:
     """
     try:
         return _gpus(target) if target.chip.platform == "gpu" else _tpus(target)
-    except (RuntimeError, ImportError, ValueError) as error:  # whatever a plugin raises
+    except (RuntimeError, ImportError, ValueError) as error:  # of any plugin
         raise errors.UsageError(
             f"--aot: {target} is no target of the compiler here ({errors.one_line(error)}). "
             f"Install the extra {target.extra}, or give another slice."
