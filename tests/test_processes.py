@@ -168,7 +168,7 @@ def test_one_that_refuses_ends_all_with_its_words(dataset, alone, tmp_path):
         # Files of the host of process 1.
         ({1: ["--config.data.dir=/nowhere"]}, 2, "/nowhere"),
         # Every process sees that the second differs.
-        ({1: ["--config.optimizer.momentum=0.5"]}, 2, "--process_id=1: config.optimizer."),
+        ({1: ["--config.seed=7"]}, 2, "--process_id=1: config.seed is 7, expected 42 as in "),
     ):
         rate = "--config.optimizer.learning_rate=0.5" if not own else TOKENS
         workdir = tmp_path / "new" if own else alone
