@@ -122,8 +122,9 @@ def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
         for name in names:
             with np.load(workdir / folder / name) as a, np.load(other / folder / name) as b:
                 assert a.files == b.files
-                if folder == "validation":
-                    np.testing.assert_allclose(a["loss_sum"], b["loss_sum"], rtol=1e-5)
+                if folder == "validation":  # the mean is to 1e-5; one of n sequences is not
+                    rtol = 1e-5 * len(b["loss_sum"]) ** 0.5
+                    np.testing.assert_allclose(a["loss_sum"], b["loss_sum"], rtol=rtol)
 
 
 def test_two_processes_train_the_run_of_one(dataset, alone, tmp_path):
