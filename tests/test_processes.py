@@ -183,7 +183,7 @@ def test_a_run_that_diverges_names_the_records_of_all_processes(dataset, tmp_pat
     command = small_run.command(dataset, tmp_path / "one", *flags)
     one = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     two = ends(start(2, small_run.command(dataset, tmp_path / "two", *flags)))
-    records = re.compile(r"training records ([\d, ]+);")
+    records = re.compile(r"training records ([\d, ]+)\.")
     wanted = records.findall(one.stderr)
     assert one.returncode == 3 and len(wanted[0].split(", ")) == 4
     for code, text in two:
