@@ -489,7 +489,8 @@ class _Run:
         self._write(row)
         if self._is_stopping() or step in self.config.checkpoint.steps:
             self._save(state, step)
-        if self.stopping is not None:
+        if self._is_stopping():  # asked again: the signal may have come during the save
+            self._save(state, step)
             self._stop(f"after step {step}, which is saved")
         processes.meet()  # process 0 has written
         self.progress.restart_clock(step)
