@@ -9,6 +9,7 @@ matrix is refused.
 import functools
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ _NEWTON_SCHULZ = {
     ),
 }
 COEFFICIENTS = tuple(_NEWTON_SCHULZ)
+_OfMatrices = Callable[[jax.Array], jax.Array]
 SCALES = ("spectral", "rms", "mup")
 
 
@@ -108,6 +110,7 @@ def scale_by_muon(
     dtype: jax.typing.DTypeLike = jnp.float32,
     eps: float = 1e-7,
     dimension_numbers: Any = None,
+    shared: Callable[[_OfMatrices], _OfMatrices] = lambda function: function,
 ) -> optax.GradientTransformation:
     """Replaces gradients by their orthogonalised momentum.
 
@@ -121,6 +124,8 @@ def scale_by_muon(
         nesterov: look one step ahead.
         coefficients, dtype, eps: as in `orthogonalize`.
         dimension_numbers: as in `muon`.
+        shared: makes of a function of matrices [..., M, N], each by itself, the one that is called;
+            several devices can share them so.
     Returns:
         A GradientTransformation over leaves [..., in, out], or as their dimension numbers say.
     Raises:
@@ -149,7 +154,8 @@ def scale_by_muon(
         u = jax.tree.map(average, m_new, updates) if nesterov else m_new
         numbers = _numbers_of(u, dimension_numbers)
         matrices, structure = jax.tree.flatten(jax.tree.map(_as_matrices, u, numbers))
-        results = _orthogonalize_all(matrices, coefficients=coefficients, dtype=dtype, eps=eps)
+        one = functools.partial(orthogonalize, coefficients=coefficients, dtype=dtype, eps=eps)
+        results = _orthogonalize_all(matrices, shared(one))
         u = jax.tree.map(_as_leaf, jax.tree.unflatten(structure, results), u, numbers)
         return jax.tree.map(lambda x, g: x.astype(g.dtype), u, updates), ScaleByMuonState(m_new)
 
@@ -320,9 +326,7 @@ def _short_side_first(u: jax.Array) -> jax.Array:
     return u.mT if u.shape[-2] > u.shape[-1] else u
 
 
-def _orthogonalize_all(
-    matrices: list[jax.Array], *, coefficients: str, dtype: jax.typing.DTypeLike, eps: float
-) -> list[jax.Array]:
+def _orthogonalize_all(matrices: list[jax.Array], orthogonalized: _OfMatrices) -> list[jax.Array]:
     """Orthogonalises leaves that differ by transposition at most as one batch: fewer kernels.
 
     The new batch axis is the innermost, so that a sharded layer axis stays where it is.
@@ -334,7 +338,7 @@ def _orthogonalize_all(
     results = list(matrices)
     for indices in alike.values():
         batch = jnp.stack([wide[i] for i in indices], axis=-3)
-        batch = orthogonalize(batch, coefficients=coefficients, dtype=dtype, eps=eps)
+        batch = orthogonalized(batch)
         for j, i in enumerate(indices):
             is_tall = wide[i] is not matrices[i]
             results[i] = batch[..., j, :, :].mT if is_tall else batch[..., j, :, :]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qkjax import errors, muon, presets
+from qkjax import errors, muon, presets, sharding
 from qkjax.config import Config, Schedule
 
 _GROUPS = {
@@ -201,6 +201,7 @@ def muon_of_matrices(config: Config, routes: list[Route]) -> optax.GradientTrans
         nesterov=config.muon.nesterov,
         coefficients=config.muon.coefficients,
         dtype=jnp.dtype(config.muon.dtype),
+        shared=sharding.per_share,  # without an ambient mesh: by itself
     )
     rest = (
         muon.scale_by_matrix_shape(config.muon.scale),

@@ -1,16 +1,26 @@
-"""The data-parallel mesh: one axis `data` over all devices; parameters on every device."""
+"""The mesh: one axis `data` over all devices, which cut batches and, as `mesh` says, more.
+
+What is cut, by the config's field `mesh` (Rajbhandari et al. 2020; Zhao et al. 2023):
+
+- `data`: batches alone; parameters and optimiser state are on every device.
+- `zero1`: the optimiser's state, the summed gradients and Newton-Schulz too.
+- `fsdp`: the parameters as well; a pass gathers one layer at a time.
+"""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qkjax import errors
 
 DATA_AXIS = "data"
+WHOLE = -1  # of `cut_axes`
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -31,6 +41,42 @@ def platform(mesh: Mesh) -> str:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of parameters, optimiser state and metrics: a whole copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def cut_axes(tree: Any, mesh: Mesh, kind: str) -> Any:
+    """The axis along which each leaf of a state is cut over `data`: a tree of ints, WHOLE for none.
+
+    A stack of kernels [layers, ..., in, out] is cut by layers where these divide over the devices,
+    else by the first axis that does; with `fsdp` never by layers, which its loop takes one by one.
+    The table of embeddings is cut by rows. Gammas are small and stay whole.
+
+    Args:
+        tree: parameters, gradients or optimiser state, named as the parameters are.
+        kind: the config's `mesh`.
+    """
+
+    def axis_of(path: Any, leaf: Any) -> int:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if kind == "data" or mesh.size == 1 or name.endswith("gamma"):
+            return WHOLE
+        first = 1 if kind == "fsdp" and "blocks/" in name else 0
+        axes = range(first, leaf.ndim - 1)
+        return next((axis for axis in axes if leaf.shape[axis] % mesh.size == 0), WHOLE)
+
+    return jax.tree.map_with_path(axis_of, tree)
+
+
+def specs(axes: Any) -> Any:
+    """The partition of every leaf that `cut_axes` speaks of."""
+    return jax.tree.map(
+        lambda axis: PartitionSpec(*[None] * axis, DATA_AXIS) if axis >= 0 else PartitionSpec(),
+        axes,
+    )
+
+
+def shardings(mesh: Mesh, axes: Any) -> Any:
+    """The sharding of every leaf that `cut_axes` speaks of."""
+    return jax.tree.map(functools.partial(NamedSharding, mesh), specs(axes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -58,16 +104,38 @@ def per_device(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 
+def per_share(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """`function` of matrices [..., M, N], each by itself, run by each device on its share of them.
+
+    The share is of all axes before the last two together; zeros fill it up where the matrices do
+    not divide over the devices of the ambient mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+
+    def shared(matrices: jax.Array) -> jax.Array:
+        flat = matrices.reshape(-1, *matrices.shape[-2:])
+        padded = jnp.pad(flat, ((0, -len(flat) % mesh.size), (0, 0), (0, 0)))
+        return per_device(function)(padded)[: len(flat)].reshape(matrices.shape)
+
+    return shared
+
+
 def summed_over_devices(
-    function: Callable[[Any, jax.Array], Any], mesh: Mesh
+    function: Callable[[Any, jax.Array], Any], mesh: Mesh, cut: Any = None
 ) -> Callable[[Any, jax.Array], Any]:
     """`function` of parameters and a batch, by each device on its own rows, and the sum of these.
 
     Args:
         function: (parameters, on every device; rows [B, ...]) -> a tree of float32 sums over rows.
+        cut: the axis of each sum along which every device keeps its part alone, as `cut_axes`
+            gives them; None: every device keeps all sums.
     """
     if mesh.size == 1:
         return function
+    if cut is not None:
+        return _parts_of_sums(function, mesh, cut)
 
     def of_rows(parameters: Any, rows: jax.Array) -> Any:
         return jax.lax.psum(function(parameters, rows), DATA_AXIS)
@@ -75,6 +143,26 @@ def summed_over_devices(
     everywhere, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
     return jax.shard_map(
         of_rows, mesh=mesh, in_specs=(everywhere, rows), out_specs=everywhere, check_vma=False
+    )
+
+
+def _parts_of_sums(
+    function: Callable[[Any, jax.Array], Any], mesh: Mesh, cut: Any
+) -> Callable[[Any, jax.Array], Any]:
+    def part(axis: int, x: jax.Array) -> jax.Array:
+        if axis == WHOLE:
+            return jax.lax.psum(x, DATA_AXIS)
+        return jax.lax.psum_scatter(x, DATA_AXIS, scatter_dimension=axis, tiled=True)
+
+    def of_rows(parameters: Any, rows: jax.Array) -> Any:
+        return jax.tree.map(part, cut, function(parameters, rows))
+
+    return jax.shard_map(
+        of_rows,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(DATA_AXIS)),
+        out_specs=specs(cut),
+        check_vma=False,
     )
 
 

@@ -363,7 +363,9 @@ class _Run:
             self.writer = writers.create_run_writer(self.directory.path, resume_step=-1)
             self.writer.write_hparams(flatten(self.config.to_dict()))
         if self.origin is not None:
-            return train_step.state_of(self.origin.params, self.transformation, self.mesh)
+            return train_step.state_of(
+                self.origin.params, self.config, self.transformation, self.mesh
+            )
         return train_step.init_state(
             initialisation_key(self.config.seed), self.config, self.transformation, self.mesh
         )
@@ -378,7 +380,8 @@ class _Run:
         params = processes.arrays_from_first(restored.params, shapes.params)
         opt_state = processes.arrays_from_first(restored.opt_state, shapes.opt_state)
         state = train_step.TrainState(jnp.int32(step), params, opt_state, jnp.ones((), bool))
-        return jax.device_put(state, sharding.replicated(self.mesh))
+        placed = train_step.state_shardings(self.config, self.transformation, self.mesh)
+        return jax.device_put(state, placed)
 
     def _resume_files(self, step: int) -> None:
         """Cuts what lies behind the step, and reads what the run has measured up to it."""

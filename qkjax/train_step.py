@@ -34,26 +34,47 @@ class StepMetrics(NamedTuple):
 def init_state(
     key: jax.Array, config: Config, transformation: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The state before the first update, made on the devices, with a copy on each."""
+    """The state before the first update, made on the devices, cut as `state_shardings` says."""
 
     init = functools.partial(_init, config=config, transformation=transformation)
-    return jax.jit(init, out_shardings=sharding.replicated(mesh))(key)
+    return jax.jit(init, out_shardings=state_shardings(config, transformation, mesh))(key)
 
 
 def state_of(
-    params: model.Params, transformation: optax.GradientTransformation, mesh: Mesh
+    params: model.Params,
+    config: Config,
+    transformation: optax.GradientTransformation,
+    mesh: Mesh,
 ) -> TrainState:
-    """The state before the first update of given parameters, with a copy on each device."""
-    replicated = sharding.replicated(mesh)
-    params = jax.device_put(params, replicated)
-    opt_state = jax.jit(transformation.init, out_shardings=replicated)(params)
+    """The state before the first update of given parameters, cut as `state_shardings` says."""
+    placed = state_shardings(config, transformation, mesh)
+    params = jax.device_put(params, placed.params)
+    opt_state = jax.jit(transformation.init, out_shardings=placed.opt_state)(params)
     fresh = TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.ones((), bool))
-    return jax.device_put(fresh, replicated)
+    return jax.device_put(fresh, placed)
 
 
 def state_shapes(config: Config, transformation: optax.GradientTransformation) -> TrainState:
     """The tree of `init_state` as jax.ShapeDtypeStruct."""
     return jax.eval_shape(lambda: _init(jax.random.key(0), config, transformation))
+
+
+def state_shardings(
+    config: Config, transformation: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Where every part of a state lies under the config's mesh: a tree of NamedSharding."""
+    shapes = state_shapes(config, transformation)
+    whole: Any = sharding.replicated(mesh)
+    return TrainState(
+        whole,
+        sharding.shardings(mesh, _cut_params(shapes.params, config, mesh)),
+        sharding.shardings(mesh, sharding.cut_axes(shapes.opt_state, mesh, config.mesh)),
+        whole,
+    )
+
+
+def _cut_params(params: Any, config: Config, mesh: Mesh) -> Any:
+    return sharding.cut_axes(params, mesh, config.mesh if config.mesh == "fsdp" else "data")
 
 
 def _init(
@@ -77,6 +98,14 @@ def make_train_step(
         mesh, config.train.sequences_per_step, config.train.microbatch_sequences
     )
 
+    def update(gradients: model.Params, opt_state: Any, params: model.Params) -> tuple[Any, Any]:
+        if config.mesh == "data":
+            return transformation.update(gradients, opt_state, params)
+        with sharding.ambient(mesh):  # over whose devices Muon shares its matrices
+            updates, opt_state = transformation.update(gradients, opt_state, params)
+        cut = sharding.cut_axes(updates, mesh, config.mesh)
+        return jax.lax.with_sharding_constraint(updates, sharding.shardings(mesh, cut)), opt_state
+
     def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, StepMetrics]:
         loss, gradients = _loss_and_gradients(state.params, tokens, config, passes, mesh)
         leaf_finite = _finite_leaves(gradients)
@@ -84,7 +113,7 @@ def make_train_step(
         # Adam's second moment would stay infinite.
         grad_norm = optax.global_norm(gradients)
         finite = state.finite & jnp.isfinite(loss) & leaf_finite.all() & jnp.isfinite(grad_norm)
-        updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
+        updates, opt_state = update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         updated = TrainState(state.step + 1, params, opt_state, finite)
         # Twice: the compiler fuses a check of the update with the update, which changes its bits;
@@ -97,11 +126,11 @@ def make_train_step(
         metrics = StepMetrics(loss, grad_norm, finite, leaf_finite, updated_finite)
         return kept._replace(finite=finite), metrics
 
-    replicated = sharding.replicated(mesh)
+    placed = state_shardings(config, transformation, mesh)
     return jax.jit(
         step,
-        in_shardings=(replicated, sharding.batch_sharding(mesh)),
-        out_shardings=(replicated, replicated),
+        in_shardings=(placed, sharding.batch_sharding(mesh)),
+        out_shardings=(placed, sharding.replicated(mesh)),
         donate_argnums=0,
     )
 
@@ -145,5 +174,8 @@ def _loss_and_gradients(
         return jax.lax.scan(add_pass, start, tokens.reshape(passes, -1, tokens.shape[-1]))[0]
 
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-    sums = sharding.summed_over_devices(of_rows, mesh)(params, tokens)
+    cut = None
+    if config.mesh != "data":
+        cut = (sharding.WHOLE, sharding.cut_axes(params, mesh, config.mesh))
+    sums = sharding.summed_over_devices(of_rows, mesh, cut)(params, tokens)
     return jax.tree.map(lambda x: x / predicted, sums)

@@ -82,7 +82,8 @@ class Trainer:
         """The state before the first update; every optimiser here starts at 0."""
         opt_state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._opt_state_shapes)
         state = train_step.TrainState(np.int32(0), params, opt_state, np.bool_(True))
-        return jax.device_put(state, sharding.replicated(self.mesh))
+        placed = train_step.state_shardings(self.config, self.transformation, self.mesh)
+        return jax.device_put(state, placed)
 
     def step(self, state, tokens):
         tokens = sharding.put_batch(self.mesh, tokens)
