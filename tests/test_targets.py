@@ -43,6 +43,30 @@ def test_a_compiled_program_is_read():
 
 
 @pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("((f32[4,8,32]), f32[8,8,32]) all-gather-start(%stack)", 2),
+        ("f32[8,8,32] all-gather(%stack)", 2),
+        ("((f32[4,8,32]), f32[2,8,32]) reduce-scatter-start(%stack)", 1),
+        ("f32[2,8,32] reduce-scatter(%stack)", 1),
+        ("((f32[4,8,32]), f32[4,8,32]) all-to-all-start(%stack)", 1),
+        ("f32[4,8,32] all-reduce-start(%stack)", 1),
+    ],
+)
+def test_transfers_count_all_of_what_is_gathered_or_scattered(instruction, expected):
+    text = (
+        "ENTRY %main (stack: f32[4,8,32]) -> f32[4,8,32] {\n"
+        "  %stack = f32[4,8,32]{2,1,0} parameter(0)\n"
+        f"  ROOT %moved = {instruction}, to_apply=%add\n"
+        "}\n"
+    )
+    program = hlo.Program(text)
+    (found,) = program.collectives
+    kind = re.search(r" ([a-z-]+?)(-start)?\(%stack", instruction)[1]
+    assert found == (kind, "f32", expected * 4 * 4 * 8 * 32, 1)
+
+
+@pytest.mark.parametrize(
     ("call", "expected"),
     [
         ('f32[4,32,32]{2,1,0}, f32[4,32]{1,0}, s32[4]{0}) custom-call(%table), "gesvdj"', 1),

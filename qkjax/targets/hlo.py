@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "token": 0}
@@ -135,7 +135,7 @@ class Collective(NamedTuple):
 
     kind: str
     dtype: str
-    bytes: int  # of its result on one device
+    bytes: int  # on one device, of its larger side: all of what is gathered or scattered
     times: int
 
 
@@ -230,13 +230,15 @@ class Program:
                 for name in (*i.called("to_apply"), *i.called("calls")):
                     self._walk(name, times)
             elif kind in COLLECTIVES:
-                half = 2 if i.opcode.endswith("-start") and kind != "all-reduce" else 1
-                by_dtype = Counter[str]()
-                for array in i.arrays:
-                    by_dtype[array.dtype] += array.size * _bits(array.dtype) // 8
-                for dtype, size in by_dtype.items():
+                taken = _sizes(
+                    a for name in i.operands if name in inside for a in inside[name].arrays
+                )
+                given = _sizes(i.arrays)
+                if i.opcode.endswith("-start") and kind != "all-reduce":
+                    given -= taken  # which its result also names
+                for dtype, size in (given | taken).items():  # the larger of each
                     if size:
-                        self.collectives.append(Collective(kind, dtype, size // half, times))
+                        self.collectives.append(Collective(kind, dtype, size, times))
             else:
                 self.kernels.append(self._kernel(i, inside, times))
 
@@ -336,6 +338,14 @@ class Program:
             return whole
         update = inside[result.operands[1]]
         return min(whole, sum(array.footprint for array in update.arrays))
+
+
+def _sizes(arrays: Iterable[Array]) -> Counter[str]:
+    """Bytes by dtype."""
+    sizes = Counter[str]()
+    for array in arrays:
+        sizes[array.dtype] += array.size * _bits(array.dtype) // 8
+    return sizes
 
 
 def _joined(text: str) -> Iterator[str]:
