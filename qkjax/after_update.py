@@ -57,9 +57,16 @@ def make_programs(config: Config, mesh: Mesh) -> Programs:
         return kept, rows
 
     same = sharding.replicated(mesh)
+    cut = sharding.cut_params(model.parameter_shapes(config.model), mesh, config.mesh)
+    held, rows = sharding.shardings(mesh, cut), sharding.batch_sharding(mesh)
     return Programs(
-        jax.jit(measure, in_shardings=(same, sharding.batch_sharding(mesh)), out_shardings=same),
-        jax.jit(apply, in_shardings=same, out_shardings=same, donate_argnums=0),
+        jax.jit(measure, in_shardings=(held, rows), out_shardings=same),
+        jax.jit(
+            apply,
+            in_shardings=(held, same, same),
+            out_shardings=(held, same),
+            donate_argnums=0,
+        ),
     )
 
 

@@ -258,6 +258,9 @@ class ModelConfig:
     dtype: str = option("auto", OneOf(("auto", "float32", "bfloat16")))
     # Layers per iteration of the layer loop; 0 is settled by the platform.
     unroll: int = option(0, FROM_0)
+    # What the backward pass computes again: what is cheaper to compute than to store and read, or
+    # the whole block, of which it keeps the input alone.
+    remat: str = option("none", OneOf(("none", "block")), since="2026-11-29", absent="none")
     attention: str = option("auto", OneOf(("auto", "cudnn", "splash", "blocked", "xla")))
 
     def attention_on(self, platform: str) -> str:
@@ -483,8 +486,9 @@ class Config:
     arm: str = derived()
     scale: str = option(lambda chosen: chosen.scale, OneOf(presets.SCALES))
     recipe: str = option(lambda chosen: chosen.recipe, OneOf(presets.RECIPES))
-    # What the devices divide: data alone; the optimiser's state and Newton-Schulz too (zero1).
-    mesh: str = option("data", OneOf(("data", "zero1")), since="2026-11-29", absent="data")
+    # What the devices divide: data alone; the optimiser's state and Newton-Schulz too (zero1); and
+    # the parameters and their gradients (fsdp).
+    mesh: str = option("data", OneOf(("data", "zero1", "fsdp")), since="2026-11-29", absent="data")
     seed: int = option(
         42, Bound("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32), fixed=True
     )

@@ -38,6 +38,7 @@ class HeadVectors(NamedTuple):
 
 
 Probe = Callable[[HeadVectors], Any]
+WholeLayer = Callable[[Any], Any]  # the parameters of one layer, from a device's parts of them
 
 
 class _Affine(NamedTuple):
@@ -73,15 +74,22 @@ def parameter_shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init(jax.random.key(0), config))
 
 
-def apply(params: Params, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+def apply(
+    params: Params,
+    tokens_BT: jax.Array,
+    config: ModelConfig,
+    whole_layer: WholeLayer | None = None,
+) -> jax.Array:
     """Final hidden states [B, T, D] in the compute dtype; logits are hidden @ embedding^T.
 
     Args:
         config: best settled for the platform that computes, by `ModelConfig.on`. What is left
             open, here and in the functions below, is what runs on every platform: attention
             "xla", layers in a loop.
+        whole_layer: makes one layer's parameters whole, where those of `blocks` are a device's
+            parts; it is called inside the layer loop, forward and backward.
     """
-    return _decoder(config).apply({"params": params}, tokens_BT)[0]
+    return _decoder(config, whole_layer=whole_layer).apply({"params": params}, tokens_BT)[0]
 
 
 def apply_with_probe(
@@ -122,8 +130,10 @@ def logits(params: Params, tokens_BT: jax.Array, config: ModelConfig) -> jax.Arr
     return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
 
 
-def _decoder(config: ModelConfig, probe: Probe | None = None) -> "_Decoder":
-    return _Decoder(config.on("any"), probe)
+def _decoder(
+    config: ModelConfig, probe: Probe | None = None, whole_layer: WholeLayer | None = None
+) -> "_Decoder":
+    return _Decoder(config.on("any"), probe, whole_layer)
 
 
 class _RMSNorm(nn.Module):
@@ -254,6 +264,7 @@ class _Block(nn.Module):
 class _Decoder(nn.Module):
     config: ModelConfig
     probe: Probe | None
+    whole_layer: WholeLayer | None = None
 
     @nn.compact
     def __call__(
@@ -264,8 +275,16 @@ class _Decoder(nn.Module):
         embedding = self.param("embedding", _normal, (c.vocab_size, c.d_model), jnp.float32)
         x_BTD = (embedding[tokens_BT] * math.sqrt(c.d_model)).astype(dtype)
         rotary = attention.rotary_tables(tokens_BT.shape[1], c.head_dim, c.rope_base)
+        block, whole_layer = _Block, self.whole_layer
+        if whole_layer is not None:
+            block = nn.map_variables(
+                _Block, "params", trans_in_fn=lambda cut: {"params": whole_layer(cut["params"])}
+            )
+        # Of unrolled layers a compiler would keep what was gathered: two equal gathers are one.
+        prevent_cse = whole_layer is not None
+        policy = _is_kept if c.remat == "none" else jax.checkpoint_policies.nothing_saveable
         blocks = nn.scan(
-            nn.remat(_Block, policy=_is_kept, prevent_cse=False),
+            nn.remat(block, policy=policy, prevent_cse=prevent_cse),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),

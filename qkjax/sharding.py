@@ -66,6 +66,11 @@ def cut_axes(tree: Any, mesh: Mesh, kind: str) -> Any:
     return jax.tree.map_with_path(axis_of, tree)
 
 
+def cut_params(params: Any, mesh: Mesh, kind: str) -> Any:
+    """`cut_axes` of the parameters themselves, which `fsdp` alone cuts."""
+    return cut_axes(params, mesh, kind if kind == "fsdp" else "data")
+
+
 def specs(axes: Any) -> Any:
     """The partition of every leaf that `cut_axes` speaks of."""
     return jax.tree.map(
@@ -122,8 +127,35 @@ def per_share(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array
     return shared
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(part: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """The whole of a parameter that is cut along `axis`, in `dtype`; where each device runs alone.
+
+    Its gradient is summed over the devices in float32, each part where it lies; that of a
+    parameter which is whole is not.
+    """
+    if axis == WHOLE:
+        return part
+    return jax.lax.all_gather(part.astype(dtype), DATA_AXIS, axis=axis, tiled=True)
+
+
+def _gathered_forward(part: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, None]:
+    return gathered(part, axis, dtype), None
+
+
+def _gathered_backward(axis: int, dtype: Any, kept: None, gradient: jax.Array) -> tuple[jax.Array]:
+    del dtype, kept
+    if axis == WHOLE:
+        return (gradient,)
+    gradient = gradient.astype(jnp.float32)
+    return (jax.lax.psum_scatter(gradient, DATA_AXIS, scatter_dimension=axis, tiled=True),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
 def summed_over_devices(
-    function: Callable[[Any, jax.Array], Any], mesh: Mesh, cut: Any = None
+    function: Callable[[Any, jax.Array], Any], mesh: Mesh, cut: Any = None, held: Any = None
 ) -> Callable[[Any, jax.Array], Any]:
     """`function` of parameters and a batch, by each device on its own rows, and the sum of these.
 
@@ -131,11 +163,13 @@ def summed_over_devices(
         function: (parameters, on every device; rows [B, ...]) -> a tree of float32 sums over rows.
         cut: the axis of each sum along which every device keeps its part alone, as `cut_axes`
             gives them; None: every device keeps all sums.
+        held: likewise, of the parameters, of which `function` gets this device's parts. What it
+            returns for these is summed already, as `gathered` does; None: it gets them whole.
     """
     if mesh.size == 1:
         return function
     if cut is not None:
-        return _parts_of_sums(function, mesh, cut)
+        return _parts_of_sums(function, mesh, cut, held)
 
     def of_rows(parameters: Any, rows: jax.Array) -> Any:
         return jax.lax.psum(function(parameters, rows), DATA_AXIS)
@@ -147,11 +181,13 @@ def summed_over_devices(
 
 
 def _parts_of_sums(
-    function: Callable[[Any, jax.Array], Any], mesh: Mesh, cut: Any
+    function: Callable[[Any, jax.Array], Any], mesh: Mesh, cut: Any, held: Any
 ) -> Callable[[Any, jax.Array], Any]:
     def part(axis: int, x: jax.Array) -> jax.Array:
         if axis == WHOLE:
             return jax.lax.psum(x, DATA_AXIS)
+        if held is not None:
+            return x
         return jax.lax.psum_scatter(x, DATA_AXIS, scatter_dimension=axis, tiled=True)
 
     def of_rows(parameters: Any, rows: jax.Array) -> Any:
@@ -160,7 +196,10 @@ def _parts_of_sums(
     return jax.shard_map(
         of_rows,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(DATA_AXIS)),
+        in_specs=(
+            PartitionSpec() if held is None else specs(held),
+            PartitionSpec(DATA_AXIS),
+        ),
         out_specs=specs(cut),
         check_vma=False,
     )

@@ -67,14 +67,10 @@ def state_shardings(
     whole: Any = sharding.replicated(mesh)
     return TrainState(
         whole,
-        sharding.shardings(mesh, _cut_params(shapes.params, config, mesh)),
+        sharding.shardings(mesh, sharding.cut_params(shapes.params, mesh, config.mesh)),
         sharding.shardings(mesh, sharding.cut_axes(shapes.opt_state, mesh, config.mesh)),
         whole,
     )
-
-
-def _cut_params(params: Any, config: Config, mesh: Mesh) -> Any:
-    return sharding.cut_axes(params, mesh, config.mesh if config.mesh == "fsdp" else "data")
 
 
 def _init(
@@ -152,8 +148,28 @@ def _loss_and_gradients(
     the partitioner, each pass would add them, kernels in the dtype of the products.
     """
 
+    is_cut = config.mesh == "fsdp" and mesh.size > 1
+    held: Any = sharding.cut_params(params, mesh, config.mesh) if is_cut else None
+
+    def whole_layer(layer: Any) -> Any:
+        """One layer's parameters, of a stack that is cut by other axes than the first."""
+
+        def one(part: jax.Array, axis: int) -> jax.Array:
+            inside = axis if axis == sharding.WHOLE else axis - 1
+            return sharding.gathered(part, inside, jnp.dtype(config.model.dtype))
+
+        return jax.tree.map(one, layer, held["blocks"])
+
     def summed_loss(params: model.Params, tokens: jax.Array) -> jax.Array:
-        hidden = model.apply(params, tokens[:, :-1], config.model.on(sharding.platform(mesh)))
+        if is_cut:
+            table = sharding.gathered(params["embedding"], held["embedding"], jnp.float32)
+            params = {**params, "embedding": table}
+        hidden = model.apply(
+            params,
+            tokens[:, :-1],
+            config.model.on(sharding.platform(mesh)),
+            whole_layer if is_cut else None,
+        )
         return losses.next_token_loss(
             hidden,
             params["embedding"],
@@ -177,5 +193,5 @@ def _loss_and_gradients(
     cut = None
     if config.mesh != "data":
         cut = (sharding.WHOLE, sharding.cut_axes(params, mesh, config.mesh))
-    sums = sharding.summed_over_devices(of_rows, mesh, cut)(params, tokens)
+    sums = sharding.summed_over_devices(of_rows, mesh, cut, held)(params, tokens)
     return jax.tree.map(lambda x: x / predicted, sums)

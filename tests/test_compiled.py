@@ -42,8 +42,7 @@ def make_config(**fields) -> config_lib.Config:
     )
     values.train.update(tokens_per_step=8 * LENGTH, tokens=80 * LENGTH, loss_chunk_tokens=CHUNK)
     for name, value in fields.items():
-        section, _, field = name.partition("__")
-        values[section][field] = value
+        values.update_from_flattened_dict({name.replace("__", "."): value})
     return config_lib.resolve(values)
 
 
@@ -75,6 +74,20 @@ def h100(tmp_path_factory):
 def two_h100(tmp_path_factory):
     folder = tmp_path_factory.mktemp("h100x2")
     return compiled("h100:2", folder, ("train",), train__microbatch_sequences=8 // 2 // PASSES)
+
+
+@pytest.fixture(scope="module")
+def two_h100_zero1(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("h100x2-zero1")
+    fields = {"train__microbatch_sequences": 8 // 2 // PASSES, "mesh": "zero1"}
+    return compiled("h100:2", folder, ("train",), **fields)
+
+
+@pytest.fixture(scope="module")
+def two_h100_fsdp(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("h100x2-fsdp")
+    fields = {"train__microbatch_sequences": 8 // 2 // PASSES, "mesh": "fsdp"}
+    return compiled("h100:2", folder, ("train",), **fields, model__remat="block")
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +153,60 @@ def test_gradients_cross_devices_once(h100, two_h100):
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert 0 <= found["all-reduce f32"]["bytes"] - 4 * parameters < 64  # the loss
     assert sum(entry["times"] for entry in found.values()) <= 4
+
+
+def product_flop(program: Program) -> float:
+    return sum(program.said["product_flop"].values())
+
+
+def newton_schulz_flop() -> float:
+    """Of all matrices: five times X X^T, its square, and the product of both with X."""
+    total = 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_of_parameters()):
+        if "kernel" in jax.tree_util.keystr(path):
+            short, long = sorted(leaf.shape[-2:])
+            total += leaf.shape[0] * 5 * (4 * short * short * long + 2 * short**3)
+    return total
+
+
+def test_zero1_divides_newton_schulz_and_the_state(two_h100, two_h100_zero1):
+    whole, divided = two_h100["train"], two_h100_zero1["train"]
+    saved = product_flop(whole) - product_flop(divided)
+    assert saved == pytest.approx(newton_schulz_flop() / 2, rel=1e-6)
+    parameters = shapes_of_parameters()
+    # Muon keeps one number a parameter, AdamW of the embedding two.
+    kernels = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters["blocks"]))
+    held = 4 * (kernels + 2 * math.prod(parameters["embedding"].shape))
+    less = whole.said["argument_bytes"] - divided.said["argument_bytes"]
+    assert less == pytest.approx(held / 2, rel=0.01)  # gammas stay whole
+    found = divided.said["collectives"]
+    assert {"reduce-scatter f32", "all-gather f32"} <= found.keys()
+    cut = 4 * sum(
+        math.prod(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)
+        if "gamma" not in jax.tree_util.keystr(path)
+    )
+    # Gradients once, after the last pass; parameters once.
+    assert found["reduce-scatter f32"]["bytes"] == found["all-gather f32"]["bytes"] == cut
+    taken_over, leaves = divided.said["donated"]
+    assert taken_over == leaves > 30
+
+
+def test_fsdp_divides_the_parameters_too(two_h100, two_h100_zero1, two_h100_fsdp):
+    program = two_h100_fsdp["train"]
+    parameters = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes_of_parameters()))
+    less = two_h100_zero1["train"].said["argument_bytes"] - program.said["argument_bytes"]
+    assert less == pytest.approx(parameters / 2, rel=0.01)
+    found = program.said["collectives"]
+    kernels = 2 * sum(
+        math.prod(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_of_parameters())
+        if "kernel" in jax.tree_util.keystr(path)
+    )
+    # In bfloat16, of each layer forward and backward in every pass.
+    assert found["all-gather bf16"]["bytes"] == 2 * PASSES * kernels
+    taken_over, leaves = program.said["donated"]
+    assert taken_over == leaves > 30
 
 
 def test_an_evaluation_on_gpus(h100):

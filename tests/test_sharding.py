@@ -12,7 +12,7 @@ from small_model import Trainer, batch, by_name, initial_params, small
 from qkjax import model, optimizer, sharding, train_step
 from qkjax.runs import checkpoint
 
-MESHES = ("data", "zero1")
+MESHES = ("data", "zero1", "fsdp")
 ARMS = {  # 2 layers do not divide over 8 devices, 8 do
     "adamw": (("adamw", "learned"), {}),
     "muon": (("muon", "learned"), {"model__num_layers": 8}),
