@@ -420,6 +420,7 @@ INVALID = {
     "profile.steps": (3, 2),
     "scale": "huge",
     "recipe": "mine",
+    "mesh": "tensor",
     "seed": -1,
     "data.max_epochs": 0,
     "model.qk_norm": "layer",
@@ -436,6 +437,7 @@ INVALID = {
     "model.rope_base": math.inf,
     "model.dtype": "float16",
     "model.unroll": -1,
+    "model.remat": "everything",
     "model.attention": "flash",
     "optimizer.name": "sgd",
     "optimizer.learning_rate": 0.0,
@@ -662,7 +664,9 @@ def test_a_stored_config_that_is_none_is_refused_by_file_and_field(changes, mess
 
 
 LATER = {
+    "mesh": "data",
     "numerics_version": 1,
+    "model.remat": "none",
     "optimizer.gamma_decay_target": 0.0,
     "optimizer.gamma_learning_rate": 0.0,
     "optimizer.qk_clip": 0.0,
