@@ -82,6 +82,18 @@ def test_accumulated_gradient_is_the_same(microbatch_sequences):
         assert error < 256 * 2**-24, name
 
 
+def test_blocks_that_are_computed_again_give_the_same_and_hold_less():
+    kept, again = (trainer("adamw", "learned", model__remat=name) for name in ("none", "block"))
+    params = initial_params(kept.config, scale=0.2)
+    (one, [expected]), (two, [found]) = kept.run(params, 1), again.run(params, 1)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
+    for name, leaf in by_name(one.opt_state).items():
+        np.testing.assert_allclose(by_name(two.opt_state)[name], leaf, rtol=0, atol=1e-6)
+    held = [t.compiled.memory_analysis().temp_size_in_bytes for t in (kept, again)]
+    assert held[1] < held[0]
+
+
 ARMS_OF_THE_MESH_TEST = (("adamw", "learned"), ("muon", "none"))
 
 
