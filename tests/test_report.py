@@ -682,10 +682,10 @@ def test_the_record_names_the_source_commit(write: Callable[..., pathlib.Path]):
     assert said.count("source") == 1 and f"{recorded['sha']} with changes" in said
 
 
-def test_deviations_are_those_of_the_readme():
-    readme = (ROOT / "README.md").read_text()
+def test_deviations_are_those_of_the_docs():
+    page = (ROOT / "docs" / "deviations.md").read_text()
     rows = [f"| {' | '.join(row)} |" for row in original.DEVIATIONS]
-    table = readme[readme.index("## Deviations") :]
+    table = page[page.index("## In words") : page.index("## In the configs")]
     assert [line for line in table.splitlines() if line.startswith("| ")][1:] == rows
 
 

@@ -175,6 +175,7 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
             rope_base=float(rope),
             dtype="float32",
             unroll=1,
+            remat="none",
             attention="auto",
         )
     except (KeyError, TypeError, ValueError) as error:

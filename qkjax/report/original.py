@@ -19,7 +19,7 @@ OTHER_RESULTS = (
     "Its pilot repeated with the same seed differs by 1 to 3 PR at 1M tokens: as much as the "
     "smallest effect of interest here.",
 )
-# What, in the original, here. README.md shows the same table.
+# What, in the original, here. docs/deviations.md shows the same table.
 DEVIATIONS: tuple[tuple[str, str, str], ...] = (
     (
         "RoPE",
