@@ -195,8 +195,9 @@ def test_value_after_a_space_is_read_too(call):
     assert "model.qk_norm is 'laerned'" in done.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # python's own default is ""
 @pytest.mark.parametrize("flag", ["--help", "--print_config"])
-def test_a_reader_that_leaves_early_gets_no_traceback(flag):
+def test_a_reader_that_leaves_early_gets_no_traceback(flag, unbuffered):
     """As `| head` does; the pipe is closed before the command writes."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -206,6 +207,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback(flag):
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")

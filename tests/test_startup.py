@@ -249,6 +249,7 @@ print(freed - resident(), sum(map(len, kept)))
     assert returned > 150_000_000 and kept == 4_000_000
 
 
+@pytest.mark.long
 def test_programs_of_a_run_give_back_what_compiling_them_took(monkeypatch, tmp_path):
     said = []
     monkeypatch.setattr(startup, "give_back_freed_memory", lambda: said.append(True))

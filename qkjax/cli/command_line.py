@@ -125,7 +125,9 @@ def exit_code(work: Callable[[], int | None], debug: Callable[[], bool] = lambda
         debug: whether its traceback is shown too, as it is where --debug is on the command line.
     """
     try:
-        return work() or 0
+        code = work() or 0
+        sys.stdout.flush()  # here, where a reader that has left is no traceback
+        return code
     except BrokenPipeError:  # the reader has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return _BROKEN_PIPE
