@@ -14,7 +14,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qkjax import losses, model, processes, sharding
-from qkjax.cli import startup
 from qkjax.config import Config
 from qkjax.data import pipeline
 from qkjax.measures import probes, ranks, spectral
@@ -347,9 +346,7 @@ class Evaluator:
         return self._compiled[name, rows]
 
     def _compile(self, jitted: Any, arguments: tuple[Any, ...]) -> Any:
-        program = jitted.lower(*arguments).compile()
-        startup.give_back_freed_memory()
-        return program
+        return jitted.lower(*arguments).compile()
 
 
 class _Clock:

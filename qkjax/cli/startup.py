@@ -88,7 +88,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Returns what has been freed to the system, where glibc can; after a program is compiled.
+    """Returns what has been freed to the system, where glibc can; after a step is compiled.
 
     The compiler takes 0.35 GB for a step of tiny. Freed, it lies in pieces between what lives on,
     where a step's arrays do not fit, and would add to their peak.
