@@ -2,8 +2,8 @@
 #
 #   docker build -t qkjax .
 #   docker build -t qkjax:cuda --build-arg EXTRAS=cuda,data,report .
-#   docker run --rm -v "$PWD/runs:/work/runs" qkjax train --config=muon_noqk:tiny --workdir=runs/first
-#   docker run --rm --gpus all -v "$PWD/runs:/work/runs" qkjax:cuda train --config=muon_noqk:tiny --workdir=runs/first
+#   docker run --rm -v "$PWD/runs:/data/runs" qkjax train --config=muon_noqk:tiny --workdir=runs/first
+#   docker run --rm --gpus all -v "$PWD/runs:/data/runs" qkjax:cuda train --config=muon_noqk:tiny --workdir=runs/first
 #
 # The folder that is mounted must be writable by user 1000. A run's environment.json has no commit here:
 # there is no .git in the image.
@@ -17,8 +17,8 @@ COPY qkjax qkjax
 COPY configs configs
 RUN python -m pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]"
 
-RUN useradd --create-home --uid 1000 qkjax && install -d -o qkjax /work
+RUN useradd --create-home --uid 1000 qkjax && install -d -o qkjax /data
 USER qkjax
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["qkjax"]
 CMD ["--help"]
