@@ -123,6 +123,7 @@ def test_a_limit_of_memory_is_one_line_and_no_endless_wait(
     assert "Raise the limit" in done.stderr
 
 
+@pytest.mark.long
 def test_divergence_exits_3_and_names_what_broke(dataset, tmp_path):
     flags = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.adam_learning_rate=1e30")
     for text in ("training records", "diverged at step"):
@@ -155,6 +156,7 @@ def test_a_target_is_read_before_anything_is_computed(dataset, tmp_path):
         assert done.returncode == 2 and done.stderr.startswith(f"ERROR: {message}")
 
 
+@pytest.mark.long
 def test_profile_writes_a_trace(dataset, tmp_path):
     done = subprocess.run(
         command(dataset, tmp_path / "run", "--config.profile.steps=(3,4)"),

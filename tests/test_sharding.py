@@ -122,6 +122,7 @@ def test_a_checkpoint_of_one_mesh_restores_under_another(trained, on_devices):
     assert on_devices(textwrap.dedent(code), 4).splitlines()[-1] == str(expected)
 
 
+@pytest.mark.long
 def test_one_device_takes_every_mesh():
     expected = None
     for mesh in MESHES:
