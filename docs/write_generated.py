@@ -1,11 +1,11 @@
-"""Draws the figure of the README and writes what pages take from data: run it when these change.
+"""Draws the README's figure and writes the parts of pages that come from data.
 
     python docs/write_generated.py
 
 reads docs/results/small_original/runs/ARM_seed_N.tar.gz (`tools/airgapped/pack_results.py` made
-them), writes docs/figures/results.svg, and replaces what stands between the two marks in README.md:
+them), writes docs/figures/results.svg, and replaces the text between the two marks in README.md:
 the answer so far, the figure and the table. The table of docs/deviations.md comes from the configs.
-Run it again when archives are added. Equal archives give equal bytes. Needs matplotlib.
+Run it again when archives or configs change. Equal archives give equal bytes. Needs matplotlib.
 """
 
 import json
@@ -33,7 +33,7 @@ MARK = "<!-- {}: written by docs/write_generated.py -->"
 END = "<!-- end of {} -->"
 
 ARMS = ("adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk")
-# Under recipe original the gammas of an arm decay; these controls are the same without decay.
+# Under recipe original the gammas of an arm decay; its control `undecayed` has no decay.
 DRAWN = (
     "adamw_qk",
     "adamw_qk_undecayed",
@@ -48,10 +48,10 @@ MEASURES = {  # metric -> title of its panel and column of the table
     "pr/key/post_rope/raw": "after RoPE, raw",
 }
 HEAD_DIM = 64
-SEEDS = 3  # that the study owes of every arm
+SEEDS = 3  # the number that the study needs of every arm
 WORDS = {
     "AdamW": {
-        "adamw_qk": "with QK-Norm whose gammas decay as the original's do",
+        "adamw_qk": "with QK-Norm whose gammas decay as in the original",
         "adamw_qk_undecayed": "with gammas that do not decay",
         "adamw_noqk": "without QK-Norm",
     },
@@ -62,7 +62,7 @@ WORDS = {
     },
 }
 ALT = "Participation Ratio of the keys over training, before and after RoPE, by arm"
-# A page is dark where its reader's system is: paper, ink, grid, and the hues of Okabe & Ito.
+# The dark variant, for readers whose system is dark: paper, ink, grid, hues of Okabe & Ito.
 DARK = {
     "#ffffff": "#0d1117",
     "#000000": "#e6edf3",
@@ -153,17 +153,18 @@ def answer(runs: dict[str, list[Run]]) -> str:
         scope = f"{fewest} seeds"
     gaps = f"; not run yet: {' and '.join(missing)}" if missing else ""
     return (
-        f"**So far**, after RoPE and of {HEAD_DIM}: {'; '.join(said)}. That is a model of 4 layers "
-        f"(scale `small`, recipe `original`), {tokens} tokens of docstrings a run, {scope}{gaps}."
+        f"**So far** (PR after RoPE, out of {HEAD_DIM}): {'; '.join(said)}. The model has 4 layers "
+        f"(scale `small`, recipe `original`), each run {tokens} tokens of docstrings; "
+        f"{scope}{gaps}."
     )
 
 
 def block(runs: dict[str, list[Run]]) -> str:
-    """What stands between the marks: the answer, the figure, the table."""
+    """The text between the marks: the answer, the figure, the table."""
     picture = f"![{ALT}](docs/figures/{FIGURE.name})"
     note = (
-        "Means over the seeds at the last step, in brackets their range. In this recipe an arm's "
-        "gammas decay; the figure also has the controls without that decay."
+        "Values are means over the seeds at the last step, with their range in brackets. In this "
+        "recipe the gammas of an arm decay; the figure also shows the controls without that decay."
     )
     said, below = (textwrap.fill(words, 112) for words in (answer(runs), note))
     return "\n\n".join((said, picture, table(runs), below))
@@ -180,7 +181,7 @@ def _cell(values: list[float], digits: int) -> str:
 
 @drawing.styled
 def figure(runs: dict[str, list[Run]]) -> Any:
-    """PR of the keys over training, before and after RoPE: means, and a thin line a seed."""
+    """PR of the keys over training, before and after RoPE: means, and one thin line per seed."""
     drawn = {arm: runs[arm] for arm in DRAWN if arm in runs}
     looks = arms_lib.looks(DRAWN)
     panels_figure = drawing.new_figure(7.4, 3.5)
