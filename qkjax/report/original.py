@@ -1,4 +1,4 @@
-"""What the original PyTorch study published, and where this project departs from it. Data alone."""
+"""What the original PyTorch study published, and where this project differs from it: only data."""
 
 # Post-RoPE raw PR of keys, mean over 22 layers, by tokens: 88M relu2, recipe original at
 # 4,096 tokens a step, one seed; read off its plot, +-0.3.
@@ -19,16 +19,16 @@ OTHER_RESULTS = (
     "Its pilot repeated with the same seed differs by 1 to 3 PR at 1M tokens: as much as the "
     "smallest effect of interest here.",
 )
-# What, in the original, here. docs/deviations.md shows the same table.
+# Subject, the original's form, ours. docs/deviations.md shows the same table.
 DEVIATIONS: tuple[tuple[str, str, str], ...] = (
     (
         "RoPE",
         "interleaved pairs",
-        "rotate-half, as Llama and Qwen3: equal in distribution from a random start",
+        "rotate-half, as in Llama and Qwen3: equal in distribution, since initial weights are random",
     ),
     (
         "positions",
-        "predicts 2,047 of 2,048",
+        "predicts 2,047 of 2,048 positions",
         "records of T+1 tokens, all T positions, in both recipes",
     ),
     (
@@ -39,7 +39,7 @@ DEVIATIONS: tuple[tuple[str, str, str], ...] = (
     (
         "validation set",
         "drawn from the training rows",
-        "whole documents, held out by hash, proved by `qkjax check`",
+        "whole documents, held out by hash, checked by `qkjax check`",
     ),
     (
         "activations under bfloat16",
@@ -67,7 +67,7 @@ DEVIATIONS: tuple[tuple[str, str, str], ...] = (
         "AdamW 6e-3 (25M pilot), 6e-4 (300M plan); Muon 0.024, 0.02 (in its 20M study 0.012), "
         "auxiliary 6e-3, never swept",
         "`fixed`: swept around 1.2e-3; Muon around 0.012, auxiliary 3e-3 with it; `original`: "
-        "original's",
+        "as the original",
     ),
     (
         "Newton-Schulz",
@@ -77,7 +77,7 @@ DEVIATIONS: tuple[tuple[str, str, str], ...] = (
     ("RMSNorm eps", "1.19e-7", "`fixed`: 1e-6; `original`: as the original"),
     (
         "decay of gamma_q and gamma_k",
-        "0.2, as of everything",
+        "0.2, as for everything",
         "`fixed`: 0; `original`: 0.2; the controls `decayed` and `undecayed` set it",
     ),
     (
