@@ -283,4 +283,4 @@ def _environment(folder: pathlib.Path, on_cpu: bool) -> dict[str, str]:
 
 def _last_line(log: pathlib.Path) -> str:
     lines = log.read_text().strip().splitlines()
-    return lines[-1] if lines else "it ended without a word"
+    return lines[-1] if lines else "it ended without a message"

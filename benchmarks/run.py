@@ -25,33 +25,37 @@ from qkjax import errors
 from qkjax.cli import command_line
 
 FLAGS = flags.FlagValues()
-_SHAPE = flags.DEFINE_enum("shape", "tiny", subjects.SHAPES, "Of the model.", flag_values=FLAGS)
-_ARM = flags.DEFINE_enum("arm", "adamw_qk", subjects.ARMS, "Of the study.", flag_values=FLAGS)
+_SHAPE = flags.DEFINE_enum(
+    "shape", "tiny", subjects.SHAPES, "Shape of the model.", flag_values=FLAGS
+)
+_ARM = flags.DEFINE_enum("arm", "adamw_qk", subjects.ARMS, "Arm of the study.", flag_values=FLAGS)
 _SEQUENCES = flags.DEFINE_integer(
-    "sequences", None, "Of a step; by shape unless given.", 1, flag_values=FLAGS
+    "sequences", None, "Sequences of a step. Default: by shape.", 1, flag_values=FLAGS
 )
 _PLATFORM = flags.DEFINE_enum(
-    "platform", "cpu", subjects.PLATFORMS, "Where it is measured.", flag_values=FLAGS
+    "platform", "cpu", subjects.PLATFORMS, "Platform to measure on.", flag_values=FLAGS
 )
 _VARIANTS = flags.DEFINE_list(
-    "variants", [], "Only these; the usual ones unless given.", flag_values=FLAGS
+    "variants", [], "Only these variants. Default: the usual ones.", flag_values=FLAGS
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each is measured.", 1, flag_values=FLAGS)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 5, "Number of measurements of each variant.", 1, flag_values=FLAGS
+)
 _BLOCK_SECONDS = flags.DEFINE_float(
-    "block_seconds", 1.0, "Of the reference, at least.", 0.0, flag_values=FLAGS
+    "block_seconds", 1.0, "Shortest block of the reference, in seconds.", 0.0, flag_values=FLAGS
 )
 _OUT = flags.DEFINE_string("out", None, "JSON file for the figures.", flag_values=FLAGS)
 _DATA_DIR = flags.DEFINE_string(
-    "data_dir", "", "run: dataset; the embedded one at tiny.", flag_values=FLAGS
+    "data_dir", "", "run: the dataset. Default: the embedded one, at tiny.", flag_values=FLAGS
 )
 _SOURCE = flags.DEFINE_string(
-    "source", "docstrings", "data: text; see prepare_data.py.", flag_values=FLAGS
+    "source", "docstrings", "data: the text source, as for prepare_data.py.", flag_values=FLAGS
 )
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", "train:4096", "data: as prepare_data.py takes it.", flag_values=FLAGS
+    "tokenizer", "train:4096", "data: the tokenizer, as for prepare_data.py.", flag_values=FLAGS
 )
 _CHARACTERS = flags.DEFINE_integer(
-    "characters", 40_000_000, "data: how much of the source.", 1, flag_values=FLAGS
+    "characters", 40_000_000, "data: number of characters of the source.", 1, flag_values=FLAGS
 )
 _SEQUENCE_LENGTH = flags.DEFINE_integer(
     "sequence_length", 2048, "data: tokens of a record.", 1, flag_values=FLAGS

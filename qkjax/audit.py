@@ -242,7 +242,7 @@ RECIPES: dict[str, Recipe] = {
         _cosine(_OLMO_3_STEPS, 2000, 0.1),
         "allenai/OLMo-core, src/scripts/official/OLMo3/OLMo-3-1025-7B-pretrain-1.py at 18b8fb6, "
         "read 2026-11-28: decay on all but the embedding",
-        "the schedule of 5T tokens; part 2 of the script stretches its second half to 5.93T",
+        "the schedule of 5T tokens; part 2 of the script extends its second half to 5.93T",
     ),
     "torchtitan": Recipe(
         "torchtitan's default",
@@ -309,25 +309,35 @@ RECIPES: dict[str, Recipe] = {
 
 
 _STRENGTH = (
-    "One seed each, and tau grows with the steps there: a suspicion, which the controls frozen, "
-    "decayed and undecayed are made to test."
+    "These studies have one seed each, and their tau grows with the number of steps: this is a "
+    "hypothesis, which the controls frozen, decayed and undecayed are made to test."
 )
 # Up to which tau -> what the original's studies show at their ends (docs/science.md section 6).
 _KNOWN = (
-    (0.45, "The original's studies of tau up to 0.45 end with a higher key PR with QK-Norm."),
-    (2.4, "The original's studies end higher in key PR at tau 0.45, 3.3 of 64 lower at 2.4."),
-    (7.4, "The original's studies end 3.3 of 64 lower in key PR at tau 2.4, 17 to 21 at 7.3."),
-    (math.inf, "Beyond what is measured: at the original's 7.3 key PR ends 17 to 21 of 64 lower."),
+    (0.45, "In the original's studies with tau up to 0.45, key PR ends higher with QK-Norm."),
+    (2.4, "In the original's studies key PR ends higher at tau 0.45, and 3.3 of 64 lower at 2.4."),
+    (
+        7.4,
+        "In the original's studies key PR ends 3.3 of 64 lower at tau 2.4, and 17 to 21 lower at "
+        "7.3.",
+    ),
+    (
+        math.inf,
+        "Above all measured values: at the original's tau 7.3, key PR ends 17 to 21 of 64 lower.",
+    ),
 )
 
 
 def what_is_known(tau: float, target: float | None = 0.0) -> str:
     """What has been measured about gammas at a tau, in words, with its strength."""
     if math.isnan(tau):
-        return "The pull is no share of gamma, so it has no tau and nothing to be compared with."
+        return "The pull is not proportional to gamma, so it has no tau and cannot be compared."
     if tau == 0:
         return "Nothing pulls gamma: only gradients move it."
     if target != 0:
-        return f"A pull towards {target:g} shrinks no gamma of that size; nobody has measured it."
+        return (
+            f"A pull towards {target:g} does not shrink a gamma of that size; its effect has not "
+            "been measured."
+        )
     words = next(words for end, words in _KNOWN if tau <= end)
     return f"{words} {_STRENGTH}"

@@ -778,7 +778,7 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
         step = exposure.learning_rate * exposure.weight_decay
         raise errors.UsageError(
             f"config: optimizer.gamma_weight_decay: learning rate x decay is {step:.3g} at its "
-            "peak, and from 1 on a step would carry gamma past the target of its decay (decay "
+            "peak, and at 1 or more a step would move gamma past the target of its decay (decay "
             f"{exposure.weight_decay:.4g}, rate {exposure.learning_rate:.4g}, {num_steps} steps). "
             "Train longer, or lower optimizer.gamma_decay_tau."
         )
@@ -910,7 +910,7 @@ def _rate_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
         yield (
             rate is None,
             "optimizer.adam_learning_rate",
-            f"left alone: an arm of {name} has one rate, optimizer.learning_rate",
+            f"left at its default: an arm of {name} has one rate, optimizer.learning_rate",
         )
     else:
         yield (
@@ -924,7 +924,7 @@ def _clip_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
     yield (
         not values["optimizer.qk_clip"] or values["model.qk_norm"] == "none",
         "optimizer.qk_clip",
-        f"0 with model.qk_norm={values['model.qk_norm']}, which undoes what it does to queries",
+        f"0 with model.qk_norm={values['model.qk_norm']}, which undoes its effect on queries",
     )
 
 
@@ -942,7 +942,7 @@ def _muon_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
     yield (
         granularity not in ("per_head", "groups_of") or heads > group,
         "muon.granularity",
-        f"separate, which is the same where all {heads} heads are one group",
+        f"separate, which is the same if all {heads} heads are one group",
     )
     if granularity == "groups_of":
         yield kv_heads % group == 0, "muon.group_heads", f"a divisor of num_kv_heads = {kv_heads}"
@@ -970,5 +970,5 @@ def _gamma_rules(values: Mapping[str, Any]) -> Iterator[_Rule]:
     yield (
         values["optimizer.gamma_decay_target"] == 0 or values["optimizer.gamma_weight_decay"] > 0,
         "optimizer.gamma_decay_target",
-        "0 without optimizer.gamma_weight_decay, which pulls gamma there",
+        "0 without optimizer.gamma_weight_decay, which pulls gamma to this target",
     )

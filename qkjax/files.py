@@ -66,7 +66,7 @@ def storage_error(path: str | os.PathLike[str], error: OSError) -> errors.Storag
     )
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.ELOOP:
-        reason, fix = "a link stands in its place", "Remove the link."
+        reason, fix = "a link is in its place", "Remove the link."
     return errors.StorageError(f"{os.fspath(path)}: cannot be read or written ({reason}). {fix}")
 
 
@@ -310,8 +310,8 @@ def _take(
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 raise errors.StorageError(
-                    f"{path}: this file system has no locks ({error.strerror}), so nothing keeps "
-                    "two processes apart. Use a directory on a local disk."
+                    f"{path}: this file system has no locks ({error.strerror}), so two processes "
+                    "could use it at the same time. Use a directory on a local disk."
                 ) from error
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise storage_error(path, error) from error
@@ -397,7 +397,7 @@ def parse_json(data: bytes, path: str | os.PathLike[str], fix: str) -> Any:
 def _finite(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise ValueError(f"it holds {digits:.20}, which is no finite number")
+        raise ValueError(f"it holds {digits:.20}, which is not a finite number")
     return value
 
 
@@ -449,12 +449,12 @@ def read_arrays(
     with _array_errors(path, fix):
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is no npz archive")
+            raise ValueError("it is not an npz archive")
         with archive:
             arrays = {name: archive[name] for name in archive.files}
     bad = [name for name, x in arrays.items() if not isinstance(x, np.ndarray)]
     if bad:
-        raise damaged(path, f"{', '.join(bad)} are no arrays", fix)
+        raise damaged(path, f"{', '.join(bad)} are not arrays", fix)
     absent = [name for name in names if name not in arrays]
     if absent:
         raise damaged(path, f"it lacks {', '.join(absent)}", fix)

@@ -17,7 +17,7 @@ from qkjax.targets import estimate, target
 FLAGS = flags.FlagValues()
 _CONFIG = config_flag.define(FLAGS)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Run directory; made where it is missing.", flag_values=FLAGS
+    "workdir", None, "Run directory; created if it is missing.", flag_values=FLAGS
 )
 _RESTORE_STEP = flags.DEFINE_integer(
     "restore_step",
@@ -38,13 +38,13 @@ _DRY_RUN = flags.DEFINE_bool(
 _AOT = flags.DEFINE_string(
     "aot",
     None,
-    "With --dry_run: compile for this target, which need not be here: h100:8, a100, v5e:2x4.",
+    "With --dry_run: compile for this target, which you need not have: h100:8, a100, v5e:2x4.",
     flag_values=FLAGS,
 )
 _PRICE = flags.DEFINE_float(
     "price_per_hour",
     None,
-    "With --aot: of one device, for the cost of the run.",
+    "With --aot: price per hour of one device, for the cost of the run.",
     lower_bound=0,
     flag_values=FLAGS,
 )
@@ -61,7 +61,8 @@ _INIT_FROM = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "One of several processes, as the environment of SLURM, a TPU VM, Open MPI or Kubernetes says.",
+    "One of several processes, described by the environment of SLURM, a TPU VM, Open MPI or "
+    "Kubernetes.",
     flag_values=FLAGS,
 )
 _COORDINATOR = flags.DEFINE_string(
@@ -71,10 +72,18 @@ _COORDINATOR = flags.DEFINE_string(
     flag_values=FLAGS,
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "With --coordinator: how many.", lower_bound=1, flag_values=FLAGS
+    "num_processes",
+    None,
+    "With --coordinator: the number of processes.",
+    lower_bound=1,
+    flag_values=FLAGS,
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "With --coordinator: which, from 0.", lower_bound=0, flag_values=FLAGS
+    "process_id",
+    None,
+    "With --coordinator: the number of this process, from 0.",
+    lower_bound=0,
+    flag_values=FLAGS,
 )
 _JOIN_SECONDS = flags.DEFINE_integer(
     "join_seconds",
@@ -131,8 +140,8 @@ def _check_process_flags() -> None:
     missing = [name for name, value in given.items() if value is None]
     if _DISTRIBUTED.value and len(missing) < len(given):
         raise errors.UsageError(
-            "--distributed: it takes all from the environment of a cluster. Leave --coordinator, "
-            "--num_processes and --process_id out, or --distributed."
+            "--distributed: it takes everything from the environment of a cluster. Leave out "
+            "--coordinator, --num_processes and --process_id, or leave out --distributed."
         )
     if len(missing) == len(given):
         return
@@ -143,7 +152,8 @@ def _check_process_flags() -> None:
         )
     if not re.fullmatch(r".+:\d{1,5}", coordinator):
         raise errors.UsageError(
-            f"--coordinator: {coordinator!r} is no address, expected HOST:PORT of process 0, such "
+            f"--coordinator: {coordinator!r} is not an address, expected HOST:PORT of process 0, "
+            "such "
             "as 10.0.0.1:8476. Add the port."
         )
     if index >= number:

@@ -138,7 +138,7 @@ def _give_up(coordinator: str | None, num_processes: int | None, seconds: int) -
     text = (
         f"ERROR: --coordinator: {num_processes or 'the'} processes did not meet at "
         f"{coordinator or 'the address of the cluster'} within {seconds} s. Start the same command "
-        "on every host, with another --process_id each; see --join_seconds.\n"
+        "on every host, each with its own --process_id; see --join_seconds.\n"
     )
     os.write(2, text.encode(errors="backslashreplace"))
     os._exit(errors.UsageError.exit_code)
@@ -228,8 +228,9 @@ def _is_of_runtime(error: BaseException) -> bool:
 def _lost(error: BaseException) -> errors.QkjaxError:
     """Where devices or the coordinator fail, and no process has said why."""
     lost = errors.QkjaxError(
-        f"processes: what the {count()} of this run share has failed ({errors.one_line(error)}). "
-        "Most often one of them was killed: look for the last line of each, and start the same "
+        f"processes: devices or coordinator of the {count()} processes of this run failed "
+        f"({errors.one_line(error)}). "
+        "Usually one of them was killed: look at the last line of each, and start the same "
         "command on every host again to resume."
     )
     lost.__cause__ = error

@@ -77,7 +77,7 @@ def test_attention_of_other_devices_is_refused(monkeypatch, wanted, platform, de
     with pytest.raises(errors.UsageError) as caught:
         attention_check.settle(make_config(wanted), platform, pytest.fail)
     assert str(caught.value) == (
-        f"model.attention: {wanted} runs on {devices} alone, found the platform {platform}. "
+        f"model.attention: {wanted} runs on {devices} only, found the platform {platform}. "
         "Use model.attention=auto."
     )
 

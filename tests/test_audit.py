@@ -173,18 +173,18 @@ def test_recipes_are_what_their_scripts_and_our_own_configs_give():
     ("tau", "target", "words"),
     [
         (0.0, None, "Nothing pulls"),
-        (0.3, 0.0, "higher key PR"),
+        (0.3, 0.0, "key PR ends higher"),
         (1.0, 0.0, "3.3 of 64 lower at 2.4"),
-        (7.3, 0.0, "17 to 21 at 7.3"),
-        (25.6, 0.0, "Beyond what is measured"),
-        (7.3, 1.0, "nobody has measured"),
-        (float("nan"), None, "no share"),
+        (7.3, 0.0, "17 to 21 lower at 7.3"),
+        (25.6, 0.0, "Above all measured values"),
+        (7.3, 1.0, "has not been measured"),
+        (float("nan"), None, "not proportional"),
     ],
 )
 def test_what_is_known_is_said_with_its_strength(tau, target, words):
     said = audit.what_is_known(tau, target)
     assert words in said
-    assert ("a suspicion" in said) == (target == 0.0)
+    assert ("a hypothesis" in said) == (target == 0.0)
 
 
 def call(*arguments):

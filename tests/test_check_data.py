@@ -142,7 +142,11 @@ def test_a_sound_dataset_passes_through_the_command(dataset):
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "DIR: missing"), (["a", "b"], "b: a stray argument"), (["nowhere"], "nowhere/dataset")],
+    [
+        ([], "DIR: missing"),
+        (["a", "b"], "b: an unexpected argument"),
+        (["nowhere"], "nowhere/dataset"),
+    ],
 )
 def test_the_command_takes_one_directory(arguments, message):
     done = subprocess.run(

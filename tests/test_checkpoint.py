@@ -279,7 +279,7 @@ def test_refusal_names_leaf_and_the_steps_that_remain(copied):
     assert "can be tried: [0], with --restore_step=0 of qkjax.main" in str(caught.value)
     assert "--step=0 of the tools" in str(caught.value)
     shutil.rmtree(copied / "0")
-    with pytest.raises(errors.UsageError, match="No other step is there: start again in another"):
+    with pytest.raises(errors.UsageError, match="There is no other step: start again in another"):
         restore(copied, 7)
 
 

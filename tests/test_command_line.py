@@ -103,7 +103,7 @@ MISTAKES = {
     "a section for a field": ((CONFIG, "--config.model=3"), "--config.model: no such field."),
     "stray positional": (
         (CONFIG, "--workdir=x", "config.model.qk_norm=none"),
-        "config.model.qk_norm=none: a stray argument, which nothing reads. Write options as",
+        "config.model.qk_norm=none: an unexpected argument, which nothing reads. Write options as",
     ),
     "wrong type": ((CONFIG, "--config.seed=abc"), "flag --config.seed=abc: "),
     "a fraction for an integer": ((CONFIG, "--config.seed=1.5"), "flag --config.seed=1.5: "),
@@ -243,7 +243,7 @@ def test_a_config_that_comes_with_qkjax_is_taken_by_name_and_said(call, tmp_path
         done = call(f"--config={name}:tiny", "--print_config", cwd=tmp_path)
         assert json.loads(done.stdout)["arm"] == "muon_noqk"
         place = ROOT / "configs" / "muon_noqk.py"
-        assert done.stderr == f"config: {place}, as there is no file {name} here\n"
+        assert done.stderr == f"config: {place}, because there is no file {name} here\n"
     own = (ROOT / "configs" / "adamw_qk.py").read_text()
     (tmp_path / "muon_noqk").write_text(own)  # one's own file, by any name
     done = call("--config", "muon_noqk:tiny", "--print_config", cwd=tmp_path)

@@ -550,7 +550,7 @@ def test_every_mistake_alone_is_refused(field):
         (
             ("adamw", "none"),
             {"optimizer__adam_learning_rate": 3e-3},
-            "adam_learning_rate is 0.003, it must be left alone",
+            "adam_learning_rate is 0.003, it must be left at its default",
         ),
         (
             ("adamw", "learned"),
@@ -577,7 +577,7 @@ def test_every_mistake_alone_is_refused(field):
         (
             ("muon", "none"),
             {"muon__granularity": "groups_of", "muon__group_heads": 2, "model__num_heads": 2},
-            "granularity is 'groups_of', .* separate, which is the same where all 2 heads are one",
+            "granularity is 'groups_of', .* separate, which is the same if all 2 heads are one",
         ),
         (
             ("muon", "none"),

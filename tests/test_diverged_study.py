@@ -65,7 +65,7 @@ def test_contrasts_without_the_arm_keep_estimate_and_interval(studies, name: str
         assert theirs.family == ("adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk")
         assert ours.family == ("adamw_qk", "muon_qk", "muon_noqk")  # out of the others' error
         assert ours.seeds == SEEDS and ours.deciding is not None and ours.p is not None
-        assert ours.word != judgement.INCONCLUSIVE or "% power, were this" in ours.reason
+        assert ours.word != judgement.INCONCLUSIVE or "% power if this" in ours.reason
     for clause in ("H1 post-RoPE", "H1 pre-RoPE", "H2 interaction"):  # named by rule
         assert after[clause].reason == f"{WILD}: {count} of 2 diverged"
         assert after[clause].estimate is None and after[clause].level == "by rule, no p"
@@ -79,7 +79,7 @@ def test_the_report_names_it_and_shows_the_rest(studies):
     first = text.partition("## Warnings")[0]
     assert f"AdamW, no QK-Norm: {count} of 2 runs diverged.**" in first
     assert f"| AdamW, no QK-Norm ({count} of 2 diverged) |" in first
-    assert text.count("diverged at step 2: an outcome: it enters no mean") == count
+    assert text.count("diverged at step 2: This is an outcome: the run enters no mean") == count
     assert "undecidable" not in text
     shown = clauses(studies[name])["H4 loss against AdamW+QK"]
     assert shown.said in text and re.search(r"nat, 95% [-+.\d]+ to [-+.\d]+$", shown.said)

@@ -827,7 +827,7 @@ def test_what_our_model_does_not_have_is_refused(torch, tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "type 'llama3', expected"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "turns 0.5 of a head"),
-        ({"hidden_size": "48"}, "is no whole number"),
+        ({"hidden_size": "48"}, "is not a whole number"),
     ):
         forget(place_, **fields)
         with pytest.raises(errors.UsageError, match=text):

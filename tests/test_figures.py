@@ -679,7 +679,7 @@ MISTAKES = {
             ("--workdir={run}", "--format=svg,gif"),
             "--format: 'gif' is unknown. Known: svg, png.",
         ),
-        (("{run}",), "{run}: a stray argument, which nothing reads."),
+        (("{run}",), "{run}: an unexpected argument, which nothing reads."),
     ),
     "compare_spectra": (
         ((), "RUN...: missing, expected RUN... on the command line. See --help."),

@@ -61,7 +61,9 @@ def test_an_installed_package_knows_its_configs_and_no_checkout(wheel, tmp_path)
     done = call("-m", "qkjax.commands", "study", *flags)
     assert done.returncode == 0, done.stderr
     assert "runs/muon_qk/seed_42" in done.stdout
-    assert done.stderr.startswith(f"config: {site / 'qkjax' / 'configs' / 'study.py'}, as there is")
+    assert done.stderr.startswith(
+        f"config: {site / 'qkjax' / 'configs' / 'study.py'}, because there is"
+    )
 
 
 # In place of an environment's python: notes what pip is asked for, and installs nothing.

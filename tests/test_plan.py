@@ -79,7 +79,7 @@ def test_rank_surgery_is_a_step_of_every_final_run():
     assert study.surgery_ranks("muon_qk") == (1, 2, 4, 8, 12, 16, 20, 24, 28, 32)  # of 32
     assert make_plan("full").surgery_ranks("muon_qk") == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
     assert make_plan("tiny", surgery__ranks=(3, 5)).surgery_ranks("muon_qk") == (3, 5)
-    assert "rank surgery: 8 runs, forward alone, at most 5,767,168 tokens" in (
+    assert "rank surgery: 8 runs, forward passes only, at most 5,767,168 tokens" in (
         plan_cost.describe(study, {})
     )
     other = make_plan("tiny", surgery__tokens=1_024).step(step.name)
@@ -267,7 +267,10 @@ MISTAKES = {
         {"overrides": ("model.dff=3",)},
         "no field 'model.dff'. Did you mean 'model.d_ff'?",
     ),
-    "an override of another type": ({"overrides": ("model.d_ff=3.5",)}, "model.d_ff=3.5 is no int"),
+    "an override of another type": (
+        {"overrides": ("model.d_ff=3.5",)},
+        "model.d_ff=3.5 is not of type int",
+    ),
     "an override that makes it another arm": (
         {"overrides": ("muon.granularity=merged",)},
         "configs/muon_qk.py: trains the arm muon_qk_merged, but the study calls it muon_qk.",
@@ -366,7 +369,7 @@ def test_costs_of_a_run():
 def test_the_time_comes_from_finished_runs_or_is_said_to_be_unknown(tmp_path):
     study = make_plan("tiny")
     unknown = plan_cost.describe(study, {})
-    assert "time: nothing is measured here yet" in unknown and "\nh100  " in unknown
+    assert "time: no rate is known yet" in unknown and "\nh100  " in unknown
     training = [plan_cost.cost(study, s).flop for s in study.steps if s.kind in plan.TRAINING]
     found = re.findall(r"([128]) (\d+):(\d\d):(\d\d)", unknown)
     seconds = {int(n): 3600 * int(h) + 60 * int(m) + int(s) for n, h, m, s in found}

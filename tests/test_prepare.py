@@ -381,7 +381,9 @@ def test_what_a_tokenizer_does_not_give_back_is_left_out_or_refused(tmp_path, sh
     made = prepare.prepare(request, out, progress=lines.append)
     assert made.dropped["lost_by_tokenizer"] == lost
     assert lost == 0 or f"{lost} documents left out" in lines[-1]
-    first = [r.getMessage() for r in caplog.records if "the tokenizer loses" in r.getMessage()]
+    first = [
+        r.getMessage() for r in caplog.records if "the tokenizer does not restore" in r.getMessage()
+    ]
     assert len(first) == min(lost, 1)
     assert lost == 0 or first[0].startswith(tuple(f"{path}:{n}: " for n in range(1, 7)))
     check.check(out, progress=_quiet)
@@ -443,7 +445,7 @@ def _broken(kind, folder, corpus):
         case "parquet":
             pa.parquet.write_table(table, path)
             path.write_bytes(path.read_bytes()[:-100])
-            return f"parquet:{path}", f"{path}: no readable parquet, stopped after row 0"
+            return f"parquet:{path}", f"{path}: not readable as parquet, stopped after row 0"
         case "column.parquet":
             pa.parquet.write_table(table, path)
             return f"parquet:{path}:body", f"{path}: no column 'body', found text"

@@ -138,7 +138,7 @@ def test_text_that_was_rewritten_between_a_kill_and_the_next_start_is_refused(
     _rewrite(path, _content("jsonl", 1))
     lines = []
     _prepare(out, path, progress=lines.append)
-    assert any("resuming behind 2 finished shards" in line for line in lines)
+    assert any("resuming after 2 finished shards" in line for line in lines)
     assert _files(out) | {"sources.jsonl": b""} == _files(tmp_path / "unbroken" / "data") | {
         "sources.jsonl": b""
     }
@@ -264,7 +264,7 @@ def test_check_data_hashes_every_source_when_asked(tmp_path):
     _prepare(out, path)
     done = _check_data("--sources", out)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("sources: read again, as they were when the dataset was made\n")
+    assert done.stdout.endswith("sources: hashed again, unchanged since the dataset was made\n")
     _rewrite(path, _content("jsonl", 2))
     entry = json.loads((out / "sources.jsonl").read_text())
     status = path.stat()

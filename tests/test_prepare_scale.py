@@ -116,7 +116,7 @@ def test_a_stopped_run_goes_on_without_redoing_finished_shards(mix, tmp_path, mo
     monkeypatch.setattr("qkjax.data.tokenizer.train", None)  # the tokenizer already exists
     made = prepare.prepare(wanted, out, progress=lines.append)
     assert _files(out) == _files(unbroken)
-    assert any(f"resuming behind {shard} finished shards" in line for line in lines)
+    assert any(f"resuming after {shard} finished shards" in line for line in lines)
     for number, done in enumerate(made.splits["train"].shards[:shard]):
         written = (out / done.file).stat().st_mtime_ns
         assert written == finished[f"train-{number:05d}.unfinished"]
@@ -160,7 +160,7 @@ def test_finished_shards_of_another_command_are_not_thrown_away(mix, tmp_path, m
     assert _files(out / ".unfinished") == kept
     lines = []
     prepare.prepare(wanted, out, progress=lines.append)
-    assert any("resuming behind" in line for line in lines)
+    assert any("resuming after" in line for line in lines)
     assert _files(out) == _files(unbroken)
 
 

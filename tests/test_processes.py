@@ -236,7 +236,7 @@ def test_one_that_raises_ends_the_other_with_the_cause(dataset, tmp_path):
         (("--num_processes=2", "--process_id=0"), "--coordinator: missing."),
         (("--coordinator=a", "--num_processes=2", "--process_id=0"), "--coordinator: 'a' is no"),
         (("--coordinator=a:1", "--num_processes=2", "--process_id=2"), "--process_id: 2 of 2"),
-        (("--coordinator=a:1", "--distributed"), "--distributed: it takes all from"),
+        (("--coordinator=a:1", "--distributed"), "--distributed: it takes everything from"),
         (("--distributed",), "--distributed: jax detects no cluster here"),
     ],
 )

@@ -559,7 +559,7 @@ def test_a_planned_sweep_that_is_not_there_is_missing(write: Callable[..., pathl
     plan["sweep"] = {"tokens": 100_000, "grids": {}}
     (study / "study.json").write_text(json.dumps(plan))
     page = sections(study)
-    assert "Not there yet" in page["sweep"]
+    assert "Not available yet" in page["sweep"]
     assert page["missing"].count("no learning rate chosen yet") == 4
     synthetic_study.write_sweep(study, {"muon_qk": {0.006: 3.0, 0.012: 3.1}})
     page = sections(study)
@@ -694,7 +694,7 @@ def test_deviations_are_those_of_the_docs():
     [
         ("tiny", "fixed", "Heads here have 32 dimensions", False),
         ("pilot", "fixed", "for orientation, not as a replication", True),
-        ("pilot", "original", "the same setting but for the deviations below", True),
+        ("pilot", "original", "the same setting except for the deviations below", True),
         ("full", "original", "for orientation, not as a replication", True),
     ],
 )
@@ -810,7 +810,7 @@ def test_controls_stand_beside_their_parents(write: Callable[..., pathlib.Path])
         synthetic_study.edit_sealed(summary, '"muon_noqk_clip-', '"muon_noqk-')
     found = material.load(path)
     text = markdown(Report("", "", (sections_verdicts.attribution(found),)))
-    never = "equal to muon_noqk bit for bit: it never acted, and there is no contrast"
+    never = "equal to muon_noqk bit for bit: the clip never acted, so there is no contrast"
     assert f"| Muon, no QK-Norm, QK-Clip | PR | {never} | – |" in text
     assert "| Muon, no QK-Norm, QKVO merged | PR | inconclusive" in text
     assert arms.label("muon_noqk_groups_of_2_mup") == (
@@ -863,7 +863,7 @@ def test_what_stands_beside_the_pr_of_keys(write: Callable[..., pathlib.Path]):
     cells = r"– / 20\.5 \| – / 19\.5 \| [\d.]+ / 18\.5 \| [\d.]+ / 17\.5"
     assert re.search(rf"\| Muon \+ QK-Norm \| keys \| {cells} \|", text)
     row = "| Muon, no QK-Norm | 7.0 | 25.0 | 3.00 | 28.5 |"
-    assert row in text and "Even attention would give 2.01%." in text
+    assert row in text and "Uniform attention would give 2.01%." in text
     assert "| Muon + QK-Norm | 30.0 | 1.50 | 2.0 |" in text
     assert "| Muon, no QK-Norm | 30.0 " not in text  # no gamma, and no zero
     assert f"| 30 | 40.0 | {clipped} |" in text

@@ -307,7 +307,7 @@ def test_scores_put_in_another_way_are_refused(scored: pathlib.Path):
         path.write_text(before)
         change()
         message = refusal(scored)
-        assert words in message and "compared on the same items, put in the same way" in message
+        assert words in message and "compared on the same items, asked in the same way" in message
         assert str(path) in message
     path.write_text(before)
     results.load_study(scored)

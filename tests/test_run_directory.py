@@ -220,7 +220,7 @@ def test_a_link_in_the_place_of_a_lock_is_refused_and_of_rows_replaced(tmp_path)
     victim.touch()
     (tmp_path / "run.lock").symlink_to(victim)
     (tmp_path / "metrics.jsonl").symlink_to(victim)
-    where = r"cannot be read or written \(a link stands in its place\)\. Remove the link\."
+    where = r"cannot be read or written \(a link is in its place\)\. Remove the link\."
     with (
         pytest.raises(errors.StorageError, match=rf"run\.lock: {where}"),
         RunDirectory(tmp_path).lock(),
@@ -687,7 +687,7 @@ def test_a_sealed_file_is_read_as_written_and_refused_when_edited(tmp_path):
 
 def test_a_number_beyond_the_floats_is_refused(tmp_path):
     (tmp_path / "value.json").write_text('{"a": 1e999}')
-    with pytest.raises(errors.UsageError, match="1e999, which is no finite number"):
+    with pytest.raises(errors.UsageError, match="1e999, which is not a finite number"):
         files.read_object(tmp_path / "value.json", "Fix.")
 
 

@@ -250,7 +250,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path, damage):
         {"half": data[: len(data) // 2], "empty": b"", "text": b"x" * 500, "inside": broken}[damage]
     )
     message = _refusal(f"parquet:{path}")
-    assert message.startswith(f"{path}: no readable parquet, stopped after row ")
+    assert message.startswith(f"{path}: not readable as parquet, stopped after row ")
 
 
 def test_every_text_file_is_a_document(tmp_path):

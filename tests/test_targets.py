@@ -282,7 +282,7 @@ def test_targets_by_name():
     assert (slice_.extra, target.parse("a100").extra) == ("aot-tpu", "aot-gpu")
     for text, message in (
         ("h10", "unknown chip 'h10'. Did you mean 'h100'"),
-        ("l4", "no compiler's description of l4. Give one of h100, "),
+        ("l4", "the compiler has no description of l4. Give one of h100, "),
         ("h100:", "expected a number of GPUs"),
         ("h100:2x4", "expected a number of GPUs"),
         ("v5e", "expected the sides of a slice"),

@@ -119,9 +119,9 @@ def test_a_ratio_against_twice(low: float, high: float, expected: str):
         ((-0.1, 0.0099), SUPPORTED, "not worse by the margin of 0.01"),
         ((0.001, 0.0099), SUPPORTED, "worse, but by less than the margin of 0.01"),
         ((0.0101, 0.1), judgement.WORSE, "worse by more than the margin of 0.01"),
-        ((-0.1, 0.01), INCONCLUSIVE, "the interval holds the margin of 0.01"),
-        ((0.01, 0.1), INCONCLUSIVE, "the interval holds the margin of 0.01"),
-        ((-0.1, 0.1), INCONCLUSIVE, "the interval holds the margin of 0.01"),
+        ((-0.1, 0.01), INCONCLUSIVE, "the interval contains the margin of 0.01"),
+        ((0.01, 0.1), INCONCLUSIVE, "the interval contains the margin of 0.01"),
+        ((-0.1, 0.1), INCONCLUSIVE, "the interval contains the margin of 0.01"),
     ],
 )
 def test_non_inferiority(interval: tuple[float, float], expected: str, words: str):
@@ -255,7 +255,7 @@ def test_noisy_study_says_how_many_seeds_it_needs(judge: Judge):
     assert judged.verdict("H1").status == found.status == INCONCLUSIVE
     assert found.deciding[0] < 0 < 3.2 < found.deciding[1]
     assert found.seeds_needed > 3
-    said = f"{found.seeds_needed} seeds for 80% power, were this estimate the truth"
+    said = f"{found.seeds_needed} seeds for 80% power if this estimate were the truth"
     assert found.reason.endswith(said)
 
 
@@ -384,7 +384,7 @@ def test_an_arm_that_diverged_wholly_is_a_count_below_four_seeds(judge: Judge):
         found = clause(judged, name)
         assert found.word == INCONCLUSIVE and found.estimate is None and found.p is None
         assert "adamw_noqk: 3 of 3 diverged; muon_noqk: 3 of 3 diverged" in found.reason
-        assert "below four seeds a count" in found.reason
+        assert "with fewer than four seeds this is only a count" in found.reason
         assert found.level == "by rule, no p"
     assert set(clause(judged, "H3(a)").per_seed.values()) == {None}  # nothing is imputed
 
@@ -557,7 +557,12 @@ def test_h3_without_the_evaluation(judge: Judge):
     ("ratio", "noise", "expected", "said"),
     [
         (1.95, 0.1, NOT_TWICE, r"1\.9\d times, 95% 1\.9\d? to 1\.9\d?: not twice"),
-        (1.95, 2.0, INCONCLUSIVE, r"[12]\.\d+ times, 95% 1\.\d+ to 2\.\d+: the interval holds 2"),
+        (
+            1.95,
+            2.0,
+            INCONCLUSIVE,
+            r"[12]\.\d+ times, 95% 1\.\d+ to 2\.\d+: the interval contains 2",
+        ),
         (0.85, 0.1, OPPOSITE, r"0\.8\d+ times, 95% 0\.8\d+ to 0\.8\d+: the opposite"),
     ],
 )
@@ -915,7 +920,7 @@ def test_a_control_that_is_its_parent_bit_for_bit_has_no_contrast(judge: Judge, 
         synthetic_study.edit_sealed(path, '"muon_noqk_merged-', '"muon_noqk-')
     for found in verdicts.judge(results.load_study(tmp_path / "study")).controls:
         assert found.word == INCONCLUSIVE
-        assert found.reason.startswith("equal to muon_noqk bit for bit: it never acted")
+        assert found.reason.startswith("equal to muon_noqk bit for bit: the clip never acted")
         assert found.estimate is None and found.deciding is None
 
 

@@ -20,8 +20,8 @@ from qkjax.cli import arguments, startup
 _BROKEN_PIPE = 141  # as of a program that SIGPIPE has ended
 _FIXABLE = (flags.Error, errors.QkjaxError, OSError, KeyboardInterrupt)
 _NO_MEMORY = (
-    "memory: this process got no more of it ({reason}). Close other programs, raise its limit "
-    "(ulimit -v), or ask for less, as by a smaller train.microbatch_sequences."
+    "memory: this process could not get more ({reason}). Close other programs, raise its limit "
+    "(ulimit -v), or lower its need, for example with a smaller train.microbatch_sequences."
 )
 _NO_DEVICE = (RuntimeError, AssertionError)  # of jax, where the wanted platform is not here
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
@@ -108,7 +108,7 @@ class _Command:
         repeated = bool(self.positionals) and self.positionals[-1].endswith("...")
         if len(found) > len(self.positionals) and not repeated:
             raise errors.UsageError(
-                f"{found[len(self.positionals)]}: a stray argument, which nothing reads. "
+                f"{found[len(self.positionals)]}: an unexpected argument, which nothing reads. "
                 "Write options as --name=value, with '=' and without spaces."
             )
         if len(found) < len(self.positionals):

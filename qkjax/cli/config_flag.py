@@ -127,7 +127,7 @@ def parse(values: flags.FlagValues, argv: list[str]) -> list[str]:
     if path:
         _check_overrides(argv, _fields(load(pathlib.Path(path), words)))
         if find(path) != pathlib.Path(path):
-            print(f"config: {find(path)}, as there is no file {path} here", file=sys.stderr)
+            print(f"config: {find(path)}, because there is no file {path} here", file=sys.stderr)
             argv = _replaced(argv, path, str(find(path)))
         elif ":" in path or path.endswith(_SAVED):  # which ml_collections cannot open
             argv = _replaced(argv, named, f"{places.PACKAGE / 'cli' / 'any_config.py'}:{named}")
@@ -145,7 +145,7 @@ def _no_file(path: str) -> errors.UsageError:
     shipped = sorted(f"configs/{file.name}" for file in places.configs().glob("*.py"))
     return errors.UsageError(
         f"--config: no file {path}. Configs here: {', '.join(shipped)}; give "
-        "one of them, or the path of your own."
+        "one of them, or the path of your own file."
     )
 
 

@@ -17,16 +17,16 @@ VERBS = {
     "study": "sweep, train, export and report all arms",
     "report": "write the report of a study",
     "plot": "draw the spectra of a run",
-    "compare": "set runs side by side",
+    "compare": "draw the spectra of several runs together",
     "surgery": "measure the loss with projected keys",
     "generate": "continue a text",
     "export": "write a run as a Hugging Face directory",
     "evaluate": "score HellaSwag and LAMBADA",
     "measure": "measure the keys of a public model",
-    "gallery": "set models and runs side by side on one page",
+    "gallery": "compare models and runs on one page",
     "audit": "sum the decay of gammas over a run or a public recipe",
     "reproduction": "compare a study with the published one",
-    "determinism": "repeat and resume a run, and compare to the bit",
+    "determinism": "repeat and resume a run, and compare the bits",
 }
 
 
@@ -67,6 +67,6 @@ def _help_text() -> str:
             "",
             *lines,
             "",
-            "qkjax VERB --help lists the flags of one.",
+            "qkjax VERB --help lists the flags of a verb.",
         ]
     )

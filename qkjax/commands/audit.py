@@ -82,7 +82,7 @@ def _numbers(tau: float, target: float | None) -> str:
     if tau == 0:
         return "0: no decay"
     if math.isnan(tau):
-        return "none: the pull is no share of the distance"
+        return "none: the pull is not proportional to the distance"
     return f"{tau:.3g}: e^-tau {math.exp(-tau):.2g} of the distance from {target:g} is left"
 
 

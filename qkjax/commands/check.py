@@ -12,7 +12,7 @@ FLAGS = flags.FlagValues()
 _SOURCES = flags.DEFINE_bool(
     "sources",
     False,
-    "Hash the files again that the dataset was made from.",
+    "Hash again the files from which the dataset was made.",
     flag_values=FLAGS,
 )
 
@@ -29,4 +29,4 @@ def _check(directory: str) -> None:
     if _SOURCES.value:
         for line in check.check_sources(directory):
             print(f"  {line}")
-        print("  sources: read again, as they were when the dataset was made")
+        print("  sources: hashed again, unchanged since the dataset was made")

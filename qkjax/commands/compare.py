@@ -20,18 +20,22 @@ _MEASURE = flags.DEFINE_enum(
     "measure",
     "pr",
     quantities.NAMES,
-    "Of singular values, or an array that is saved per head.",
+    "A measure of singular values, or an array that is saved per head.",
     flag_values=FLAGS,
 )
 _VECTORS = flags.DEFINE_enum(
     "vectors",
     None,
     quantities.VECTORS,
-    "Whose singular values; wqk is W_q^T W_k, qk the products q.k. Default: key.",
+    "The vectors to compare; wqk is W_q^T W_k, qk the products q.k. Default: key.",
     flag_values=FLAGS,
 )
 _STAGE = flags.DEFINE_enum(
-    "stage", None, quantities.STAGES, "Of keys and queries. Default: post_rope.", flag_values=FLAGS
+    "stage",
+    None,
+    quantities.STAGES,
+    "Stage of keys and queries. Default: post_rope.",
+    flag_values=FLAGS,
 )
 _CENTRING = flags.DEFINE_enum(
     "centring",
@@ -43,14 +47,17 @@ _CENTRING = flags.DEFINE_enum(
 _STEP = flags.DEFINE_integer(
     "step",
     None,
-    "Evaluation of the first RUN. Default: the last that all of them have.",
+    "Step of an evaluation of the first RUN. Default: the last one that all runs have.",
     flag_values=FLAGS,
 )
 _OUT = flags.DEFINE_string(
-    "out", "", "Directory for both. Default: figures/ of the first RUN.", flag_values=FLAGS
+    "out",
+    "",
+    "Directory for the figure and its CSV. Default: figures/ of the first RUN.",
+    flag_values=FLAGS,
 )
 _FORMAT = flags.DEFINE_list(
-    "format", "svg,png", "Of the figure: svg, png or both.", flag_values=FLAGS
+    "format", "svg,png", "Format of the figure: svg, png or both.", flag_values=FLAGS
 )
 
 

@@ -19,26 +19,26 @@ from qkjax.cli import command_line, startup
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string("model", None, "A directory of qkjax export.", flag_values=FLAGS)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Or the run directory, of a finished run.", flag_values=FLAGS
+    "workdir", None, "Or the directory of a finished run.", flag_values=FLAGS
 )
 _STEP = flags.DEFINE_integer(
-    "step", None, "The run's checkpoint; the latest unless given.", flag_values=FLAGS
+    "step", None, "Step of the run's checkpoint. Default: the latest.", flag_values=FLAGS
 )
 _BACKEND = flags.DEFINE_enum(
     "backend",
     None,
     ["hf", "jax"],
-    "jax for --workdir, hf for --model unless given.",
+    "Default: jax for --workdir, hf for --model.",
     flag_values=FLAGS,
 )
 _TASKS = flags.DEFINE_list(
-    "tasks", ["hellaswag", "lambada"], "Names, separated by commas.", flag_values=FLAGS
+    "tasks", ["hellaswag", "lambada"], "Names of tasks, separated by commas.", flag_values=FLAGS
 )
 _DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "The tasks' files; from the hub unless given.", flag_values=FLAGS
+    "data_dir", None, "Directory of the tasks' files. Default: from the hub.", flag_values=FLAGS
 )
 _DATASET_DIR = flags.DEFINE_string(
-    "dataset_dir", None, "The run's dataset, where it has moved.", flag_values=FLAGS
+    "dataset_dir", None, "The run's dataset, if it was moved.", flag_values=FLAGS
 )
 _LIMIT = flags.DEFINE_integer(
     "limit", None, "Only the first items of each task: a sample.", flag_values=FLAGS

@@ -16,26 +16,28 @@ from qkjax import errors
 from qkjax.cli import command_line, startup
 
 FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run directory, of a finished run.", flag_values=FLAGS
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run.", flag_values=FLAGS)
 _STEP = flags.DEFINE_integer(
-    "step", None, "Checkpoint; the latest unless given.", flag_values=FLAGS
+    "step", None, "Step of the checkpoint. Default: the latest.", flag_values=FLAGS
 )
 _OUT = flags.DEFINE_string(
-    "out", None, "The directory to make; it must not exist.", flag_values=FLAGS
+    "out", None, "The directory to create; it must not exist.", flag_values=FLAGS
 )
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Of the stored tensors.", flag_values=FLAGS
+    "dtype", "float32", ["float32", "bfloat16"], "Type of the stored tensors.", flag_values=FLAGS
 )
 _VERIFY = flags.DEFINE_bool(
     "verify", False, "Compare the directory with the run.", flag_values=FLAGS
 )
 _VERIFY_SEQUENCES = flags.DEFINE_integer(
-    "verify_sequences", 8, "Validation sequences to compare on.", lower_bound=1, flag_values=FLAGS
+    "verify_sequences",
+    8,
+    "Number of validation sequences to compare.",
+    lower_bound=1,
+    flag_values=FLAGS,
 )
 _DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "The run's dataset, where it has moved.", flag_values=FLAGS
+    "data_dir", None, "The run's dataset, if it was moved.", flag_values=FLAGS
 )
 
 

@@ -19,7 +19,7 @@ from qkjax.cli import command_line, startup
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.", flag_values=FLAGS)
 _STEP = flags.DEFINE_integer(
-    "step", None, "Checkpoint; the latest unless given.", flag_values=FLAGS
+    "step", None, "Step of the checkpoint. Default: the latest.", flag_values=FLAGS
 )
 _PROMPT = flags.DEFINE_string(
     "prompt", None, "The text to continue; empty: start a document.", flag_values=FLAGS
@@ -28,12 +28,15 @@ _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.8, "0: always the most probable token.", flag_values=FLAGS
 )
 _TOP_P = flags.DEFINE_float(
-    "top_p", 0.95, "Draw from the tokens that hold this probability.", flag_values=FLAGS
+    "top_p",
+    0.95,
+    "Draw from the most probable tokens that together have this probability.",
+    flag_values=FLAGS,
 )
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Stop after N new tokens.", flag_values=FLAGS)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, flag_values=FLAGS)
 _DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "The run's dataset, where it has moved.", flag_values=FLAGS
+    "data_dir", None, "The run's dataset, if it was moved.", flag_values=FLAGS
 )
 
 

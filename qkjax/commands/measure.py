@@ -27,55 +27,61 @@ _MODEL = flags.DEFINE_string(
 _REVISION = flags.DEFINE_list(
     "revision",
     [""],
-    "Of the hub, or folders inside the directory; several are a trajectory.",
+    "Revisions on the hub, or folders inside the directory; several form a trajectory.",
     flag_values=FLAGS,
 )
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", "", "Another place for the tokenizer than the model's.", flag_values=FLAGS
+    "tokenizer", "", "Directory of the tokenizer, if the model has none.", flag_values=FLAGS
 )
 _TEXT = flags.DEFINE_string(
     "text",
     "",
-    "A source of qkjax prepare; the embedded corpus' held-out part unless given.",
+    "A source of qkjax prepare. Default: the validation part of the embedded corpus.",
     flag_values=FLAGS,
 )
 _TOKENS = flags.DEFINE_integer(
     "tokens", 65_536, "Predicted tokens, in whole sequences.", lower_bound=1, flag_values=FLAGS
 )
 _SEQUENCE_LENGTH = flags.DEFINE_integer(
-    "sequence_length", None, "2048, or the model's longest, unless given.", flag_values=FLAGS
+    "sequence_length",
+    None,
+    "Tokens of a sequence. Default: 2048, or the model's maximum if that is less.",
+    flag_values=FLAGS,
 )
 _SKIP_FIRST = flags.DEFINE_enum(
     "skip_first",
     "0",
     ["0", "1"],
-    "1: the first position of every sequence stays out of the vectors.",
+    "1: leave the first position of every sequence out of the vectors.",
     flag_values=FLAGS,
 )
 _BOS = flags.DEFINE_bool(
     "bos",
     None,
-    "Start every sequence with that token; as the tokenizer does unless given.",
+    "Start every sequence with the BOS token. Default: as the tokenizer does.",
     flag_values=FLAGS,
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     "float32",
     ["float32", "own"],
-    "Of the weights and the computation; own is what the model's files say.",
+    "Type of the weights and the computation; own: that of the model's files.",
     flag_values=FLAGS,
 )
 _TRAINED_TOKENS = flags.DEFINE_float(
     "trained_tokens", None, "Tokens that the model was trained on, as published.", flag_values=FLAGS
 )
 _TOKENS_PER_STEP = flags.DEFINE_integer(
-    "tokens_per_step", None, "Of its training, for revisions by step.", flag_values=FLAGS
+    "tokens_per_step",
+    None,
+    "Tokens of a training step, for revisions named by step.",
+    flag_values=FLAGS,
 )
 _RANK_CURVES = flags.DEFINE_bool(
-    "rank_curves", False, "Measure the loss with projected keys too.", flag_values=FLAGS
+    "rank_curves", False, "Also measure the loss with projected keys.", flag_values=FLAGS
 )
 _RANK_TOKENS = flags.DEFINE_integer(
-    "rank_tokens", 16_384, "Predicted tokens for that.", lower_bound=1, flag_values=FLAGS
+    "rank_tokens", 16_384, "Predicted tokens for --rank_curves.", lower_bound=1, flag_values=FLAGS
 )
 _OUT = flags.DEFINE_string("out", None, "Directory to write into.", flag_values=FLAGS)
 

@@ -20,13 +20,20 @@ _OUT = flags.DEFINE_string(
     "out", "", "Directory for the figures. Default: RUN/figures.", flag_values=FLAGS
 )
 _FORMAT = flags.DEFINE_list(
-    "format", "svg,png", "Of the figures: svg, png or both.", flag_values=FLAGS
+    "format", "svg,png", "Format of the figures: svg, png or both.", flag_values=FLAGS
 )
 _MEASURE = flags.DEFINE_enum(
-    "measure", "pr", list(quantities.MEASURES), "Of trajectories and heat maps.", flag_values=FLAGS
+    "measure",
+    "pr",
+    list(quantities.MEASURES),
+    "Measure in trajectories and heat maps.",
+    flag_values=FLAGS,
 )
 _STEP = flags.DEFINE_integer(
-    "step", None, "Evaluation of the heat maps. Default: the first and the last.", flag_values=FLAGS
+    "step",
+    None,
+    "Step of the evaluation in the heat maps. Default: the first and the last.",
+    flag_values=FLAGS,
 )
 
 

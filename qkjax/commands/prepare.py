@@ -40,26 +40,26 @@ _TOKENIZER = flags.DEFINE_string(
     "train:SIZE (byte-level BPE on the training documents), a tokenizer.json, or hf:NAME.",
     flag_values=FLAGS,
 )
-_OUT = flags.DEFINE_string("out", "", "Directory to make; new or empty.", flag_values=FLAGS)
+_OUT = flags.DEFINE_string("out", "", "Directory to create; new or empty.", flag_values=FLAGS)
 _SEQUENCE_LENGTH = flags.DEFINE_integer(
     "sequence_length", 2048, "Predicted tokens of a record.", flag_values=FLAGS
 )
 _TRAIN_TOKENS = flags.DEFINE_integer(
     "train_tokens",
     None,
-    "Training tokens; all of one source, or of a mix, unless given.",
+    "Training tokens. Default: all of the source or mix.",
     flag_values=FLAGS,
 )
 _VALIDATION_TOKENS = flags.DEFINE_integer(
-    "validation_tokens", 5_000_000, "Tokens of held-out documents.", flag_values=FLAGS
+    "validation_tokens", 5_000_000, "Validation tokens, from held-out documents.", flag_values=FLAGS
 )
 _END_OF_TEXT = flags.DEFINE_bool(
-    "end_of_text", True, "End-of-text token after every document.", flag_values=FLAGS
+    "end_of_text", True, "Put an end-of-text token after every document.", flag_values=FLAGS
 )
 _EOS_TOKEN = flags.DEFINE_string(
     "eos_token",
     "",
-    "The end-of-text token, where it is not <|endoftext|>, </s> or <eos>.",
+    "The end-of-text token, if it is not <|endoftext|>, </s> or <eos>.",
     flag_values=FLAGS,
 )
 _MAX_BAD_LINES = flags.DEFINE_integer(

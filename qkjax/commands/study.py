@@ -23,25 +23,25 @@ FLAGS = flags.FlagValues()
 _EXAMPLE = "configs/study.py:tiny,quick"
 _CONFIG = config_flag.define(FLAGS, _EXAMPLE)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Study directory; made where it is missing.", flag_values=FLAGS
+    "workdir", None, "Study directory; created if it is missing.", flag_values=FLAGS
 )
 _ONLY = flags.DEFINE_list(
     "only",
     [],
-    "Steps to do: names with wildcards (sweep/*), arms, or kinds (run, export, report).",
+    "Steps to run: names with wildcards (sweep/*), arms, or kinds (run, export, report).",
     flag_values=FLAGS,
 )
 _JOBS = flags.DEFINE_integer(
     "jobs",
     None,
-    "Runs at one time. Default: one a device of --devices, or one.",
+    "Runs at the same time. Default: one per device of --devices, else one.",
     lower_bound=1,
     flag_values=FLAGS,
 )
 _DEVICES = flags.DEFINE_list(
     "devices",
     [],
-    "Accelerators that runs are spread over, such as 0,1,2,3. Default: all to each.",
+    "Accelerators over which runs are spread, such as 0,1,2,3. Default: each run uses all.",
     flag_values=FLAGS,
 )
 _STATUS = flags.DEFINE_bool(
@@ -53,7 +53,7 @@ _DRY_RUN = flags.DEFINE_bool(
 _RATE = flags.DEFINE_float(
     "tokens_per_second",
     None,
-    "For the time of --dry_run, instead of what runs have measured.",
+    "Rate for the time of --dry_run, instead of the measured one.",
     lower_bound=1e-9,
     flag_values=FLAGS,
 )
@@ -66,7 +66,7 @@ _AOT = flags.DEFINE_string(
 _PRICE = flags.DEFINE_float(
     "price_per_hour",
     None,
-    "With --aot: of one device, for the cost of the study.",
+    "With --aot: price per hour of one device, for the cost of the study.",
     lower_bound=0,
     flag_values=FLAGS,
 )
@@ -79,7 +79,7 @@ _POWER_FROM = flags.DEFINE_string(
 _PRINT_COMMANDS = flags.DEFINE_bool(
     "print_commands",
     False,
-    "Print one shell line a step, for a scheduler; run nothing.",
+    "Print one shell line per step, for a scheduler; run nothing.",
     flag_values=FLAGS,
 )
 

@@ -21,19 +21,19 @@ from qkjax.report import drawing, figures
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.", flag_values=FLAGS)
 _STEP = flags.DEFINE_integer(
-    "step", None, "Checkpoint; the latest unless given.", flag_values=FLAGS
+    "step", None, "Step of the checkpoint. Default: the latest.", flag_values=FLAGS
 )
 _RANKS = flags.DEFINE_list(
     "ranks",
     None,
-    "Directions kept, such as 1,2,4,8; powers of two up to head_dim unless given.",
+    "Numbers of directions to keep, such as 1,2,4,8. Default: powers of two up to head_dim.",
     flag_values=FLAGS,
 )
 _STAGE = flags.DEFINE_enum(
     "stage",
     "pre_rope",
     ["pre_rope", "post_rope"],
-    "Where the keys are projected.",
+    "Stage at which the keys are projected.",
     flag_values=FLAGS,
 )
 _CENTRING = flags.DEFINE_enum(
@@ -58,20 +58,20 @@ _LAYERS = flags.DEFINE_list(
 _TOKENS = flags.DEFINE_integer(
     "tokens",
     None,
-    "Validation tokens, 0 for all; the run's eval.tokens unless given.",
+    "Validation tokens, 0 for all. Default: the run's eval.tokens.",
     flag_values=FLAGS,
 )
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the random directions.", lower_bound=0, flag_values=FLAGS
+    "seed", 0, "Seed of the random directions.", lower_bound=0, flag_values=FLAGS
 )
 _OUT = flags.DEFINE_string(
-    "out", None, "The CSV; in the run directory unless given.", flag_values=FLAGS
+    "out", None, "The CSV file. Default: in the run directory.", flag_values=FLAGS
 )
 _FIGURES = flags.DEFINE_bool(
     "figures", True, "Draw .svg and .png beside the CSV.", flag_values=FLAGS
 )
 _DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "The run's dataset, where it has moved.", flag_values=FLAGS
+    "data_dir", None, "The run's dataset, if it was moved.", flag_values=FLAGS
 )
 
 

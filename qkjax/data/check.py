@@ -82,7 +82,7 @@ def check_text(
         if source.files and not record["read_from"].keys() >= {"files_read", "sha256"}:
             unproven.append(f"{source.name}: recorded without digests, compared by size only")
         elif not source.files and "revision" in record["read_from"]:
-            unproven.append(f"{source.name}: on the hub, known by its commit alone")
+            unproven.append(f"{source.name}: on the hub, identified only by its commit")
         changed += source.changed(record["read_from"], rehash=rehash)
     folder_of_benchmarks = manifest.request.get("benchmark_dir")
     if folder_of_benchmarks:

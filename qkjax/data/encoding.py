@@ -175,7 +175,7 @@ class _Workers:
             worker.process.join(5)
             raise errors.QkjaxError(
                 f"--workers: a worker process died (exit code {worker.process.exitcode}), often "
-                "for want of memory. Run the same command again, and it resumes; "
+                "because memory ran out. Run the same command again, and it resumes; "
                 "fewer --workers need less memory."
             ) from None
         finally:

@@ -114,7 +114,7 @@ class HubDataset(documents.Source):
         if packed.startswith("json"):  # each line of `jsonl:` stands for itself
             pattern = self.files[0].parent / f"*.{packed}"
             return errors.UsageError(
-                f"{text}. Where columns of its files differ, read them with "
+                f"{text}. If columns of its files differ, read them with "
                 f"--source='jsonl:{pattern}:{self._column}'; otherwise check them."
             )
         return errors.UsageError(f"{text}. Check its files, or download them again.")
@@ -153,7 +153,7 @@ def _download_tokenizer(spec: str, name: str) -> pathlib.Path:
         hub.HfApi().model_info(name, timeout=_TIMEOUT_SECONDS)
     except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
         raise errors.UsageError(
-            f"--tokenizer={spec}: no such model on the hub, or not yours to read "
+            f"--tokenizer={spec}: no such model on the hub, or no permission to read it "
             f"({errors.one_line(error)}). Check the name; `hf auth login` for a private one."
         ) from None
     except Exception as error:
@@ -202,7 +202,7 @@ def _revision(name: str, dataset: str) -> str:
         return str(hub.HfApi().dataset_info(dataset, timeout=_TIMEOUT_SECONDS).sha)
     except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
         raise errors.UsageError(
-            f"--source={name}: no such dataset on the hub, or not yours to read "
+            f"--source={name}: no such dataset on the hub, or no permission to read it "
             f"({errors.one_line(error)}). Check the name; `hf auth login` for a private one."
         ) from None
     except Exception as error:

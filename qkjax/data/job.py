@@ -232,7 +232,7 @@ class Job:
         writer = self._writer("train", self._request.train_tokens, note_down)
         if saved:
             self._progress(
-                f"resuming behind {len(saved['writer']['shards'])} finished shards "
+                f"resuming after {len(saved['writer']['shards'])} finished shards "
                 f"({saved['writer']['num_tokens']:,} training tokens)"
             )
             writer.restore(saved["writer"])

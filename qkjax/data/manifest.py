@@ -107,7 +107,7 @@ def load(directory: str | pathlib.Path) -> Manifest:
     content = files.read_object(path, _REBUILD)
     if content is None:
         raise errors.UsageError(
-            f"{path}: missing, so {path.parent} is no finished dataset. {_REBUILD}"
+            f"{path}: missing, so {path.parent} is not a finished dataset. {_REBUILD}"
         )
     reader = _Reader(path)
     version = content.get("format_version")
@@ -336,7 +336,9 @@ class _Reader:
             if "sha256" in counts:
                 digests = self._get(counts, "sha256", list, where)
                 if len(self._get(counts, "files", list, where)) != len(digests):
-                    raise self.error(f"{where}.sha256: expected one a file, found {digests!r:.80}")
+                    raise self.error(
+                        f"{where}.sha256: expected one per file, found {digests!r:.80}"
+                    )
         return content
 
     def _split(self, content: dict[str, Any], where: str) -> Split:

@@ -79,7 +79,10 @@ class TrainStream:
                 self._counts.empty += 1
             elif item.kind == encoding.LOST:
                 if not self._counts.lost_by_tokenizer:
-                    logging.warning("%s: the first that the tokenizer loses", item.position)
+                    logging.warning(
+                        "%s: the first document whose text the tokenizer does not restore",
+                        item.position,
+                    )
                 self._counts.lost_by_tokenizer += 1
             elif item.kind == encoding.POOL:
                 place = self._held_out.get(item.document_hash)

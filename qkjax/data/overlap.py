@@ -200,7 +200,7 @@ def _texts(item: Any) -> list[str]:
         raise TypeError(f"endings is {item['endings']!r:.60}")
     for text in texts:
         if not isinstance(text, str):
-            raise TypeError(f"{text!r:.60} is no text")
+            raise TypeError(f"{text!r:.60} is not a text")
     context, *endings = texts
     return [f"{context} {ending}" for ending in endings] if "endings" in item else texts
 

@@ -66,7 +66,7 @@ def prepare(
                 if lost:
                     progress(
                         f"{folder}: {lost:,} documents left out, because the tokenizer does not "
-                        "give their text back as it was"
+                        "restore their text"
                     )
                 return manifest
     _check_same_tokenizer(finished, folder, tokenizer)
@@ -116,7 +116,7 @@ def _refuse_shared_files(opened: Sequence[sources.Source]) -> None:
             if other is not source:
                 raise errors.UsageError(
                     f"--source={source.name}: reads {path}, as --source={other.name} does, so its "
-                    "documents would be there twice. Leave one of them out."
+                    "documents would occur twice. Leave one of them out."
                 )
 
 

@@ -88,7 +88,7 @@ def _problems(request: Request) -> Iterator[str]:
         yield "--source: the same source is named twice"
     if len(request.weights) != len(request.sources):
         yield (
-            f"--weight: expected one a source ({len(request.sources)}), "
+            f"--weight: expected one per source ({len(request.sources)}), "
             f"found {len(request.weights)}"
         )
     for weight in request.weights:

@@ -321,7 +321,7 @@ class _Parquet(FileSource):
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise errors.UsageError(
-                f"{path}: no readable parquet, stopped after row {self._row} ({reason}). "
+                f"{path}: not readable as parquet, stopped after row {self._row} ({reason}). "
                 "Check that it is parquet, or download it again."
             ) from None
 

@@ -117,7 +117,7 @@ def begin(directory: pathlib.Path) -> pathlib.Path:
     if moved is not None:
         files.need(work / _MOVED, "", moved, {"names": list}, fix)
         if any(type(name) is not str or "/" in name for name in moved["names"]):
-            raise files.damaged(work / _MOVED, "names are no plain file names", fix)
+            raise files.damaged(work / _MOVED, "names are not plain file names", fix)
         _take_back(directory, moved["names"])
     foreign = sorted(p.name for p in directory.iterdir() if p.name not in (_LOCK, _WORK))
     if foreign:

@@ -117,7 +117,7 @@ def _builder(name: str, dataset: str) -> Any:
     except Exception as error:
         place = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
         raise errors.UsageError(
-            f"--source={name}: no TFDS data set {dataset!r} in {place} ({errors.one_line(error)}). "
+            f"--source={name}: no TFDS dataset {dataset!r} in {place} ({errors.one_line(error)}). "
             f"{_FIX}."
         ) from None
 

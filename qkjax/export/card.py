@@ -49,8 +49,8 @@ def render(run: TrainedRun, dtype: str, verification: Sequence[str] = NOT_VERIFI
 
 # qkjax: {name}
 
-A small research model of the study of QK-Norm under AdamW and Muon. It is no assistant, and its
-answers are not reliable. It loads with stock classes:
+A small research model of the study of QK-Norm under AdamW and Muon. It is not an assistant, and
+its answers are not reliable. It loads with stock classes:
 
 {_USE}
 | | |
@@ -61,11 +61,11 @@ answers are not reliable. It loads with stock classes:
 
 - The embedding is stored times sqrt({config.model.d_model}) and the final norm's weight divided by
   it: the stock class does not scale the embedding. The head is tied to the embedding.
-- The end-of-text token {end_of_text} is also the one for beginning and padding.
+- The end-of-text token {end_of_text} also serves as the token for beginning and padding.
   The tokenizer does not add it. {starts}
 - transformers reads a special token written out in a text as that token; in training the same
   characters were ordinary text.
-- The licence above is that of qkjax. Change it where the training text asks for another one.
+- The licence above is that of qkjax. Change it if the training text requires another one.
 
 ## Verification
 

@@ -39,7 +39,7 @@ def export(request: Request, report: Callable[[str], None] = print) -> None:
     out = request.out
     if out.exists() or out.is_symlink():
         raise errors.UsageError(
-            f"--out: {out} already exists, and exports overwrite nothing. "
+            f"--out: {out} already exists, and no export is overwritten. "
             "Give a new directory, or move this one away."
         )
     if request.verify_sequences < 0:

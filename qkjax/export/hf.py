@@ -202,7 +202,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[Any, list[str]]:
 
 def _whole(value: Any) -> int:
     if type(value) is not int or value < 1:
-        raise ValueError(f"{value!r} is no whole number above 0")
+        raise ValueError(f"{value!r} is not a whole number above 0")
     return value
 
 

@@ -482,8 +482,8 @@ def refuse_unknown(model: Any, name: str) -> None:
         )
     if getattr(stock.get_text_config(), "kv_lora_rank", None) is not None:
         raise errors.UsageError(
-            f"{name}: {type(model).__name__} has multi-head latent attention, whose heads share "
-            "what their keys are made of, expected keys of their own. It cannot be measured."
+            f"{name}: {type(model).__name__} has multi-head latent attention, whose heads compute "
+            "their keys from a shared latent, expected separate keys. It cannot be measured."
         )
     kinds = getattr(stock.get_text_config(), "layer_types", None) or ()
     keyless = [kind for kind in kinds if kind in _KEYLESS]

@@ -251,7 +251,7 @@ def _check_same(
     if changed:
         raise errors.UsageError(
             f"{directory.model}: measured with another {', '.join(changed)}, and all revisions of "
-            "a directory are measured alike. Give another --out."
+            "a directory are measured in the same way. Give another --out."
         )
 
 

@@ -42,21 +42,25 @@ _WORDS = {
 _VIEWS = (("pre_rope", "centred"), ("post_rope", "raw"), ("pre_rope", "raw"))
 _CAVEATS = (
     "PR is (sum s)^2 / sum s^2 of the singular values of a head's keys, here as a share of "
-    "head_dim: 1 is all directions alike. It is not how many directions the model needs; that is "
+    "head_dim: 1 means that all directions are used equally. It is not how many directions the "
+    "model needs; that is "
     "what the loss with projected keys says (`directions`, where it was measured).",
-    "Raw PR before RoPE falls with a large mean key, which changes no attention: it adds the same "
-    "to all logits of a query, but for RoPE. Centred PR leaves it out. `mean` is its share of the "
+    "Raw PR before RoPE falls with a large mean key, which does not change the attention: apart "
+    "from RoPE, it adds the same value to all logits of a query. Centred PR leaves it out. `mean` "
+    "is its share of the "
     "energy.",
     "Raw PR after RoPE is what the original study published. RoPE spreads a constant key over 20 "
     "to 34 of 64 directions, so it hardly sees a collapse that is not along the axes.",
-    "Gamma scales directions after the norm: its PR is that of |gamma| over its length. A model "
-    "can scale a query's direction up and the key's down with every logit equal, so `q.k` (the "
-    "product) stands beside.",
+    "Gamma scales directions after the norm: its PR is that of |gamma|, divided by its length. A "
+    "model "
+    "can scale a query's direction up and the key's down while every logit stays equal, so the PR "
+    "of `q.k` (the product) is shown beside it.",
     "The largest logit is that of the first sequences alone, after the model's own scaling and "
     "softcap. The sink is the probability on position 0; uniform attention gives the number in "
-    "the CSV. In layers with a window it counts where the window still holds position 0.",
-    "Numbers of different texts and tokenizers differ by some percent, of other lengths of "
-    "sequences by more: compare rows of one text and one T. Sizes of heads differ: 0.5 of 64 is "
+    "the CSV. In layers with a window it counts only queries whose window contains position 0.",
+    "Numbers of different texts and tokenizers differ by some percent, of different lengths of "
+    "sequences by more: compare rows of one text and one T. Heads of different sizes are not "
+    "comparable: 0.5 of 64 is "
     "not 0.5 of 256. A quantised model has the keys of its quantised weights. One model is one "
     "training run: no error bar is possible.",
 )

@@ -66,7 +66,7 @@ def page(report: Report) -> bytes:
                 _element("nav", *links, aria_label="Contents"),
             ),
             _element("main", *map(_section, report.sections)),
-            _element("footer", f"Written by `{report.made_by}`, from files alone."),
+            _element("footer", f"Written by `{report.made_by}`, only from files."),
         ),
         lang="en",
     )

@@ -120,7 +120,7 @@ def _(block: Box) -> str:
     ]
     if any(map(has_data, verdict.shown)):
         head.append(
-            _block(_clauses("Shown beside them, without deciding.", verdict, verdict.shown))
+            _block(_clauses("Shown beside them; they decide nothing.", verdict, verdict.shown))
         )
     notes = [
         f"- {_escape(f'{clause.name}: {note}')}"

@@ -107,7 +107,7 @@ class Material:
     def groups(self, curves: Mapping[str, object]) -> Iterator[tuple[list[str], str, str]]:
         """(arms, stem of file names, words) of each chart: the arms, then controls by optimiser.
 
-        Controls stand beside the arms that they change.
+        Controls are shown beside the arms that they change.
         """
         plan = self.study.plan
         main = [arm for arm in plan["arms"] if arm in curves]

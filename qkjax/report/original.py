@@ -24,7 +24,8 @@ DEVIATIONS: tuple[tuple[str, str, str], ...] = (
     (
         "RoPE",
         "interleaved pairs",
-        "rotate-half, as in Llama and Qwen3: equal in distribution, since initial weights are random",
+        "rotate-half, as in Llama and Qwen3: equal in distribution, since initial weights are "
+        "random",
     ),
     (
         "positions",

@@ -131,7 +131,10 @@ def load_run(workdir: str | pathlib.Path, label: str = "") -> RunSpectra:
     assert model is not None
     ages_known = all(row.get("tokens") is not None for row in rows)
     if not ages_known:
-        notes.append(f"{directory.model}: names no training tokens; nothing is drawn over them")
+        notes.append(
+            f"{directory.model}: names no training tokens, so no figure over training tokens is "
+            "drawn"
+        )
     return RunSpectra(
         arm=model["class"],
         seed=None,

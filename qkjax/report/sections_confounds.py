@@ -34,10 +34,11 @@ def functional_rank(material: Material) -> Section:
     blocks: list[Block] = [
         Text(
             "Rank surgery keeps the strongest r directions of every head's keys, in all layers at "
-            "once, around the mean key and before RoPE. The fewest directions that lose at most "
-            f"{TOLERANCE:g} nat of validation loss are those that the model uses. Measured on "
+            "once, around the mean key and before RoPE. The smallest number of directions that "
+            "costs at most "
+            f"{TOLERANCE:g} nat of validation loss is the number that the model uses. Measured on "
             f"{' or '.join(f'{n:,}' for n in tokens)} validation tokens, at the ranks shown: the "
-            "true number may lie below, down to the next smaller rank."
+            "true number may be smaller, down to the next smaller rank."
         ),
         _rank_table(material),
         *_rank_charts(material),
@@ -114,7 +115,7 @@ def _rank_charts(material: Material) -> Iterator[Block]:
     if shown:
         yield Charts(
             "Added validation loss against the directions kept, mean over seeds. Below the dotted "
-            f"line, at {TOLERANCE:g} nat, a model does not miss the others.",
+            f"line, at {TOLERANCE:g} nat, a model does not need the others.",
             tuple(shown),
         )
 
@@ -254,8 +255,8 @@ def _against_loss(material: Material) -> Iterator[Charts]:
     if len(found) < 2:
         return
     yield Charts(
-        "PR against validation loss at the end of training, a point a run. Were a high PR good by "
-        "itself, points to the right would lie lower.",
+        "PR against validation loss at the end of training, one point per run. If a high PR were "
+        "good by itself, points to the right would be lower.",
         (
             charts.chart(
                 "pr_against_loss",

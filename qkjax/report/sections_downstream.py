@@ -150,8 +150,8 @@ def _conditions(study: Study) -> str:
         f"prompts cut to the context: {truncated:,}",
     ]
     return "; ".join(filter(None, said)) + (
-        f". Difference: {arms.label(_PAIR[0])} minus {arms.label(_PAIR[1])}, in points; "
-        "that of log-perplexity stands under H5."
+        f". Difference: {arms.label(_PAIR[0])} minus {arms.label(_PAIR[1])}, in points; that of "
+        "log-perplexity is under H5."
     )
 
 

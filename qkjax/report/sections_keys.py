@@ -41,8 +41,8 @@ def keys(material: Material) -> Section:
             "The Participation Ratio (PR) of a head's keys is (Σσ)² / Σσ² of their singular "
             f"values: {material.head_dim} at most, 1 at collapse; mean over heads, then layers. "
             "The original published it after RoPE, of raw keys. RoPE rotates keys by their "
-            "position and so hides a generic collapse and exaggerates one along the axes; "
-            "therefore the PR before RoPE with the mean key removed stands beside it, and the "
+            "position and so hides a generic collapse, but not one along the axes; therefore the "
+            "report also shows the PR before RoPE with the mean key removed, and the "
             "axis-alignment index: 0 for a random orientation, 1 where the axes are the "
             f"directions in use. {material.passes}".rstrip()
         ),

@@ -42,8 +42,8 @@ def losses(material: Material) -> Section:
         (
             Text(
                 "Validation tokens and their order are the same at every evaluation and for every "
-                f"run. {charts.BANDS} Differences are taken within a seed, whose runs share "
-                "their data order and the start of what they have in common. "
+                f"run. {charts.BANDS} Differences are taken within a seed, whose runs share their "
+                "data order and the initial values of common parameters. "
                 f"{material.passes}".rstrip()
             ),
             Charts(
@@ -165,8 +165,8 @@ def _loss_table(study: Study) -> Table:
             notes=(
                 (_CHOSEN if study.learning_rates else "")
                 + (_DIVERGED if any(run.diverged for run in study.runs.values()) else "")
-                + "± is the standard error over validation sequences, in pairs: it holds for these "
-                "trained models, and leaves the spread between seeds out.",
+                + "± is the standard error over validation sequences, in pairs: it is valid for "
+                "these trained models and does not contain the spread between seeds.",
             ),
         )
     )
@@ -194,7 +194,7 @@ def sweep(material: Material) -> Section:
     if not rates:
         blocks.append(
             Text(
-                "Not there yet: no arm has a chosen learning rate (sweep/learning_rates.json)."
+                "Not available yet: no arm has a chosen learning rate (sweep/learning_rates.json)."
                 if plan
                 else "This study has no sweep: every arm runs at the rate of its recipe, given "
                 "below."
@@ -210,7 +210,7 @@ def sweep(material: Material) -> Section:
                 "has the noise of one run. The rate of the "
                 "lowest final validation loss on the first half of the validation sequences is "
                 "taken; "
-                "results are also reported on the second half, which chose nothing."
+                "results are also reported on the second half, which was not used for the choice."
             )
         )
         if missing:

@@ -135,8 +135,8 @@ def _stages(material: Material) -> Iterator[Block]:
         tuple(rows),
         words=2,
         notes=(
-            "From before QK-Norm to normalised is what the normalisation does, from there to γ "
-            "what γ does: only unequal γ change a PR.",
+            "The step from before QK-Norm to normalised shows the effect of the normalisation, the "
+            "next step that of γ: only unequal γ change a PR.",
         ),
     )
     yield Folded("The same of queries, as charts", (_queries(material),))
@@ -229,14 +229,14 @@ def _beside(material: Material) -> Iterator[Block]:
         )
     if shown:
         yield Charts(
-            "What stands beside the PR of keys: that of all products q·k before RoPE, which no "
+            "Shown beside the PR of keys: the PR of all products q·k before RoPE, which no "
             "exchange of scale between γ_q and γ_k changes; the energy of the mean key; attention "
             "on the first position; the kernels' own PR, by head, without γ. The arms alone; the "
             f"table has every configuration. {charts.BANDS}",
             tuple(shown),
             columns=3,
         )
-    even = f" Even attention would give {100 * uniform:.2f}%." if math.isfinite(uniform) else ""
+    even = f" Uniform attention would give {100 * uniform:.2f}%." if math.isfinite(uniform) else ""
     yield from _table(
         material,
         f"Beside the PR of keys, at the end; PR of {material.head_dim}, mean over seeds.",
@@ -271,8 +271,8 @@ def _gammas(material: Material) -> Iterator[Block]:
                 )
     if shown:
         yield Charts(
-            "How even the gammas are: all alike have as large a PR as there are directions, and a "
-            "ratio of 1. Quantiles are the median over layers.",
+            "How uniform the gammas are: equal gammas have a PR equal to the number of directions, "
+            "and a ratio of 1. Quantiles are the median over layers.",
             tuple(shown),
         )
     yield from _table(material, "The gammas of QK-Norm at the end, mean over seeds.", _GAMMAS)
@@ -302,8 +302,8 @@ def _clips(material: Material) -> Iterator[Block]:
             )
         )
     yield Charts(
-        "QK-Clip: the largest logit of the sequences that it looks at, before the update, and how "
-        "many heads it clipped; the largest of each stretch of steps.",
+        "QK-Clip: the largest logit of the sequences that it measures, before the update, and how "
+        "many heads it clipped; each point is the maximum over a range of steps.",
         tuple(shown),
     )
     rows = []

@@ -62,15 +62,15 @@ def _setting(material: Material) -> str:
     if material.head_dim != original.HEAD_DIM:
         return (
             f"Heads here have {material.head_dim} dimensions, the original's "
-            f"{original.HEAD_DIM}: a Participation Ratio of one is none of the other, so no "
-            "number of this study stands in the table."
+            f"{original.HEAD_DIM}: their Participation Ratios cannot be compared, so the table has "
+            "no number of this study."
         )
     step = run.config.train.tokens_per_step if run else None
     own_rates = plan["scale"] == "pilot" and not plan.get("sweep")
     if plan["recipe"] == "original" and step == original.TOKENS_PER_STEP and own_rates:
         return (
             "This study runs the recipe of the original's pilot at its batch size (4,096 tokens a "
-            "step: certain for its AdamW arms only): the same setting but for the deviations "
+            "step: certain for its AdamW arms only): the same setting except for the deviations "
             "below. The original has one seed, so a difference says no more than that both were "
             "measured."
         )
@@ -121,8 +121,8 @@ def record(material: Material) -> Section:
             *_commands(study),
             Text(
                 "results.csv holds the numbers of runs, evaluations, sweep, scores and verdicts, "
-                "one "
-                "to a row, sorted, without paths, times and rates; equal results give equal bytes. "
+                "one per row, sorted, without paths, times and rates; equal results give equal "
+                "bytes. "
                 "Its columns:"
             ),
             Notes(CSV_COLUMNS),

@@ -25,7 +25,7 @@ from qkjax.verdicts.results import Study
 
 _QUESTION = (
     "Does QK-Norm (RMSNorm on queries and keys) collapse the dimensionality of attention keys in "
-    "long runs, does Muon without it keep them high, and does any of that make a better model? "
+    "long runs, does Muon without it keep them high, and does either make a better model? "
     "Four arms, {AdamW, Muon} × {QK-Norm, none}, "
 )
 _ANSWER = {True: "and their controls answer. ", False: "answer. "}
@@ -33,8 +33,9 @@ _FIXED = "The rules below were fixed before the data."
 _READING = Text(
     "In the small figures the thick bar is the pooled 95% interval, the thin line the paired one, "
     "dots are seeds, the solid line is 0 and the dashed one the smallest effect of interest "
-    "(SESOI), the margin or the limit. To the right is as predicted; what H4 asks of losses and "
-    "logits lies to the left. PR is the Participation Ratio, aa the axis-alignment index. The "
+    "(SESOI), the margin or the limit. Results to the right are as predicted; for the losses and "
+    "logits of H4, results to the left are. PR is the Participation Ratio, aa the axis-alignment "
+    "index. The "
     "thresholds of H4 that runs keep or break are conventions."
 )
 
@@ -68,7 +69,7 @@ def _extra(study: Study) -> str:
         return ""
     named = "; ".join(f"{arms.label(arm)}: {seeds_named(seeds)}" for arm, seeds in extra.items())
     return (
-        f"Seeds of some arms alone, planned so from the start ({named}), enter the tables, the "
+        f"Extra seeds of some arms, planned from the start ({named}), enter the tables, the "
         "rules, and every contrast whose whole family has them. "
     )
 
@@ -159,7 +160,7 @@ def attribution(material: Material) -> Section:
     """What the PR that QK-Norm costs is made of, for each optimiser."""
     blocks: list[Block] = [
         Text(
-            "The PR that QK-Norm costs under one optimiser, A = none - decayed, is cut into "
+            "The PR that QK-Norm costs under one optimiser, A = none - decayed, is split into "
             "normalisation (none - frozen), the learned gamma (frozen - undecayed) and the decay "
             "of gamma (undecayed - decayed). It is attributed only where A itself is supported; "
             "whether decay explains more than half of A is a contrast of its own, decay - A/2."
@@ -196,8 +197,8 @@ def _controls_table(clauses: Sequence[Clause]) -> Table:
         ),
         words=3,
         notes=(
-            "Family of the pooled error: the control and its parent. No prediction stands behind "
-            'these: "supported" says that the control ends higher by the smallest effect of '
+            "Family of the pooled error: the control and its parent. These have no prediction: "
+            '"supported" says that the control ends higher by at least the smallest effect of '
             "interest. Outside the corrected family.",
         ),
     )

@@ -52,7 +52,7 @@ def refuse_elsewhere(config: ModelConfig, platform: str) -> None:
     name = config.attention
     if name in _KERNELS and name != FUSED_ATTENTION.get(platform):
         raise errors.UsageError(
-            f"model.attention: {name} runs on {_KERNELS[name].devices} alone, found the platform "
+            f"model.attention: {name} runs on {_KERNELS[name].devices} only, found the platform "
             f"{platform}. Use model.attention=auto."
         )
 

@@ -359,10 +359,10 @@ class Checkpoints:
     def _unusable(self, step: int, what: str, error: Exception | None) -> errors.UsageError:
         others = [other for other in self.steps() if other != step]
         fix = (
-            f"Steps that can be tried: {others}, with --restore_step={others[-1]} of qkjax.main "
-            f"to train on from there, or with --step={others[-1]} of the tools to read it"
+            f"Steps that can be tried: {others}, with --restore_step={others[-1]} of qkjax.main to "
+            f"continue training from there, or with --step={others[-1]} of the tools to read it"
             if others
-            else "No other step is there: start again in another --workdir"
+            else "There is no other step: start again in another --workdir"
         )
         why = "" if error is None else f" ({errors.one_line(error)})"
         return errors.UsageError(

@@ -624,7 +624,7 @@ class RunDirectory:
         if len(rows) - 1 != record["rows"] or before != record["rows_sha256"] or changed:
             which = f"the row of step {step}" if changed else f"rows before step {step}"
             raise errors.UsageError(
-                f"{self.metrics}: {which} are not those that {where} was saved behind. {RESTORE}"
+                f"{self.metrics}: {which} are not those that {where} recorded. {RESTORE}"
             )
 
     def set_summary_aside(self, step: int) -> None:

@@ -67,8 +67,9 @@ def warn_of_cpu(config: Config, platform: str) -> None:
     """Says so where a run that is meant for accelerators finds none."""
     if platform == "cpu" and config.scale != "tiny":
         logging.warning(
-            "NO ACCELERATOR: jax found no GPU or TPU, so this %s run trains on the CPU. Where "
-            "there is one, stop this and install jax for it: pip install -e '.[cuda]' or '.[tpu]'.",
+            "NO ACCELERATOR: jax found no GPU or TPU, so this %s run trains on the CPU. If the "
+            "machine has one, stop this run and install jax for it: pip install -e '.[cuda]' or "
+            "'.[tpu]'.",
             config.scale,
         )
 
@@ -86,7 +87,8 @@ def explain(
         "train.microbatch_sequences: the device's memory does not hold a pass "
         f"({str(error).splitlines()[0]}). Parameters and optimiser state alone take "
         f"{gigabytes:.2g} GB. Lower train.microbatch_sequences, eval.batch_sequences or "
-        "train.loss_chunk_tokens, or set model.dtype=bfloat16; the same --workdir takes them with "
+        "train.loss_chunk_tokens, or set model.dtype=bfloat16; the same --workdir accepts them "
+        "with "
         "--allow_config_change."
     )
 

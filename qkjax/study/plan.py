@@ -73,7 +73,7 @@ class Plan:
         for wanted in only:
             if not any(_fits(step, wanted) for step in self.steps):
                 raise errors.UsageError(
-                    f"--only: {wanted!r} fits no step of the plan. Give a name such as "
+                    f"--only: {wanted!r} matches no step of the plan. Give a name such as "
                     "'runs/muon_qk/*' (--dry_run lists them), an arm "
                     f"({', '.join(self.arms)}), or a kind ({', '.join(KINDS)})."
                 )

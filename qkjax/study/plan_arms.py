@@ -78,7 +78,7 @@ def _arm(study: StudyConfig, name: str) -> Arm:
             shipped = sorted(files)
             raise errors.UsageError(
                 f"arms: no arm {name!r}.{presets.suggest(name, tuple(shipped))} An arm is a file "
-                f"of configs/ ({', '.join(shipped)}), behind it controls as in muon_qk_frozen."
+                f"of configs/ ({', '.join(shipped)}), with controls after it as in muon_qk_frozen."
             )
         controls.insert(0, word)
     words = ",".join([study.scale, study.recipe, *controls])
@@ -88,7 +88,7 @@ def _arm(study: StudyConfig, name: str) -> Arm:
     if run.arm != name:
         raise errors.UsageError(
             f"{file}: trains the arm {run.arm}, but the study calls it {name}. Rename the file, "
-            "list it by the other name, or drop the override that makes it so."
+            "list it by the other name, or drop the override that changes it."
         )
     rate = run.optimizer.learning_rate
     if run.optimizer.name == "muon" and run.muon.scale == "rms":  # updates as large as AdamW's
@@ -189,7 +189,7 @@ def _parsed(values: ml_collections.ConfigDict, field: str, text: str) -> Any:
         return ast.literal_eval(text) if kind is tuple else kind(text)
     except (ValueError, KeyError, SyntaxError):
         raise errors.UsageError(
-            f"overrides: {field}={text} is no {kind.__name__}. Write FIELD=VALUE as on the "
+            f"overrides: {field}={text} is not of type {kind.__name__}. Write FIELD=VALUE as on the "
             "command line of qkjax.main."
         ) from None
 

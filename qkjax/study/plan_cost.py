@@ -164,7 +164,7 @@ def _costs(
         passes = sum(1 + len(plan.surgery_ranks(step.arm)) for step in surgery)
         yield (
             f"rank surgery: {len(surgery)} {'run' if len(surgery) == 1 else 'runs'}, forward "
-            f"alone, at most {passes * plan.study.surgery.tokens:,} tokens"
+            f"passes only, at most {passes * plan.study.surgery.tokens:,} tokens"
         )
     training = [cost(plan, step) for step in plan.steps if step.kind in TRAINING]
     whole = sum(c.whole_passes for c in training)
@@ -184,7 +184,7 @@ def _costs(
                 yield f"cost: {money:,.2f} at {price:g} an hour and device, at least"
     else:
         yield (
-            "time: nothing is measured here yet. Give --tokens_per_second=N, a --workdir where a "
+            "time: no rate is known yet. Give --tokens_per_second=N, a --workdir where a "
             "run of this study is finished, or --aot=h100:8. Training alone takes:"
         )
         yield from chips.hours_table(sum(c.flop for c in training))

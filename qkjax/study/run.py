@@ -91,7 +91,7 @@ def _settle(plan: Plan, directory: pathlib.Path, steps: Sequence[Step]) -> None:
 def _settle_dataset(plan: Plan, directory: pathlib.Path) -> None:
     """Opens the dataset that every run will take, and records it; refuses another one later."""
     if not plan.study.data_dir and plan.study.scale in dataset_lib.EMBEDDED_SCALES:
-        print("dataset: the embedded corpus; made now where it is missing", flush=True)
+        print("dataset: the embedded corpus; made now if it is missing", flush=True)
     first = next(step for step in plan.steps if step.kind == RUN)
     try:
         dataset = dataset_lib.open_dataset(plan.run_config(first, None))
@@ -402,7 +402,7 @@ def places_of(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
     jobs = jobs or max(1, len(devices))
     if len(devices) > jobs:
         raise errors.UsageError(
-            f"--devices: {len(devices)} devices for --jobs={jobs}, so some would idle. "
+            f"--devices: {len(devices)} devices for --jobs={jobs}, so some would not be used. "
             "Give as many jobs as devices, or more."
         )
     if not devices:

@@ -98,7 +98,7 @@ def _lines(e: Estimate, price: float | None) -> Iterator[str]:
     )
     yield (
         f"program         attention {model.attention}, {model.dtype}, {model.unroll} of "
-        f"{model.num_layers} layers a turn of the loop"
+        f"{model.num_layers} layers per iteration of the loop"
     )
     yield (
         f"{'a device':<15} {'memory':>10} {'kernels':>9} {'moved':>11} {'FLOP':>14} "

@@ -15,7 +15,7 @@ OF_LINK = 0.80
 ASSUMPTIONS = (
     f"{OF_PRODUCTS:.0%} of the peak in products, {OF_ATTENTION:.0%} in fused attention, "
     f"{OF_BANDWIDTH:.0%} of the memory's bandwidth, {OF_LINK:.0%} of the links'; kernels one after "
-    "another without gaps, a TPU's copies hidden behind them, transfers not; solvers of linear "
+    "another without gaps, a TPU's copies overlap with them, transfers do not; solvers of linear "
     "algebra not counted"
 )
 

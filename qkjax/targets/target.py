@@ -41,7 +41,7 @@ def parse(text: str) -> Target:
     known = [c.name for c in chips.table().values() if is_compiled_for(c)]
     if not is_compiled_for(chip):
         raise errors.UsageError(
-            f"{_FLAG}: no compiler's description of {name}. Give one of {', '.join(known)}; "
+            f"{_FLAG}: the compiler has no description of {name}. Give one of {', '.join(known)}; "
             "--dry_run alone estimates hours on every chip."
         )
     if chip.platform == "gpu":

@@ -216,7 +216,7 @@ def require_lm_eval() -> None:
     except ImportError as error:
         raise errors.UsageError(
             f"{error.name}: not installed, and tasks are scored with lm-eval. "
-            "Run pip install -e '.[eval]', or pip install lm-eval where torch is not wanted."
+            "Run pip install -e '.[eval]', or pip install lm-eval if you do not want torch."
         ) from None
 
 

@@ -118,7 +118,7 @@ def _check(request: Request) -> tuple[list[Benchmark], str]:
         )
     if request.model and request.backend == "jax":
         raise errors.UsageError(
-            "--backend: jax scores a run directory. Give --workdir in place of --model."
+            "--backend: jax scores a run directory. Give --workdir instead of --model."
         )
     if request.model and (request.step is not None or request.dataset_dir):
         raise errors.UsageError(
@@ -131,7 +131,7 @@ def _check(request: Request) -> tuple[list[Benchmark], str]:
         raise errors.UsageError(f"--out: {request.out}, expected a name that ends in .json.")
     if request.out.exists():
         raise errors.UsageError(
-            f"--out: {request.out} already exists, and results overwrite nothing. "
+            f"--out: {request.out} already exists, and no result is overwritten. "
             "Give another file, or move this one away."
         )
     return benchmarks.named(request.tasks), request.backend or ("hf" if request.model else "jax")
@@ -185,7 +185,7 @@ def _bos(
 ) -> dict[str, Any]:
     """Whether every prompt starts with a token, which one, and why."""
     if not known:
-        why = "no qkjax.json in the directory: as its tokenizer does by itself"
+        why = "no qkjax.json in the directory: its tokenizer decides"
     elif added:
         why = "documents in training came after the end-of-text token"
     else:

@@ -111,7 +111,7 @@ def _open_dataset(
     if not pathlib.Path(directory, manifest_lib.FILE_NAME).is_file():
         raise errors.UsageError(
             f"{directory}: no dataset.json there, expected the dataset of {workdir}. "
-            f"Where it has moved, give {data_flag}=DIR."
+            f"If it was moved, give {data_flag}=DIR."
         )
     return dataset_lib.Dataset(pathlib.Path(directory), manifest_lib.load(directory))
 

@@ -174,6 +174,6 @@ def _never_acted(prediction: Prediction, parent: str) -> Clause:
         kind=prediction.kind,
         unit=QUANTITIES[prediction.quantity].unit,
         sesoi=None,
-        reason=f"equal to {parent} bit for bit: it never acted, and there is no contrast",
+        reason=f"equal to {parent} bit for bit: the clip never acted, so there is no contrast",
         level=_OUTSIDE,
     )

@@ -184,7 +184,7 @@ def decided(clause: Clause, found: statistics.Contrast, limit: float) -> Clause:
         arms = len(clause.family)
         needed = rules.seeds_for_power(clause.kind, clause.estimate, spread, arms, limit)
         seeds = f"more than {rules.MOST_SEEDS}" if needed is None else needed
-        reason += f"; {seeds} seeds for 80% power, were this estimate the truth"
+        reason += f"; {seeds} seeds for 80% power if this estimate were the truth"
     signs = {value > 0 for value in found.per_seed.tolist() if value}
     disagree = clause.kind == SUPERIORITY and len(signs) == 2
     return dataclasses.replace(
@@ -212,12 +212,12 @@ def _why(word: str, kind: str, estimate: float, interval: Interval, limit: float
         return f"{words} the margin of {limit:g}"
     if word == INCONCLUSIVE:
         if kind == NON_INFERIORITY:
-            return f"the interval holds the margin of {limit:g}"
+            return f"the interval contains the margin of {limit:g}"
         if kind == RATIO:
-            return f"the interval holds {math.exp(limit):.3g}"
+            return f"the interval contains {math.exp(limit):.3g}"
         if low > 0 and estimate < limit:
             return "above 0, but the estimate is below the smallest effect of interest"
-        return "the interval holds 0 and effects of interest"
+        return "the interval contains 0 and effects of interest"
     return {
         SUPPORTED: f"above {math.exp(limit):.3g}" if kind == RATIO else "as predicted",
         OPPOSITE: "the opposite",
@@ -253,7 +253,9 @@ def _by_divergence(
         p = statistics.all_or_none(seeds * len(arms), seeds * len(sides[-sign]))
         reason = f"{counts}, none of the other side; Fisher's one-sided p {p:.3g}"
         if seeds < FEWEST_DIVERGED:
-            return dataclasses.replace(clause, reason=f"{reason}, below four seeds a count")
+            return dataclasses.replace(
+                clause, reason=f"{reason}; with fewer than four seeds this is only a count"
+            )
         up = worse * sign > 0  # the contrast as if its diverged side were infinitely bad
         word = SUPPORTED if up != (clause.kind == NON_INFERIORITY) else BY_RULE
         strict = word if p <= (1 - statistics.STRICT) / 2 else INCONCLUSIVE

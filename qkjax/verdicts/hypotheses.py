@@ -31,14 +31,14 @@ _TITLES = {
         "Optimiser behaviour",
         "Does AdamW collapse keys under QK-Norm, along the axes, where Muon does not?",
     ),
-    "H3": ("The reversal", "Does QK-Norm win at first and collapse in the long run?"),
+    "H3": ("The reversal", "Is QK-Norm better at first, and do its keys collapse in the long run?"),
     "H4": (
         "The Muon alternative",
         "Is Muon without QK-Norm stable, of full dimensionality, and as good?",
     ),
     "H5": (
         "Rank predicts reasoning",
-        "Does the arm of higher rank answer more questions right?",
+        "Does the arm of higher rank answer more questions correctly?",
     ),
 }
 
@@ -227,7 +227,7 @@ def _rules(study: Study) -> Iterator[Clause]:
         study,
         muon,
         "H4 logits",
-        f"No attention logit of the {LOGIT_SEQUENCES} sequences that every evaluation looks at "
+        f"No attention logit of the {LOGIT_SEQUENCES} sequences that every evaluation measures "
         f"reaches {MAX_LOGIT:g}.",
         stability.highest_logit,
         limit=MAX_LOGIT,

@@ -44,7 +44,7 @@ ACCURACIES = (
         100.0,
         SESOI_POINTS,
         "points",
-        "Muon answers more HellaSwag items right than AdamW+QK.",
+        "Muon answers more HellaSwag items correctly than AdamW+QK.",
     ),
     _Question(
         "H5 LAMBADA acc",

@@ -92,8 +92,9 @@ def _warnings(panel: Panel, noted: Iterable[tuple[str, Iterable[str]]]) -> Itera
     for run in study.runs.values():
         if run.diverged:
             yield (
-                f"{run.arm} seed {run.seed} diverged at step {run.summary['diverged_step']:,}: "
-                "an outcome: it enters no mean, and its arm no other contrast's error"
+                f"{run.arm} seed {run.seed} diverged at step {run.summary['diverged_step']:,}. "
+                "This is an outcome: the run enters no mean, and its arm does not enter the error "
+                "of other contrasts"
             )
     for (arm, seed), found in study.downstream.items():
         if items.is_sample(found):

@@ -373,7 +373,7 @@ def describe(plan: Plan, finished: Study | None = None) -> Iterator[str]:
     yield f"  {_spreads(deviations, known, finished)}"
     yield (
         "  effects: the original's pilot (PR 16.2, 32.8, 30.0, 51.2 of 64); where it measured "
-        "nothing, twice the smallest effect of interest; losses alike"
+        "nothing, twice the smallest effect of interest; equal losses"
     )
 
     @functools.cache

@@ -89,7 +89,7 @@ def _check_alike(
             if value != theirs:
                 raise errors.UsageError(
                     f"{file}: {task} has {what} {value}, but {other} has {theirs}. Scores are "
-                    "compared on the same items, put in the same way: evaluate this run again."
+                    "compared on the same items, asked in the same way: evaluate this run again."
                 )
 
 
