@@ -1,4 +1,4 @@
-"""AdamW without QK-Norm: does it survive without the belt?
+"""AdamW without QK-Norm: does it train without QK-Norm?
 
     python -m qkjax.main --config=configs/adamw_noqk.py:tiny --workdir=runs/adamw_noqk
     python -m qkjax.main --config=configs/adamw_noqk.py --config.data.dir=DATASET --workdir=DIR

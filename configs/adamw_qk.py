@@ -1,4 +1,4 @@
-"""AdamW with QK-Norm: the industry's safety belt, the study's baseline.
+"""AdamW with QK-Norm: the usual setting in practice, and the study's baseline.
 
     python -m qkjax.main --config=configs/adamw_qk.py:tiny --workdir=runs/adamw_qk
     python -m qkjax.main --config=configs/adamw_qk.py --config.data.dir=DATASET --workdir=DIR

@@ -1,4 +1,4 @@
-"""Muon without QK-Norm: can orthogonalised updates replace the belt?
+"""Muon without QK-Norm: can orthogonalised updates replace QK-Norm?
 
     python -m qkjax.main --config=configs/muon_noqk.py:tiny --workdir=runs/muon_noqk
     python -m qkjax.main --config=configs/muon_noqk.py --config.data.dir=DATASET --workdir=DIR

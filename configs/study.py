@@ -17,21 +17,21 @@ M = 1_000_000
 SWEEP_TOKENS = {"tiny": 100_000, "small": 256_000, "pilot": 5 * M, "full": 20 * M}
 FACTORS = {"tiny": (1.0, 2.0)}  # of the base rate; elsewhere five, a factor 2 apart
 ARMS = ("adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk")
-# At pilot and 4,096 tokens a step the arms of recipe original decay their gammas just as `decayed`
-# does: then they are the decayed arms, and no second ones are trained.
+# At pilot and 4,096 tokens a step the arms of recipe original decay their gammas exactly as
+# `decayed` does: then they serve as the decayed arms, and no further ones are trained.
 DECAYED = ("adamw_qk_decayed", "muon_qk_decayed")
-# The published study of laptop size (docs/log.md) also asks what Muon's own levers do, and has a
-# fourth seed where gamma is what differs. A run is its unit: --only says which are trained.
+# The published study of laptop size (docs/log.md) also compares variants of Muon, and has a fourth
+# seed for the arms that differ in gamma. It is executed run by run: --only says which runs.
 LEVERS = ("muon_noqk_separate", "muon_noqk_per_head", "muon_noqk_clip")
 FOURTH_SEED = 1001
 
 
 def controls(scale: str, recipe: str) -> tuple[str, ...]:
-    """The controls beside the four arms, but for `DECAYED`; none at tiny."""
+    """The controls of the four arms, except `DECAYED`; none at tiny."""
     if scale == "tiny":
         return ()
     words = ["frozen"]
-    # At pilot, recipe fixed has 381 steps: the exposure of these controls takes a rate of gamma at
+    # At pilot, recipe fixed has 381 steps: the exposure of these controls needs a rate of gamma at
     # which its noise is larger than any effect (docs/science.md).
     if (scale, recipe) != ("pilot", "fixed"):
         words += ["undecayed", "to_one"]
@@ -42,7 +42,7 @@ def controls(scale: str, recipe: str) -> tuple[str, ...]:
 
 
 def extra_seeds(scale: str, recipe: str) -> dict[str, tuple[int, ...]]:
-    """Seeds of some arms alone, beside those that every arm has."""
+    """Extra seeds of some arms, beside those that every arm has."""
     if (scale, recipe) != ("small", "original"):
         return {}
     of_gamma = [f"adamw_qk_{word}" for word in ("frozen", "undecayed", "to_one")]
@@ -66,7 +66,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.sweep.tokens = 0 if quick or recipe == "original" else SWEEP_TOKENS[scale]
     config.sweep.seed = 7  # never a seed of the study
     config.sweep.factors = FACTORS.get(scale, (0.25, 0.5, 1.0, 2.0, 4.0))
-    # By one rate, where the best is at an edge.
+    # By one rate, if the best one is at an edge.
     config.sweep.extend = scale not in ("tiny", "small")
     config.surgery = ml_collections.ConfigDict()
     config.surgery.tokens = 0 if quick else 65_536  # of each rank; 0: no rank surgery

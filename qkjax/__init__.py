@@ -1,7 +1,7 @@
 """qkjax: does QK-Norm collapse attention keys? The study, reimplemented in JAX and Flax.
 
-Importing it changes nothing. Commands compute under settings of the process that must stand before
-jax is imported; a notebook or script that is to give the same bits starts with
+Importing it changes nothing. Commands compute under settings of the process that must be set before
+jax is imported; a notebook or script that should give the same bits starts with
 
     import qkjax
 

@@ -1,8 +1,8 @@
 """What happens to the parameters after the optimiser's update: hooks, by name; QK-Clip is one.
 
 A hook measures what it needs of the parameters before the update and the batch of the step, and
-changes the parameters after it. One more clip or projection is one more entry of `HOOKS`.
-Both are programs of their own, so that the step's program rounds as it does without hooks.
+changes the parameters after it. To add a clip or projection, add an entry to `HOOKS`. Measuring and
+changing are separate programs, so that the step's program rounds as it does without hooks.
 """
 
 from collections.abc import Callable

@@ -7,8 +7,8 @@ from jax.ad_checkpoint import checkpoint_name
 # What a rematerialised layer should keep carries this name (jax.ad_checkpoint).
 RESULT = "attention"
 IMPLEMENTATIONS = ("xla", "blocked", "cudnn", "splash")
-# Queries are taken in blocks, each against the keys up to its own end: a causal row never pays for
-# the keys that it may not see, and no [T, T] matrix outlives its block.
+# Queries are taken in blocks, each with the keys up to its own end: a causal row computes no keys
+# that it may not see, and no [T, T] matrix exists.
 _QUERY_BLOCK = 256  # "xla"
 _TILE = 128  # "blocked": queries of a head, and keys
 # "splash": queries and keys of a block. Blocks behind the diagonal are skipped, so at T 2048 blocks

@@ -94,7 +94,7 @@ class Stored(typing.NamedTuple):
 
     kind: Any
     free: bool  # cannot change a result: a resumed run may have another
-    fixed: bool  # no checkpoint resumes with another: its batches or its arrays would be others
+    fixed: bool  # no checkpoint resumes with another: its batches or arrays would differ
     since: str  # the date from which config.json has it; "" from the beginning
     absent: Any  # what runs from before that date were made with
 
@@ -369,7 +369,7 @@ class MuonConfig:
 class Schedule:
     """Linear warm-up, constant, linear decay: the factor that every peak rate is multiplied by.
 
-    Warm-up and decay share no step in which both are below 1 (`resolve` sees to it).
+    Warm-up and decay share no step in which both are below 1 (`resolve` ensures that).
     """
 
     num_steps: int = derived()
@@ -803,7 +803,7 @@ def _rate_of_gamma(values: Mapping[str, Any], schedule: Schedule) -> float:
 
 
 def _arm_name(values: Mapping[str, Any]) -> str:
-    """The config file's name with its controls, read off what is really trained."""
+    """The config file's name with its controls, derived from what is trained."""
     optimizer, qk_norm = values["optimizer.name"], values["model.qk_norm"]
     name = f"{optimizer}_{'noqk' if qk_norm == 'none' else 'qk'}"
     rules = presets.RECIPE_RULES[values["recipe"]]
@@ -823,7 +823,7 @@ def _arm_name(values: Mapping[str, Any]) -> str:
         name += f"_{granularity}"
         if granularity == "groups_of":
             name += f"_{values['muon.group_heads']}"
-    # "rms" is told by no name: runs recorded before "mup" was have it under the arm's own.
+    # "rms" is not in the name: runs from before "mup" have it under the arm's plain name.
     if optimizer == "muon" and values["muon.scale"] == "mup":
         name += "_mup"
     return name
@@ -839,7 +839,7 @@ def _mistakes(values: Mapping[str, Any]) -> list[str]:
     for name, given in OPTIONS.items():
         section = name.partition(".")[0]
         if section in values and section in _SECTIONS:
-            continue  # something else stands in the section's place, which is said below
+            continue  # something else is in the section's place, which is reported below
         if name not in values:
             found.append(f"{name} is missing, it must be {given.mistake(Ellipsis)}")
         elif wanted := given.mistake(values[name]):

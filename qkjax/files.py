@@ -1,8 +1,8 @@
-"""The only door to the disk: files replaced whole, locks, JSON and npz read or refused, digests.
+"""The only access to the disk: files replaced whole, locks, JSON and npz read or refused, digests.
 
 What is written here is seen by readers, and found after a crash, as the old file or as the new one.
-What is read here is refused with one line that names the file where it is damaged, however: a torn
-JSON, a flipped byte in a zip archive, a field of another type.
+What is read here is refused with one line that names the file where it is damaged in any way: a
+torn JSON, a flipped byte in a zip archive, a field of another type.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ import numpy as np
 from qkjax import errors
 
 _READ_BYTES = 1 << 20
-_TEMPORARY = ".{name}.{token}.tmp"  # the token cannot be foreseen: nobody can lay a link there
+_TEMPORARY = ".{name}.{token}.tmp"  # the token cannot be predicted: nobody can put a link there
 # A file system without fsync for directories, such as some network mounts: the rename itself holds.
 _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 # Of a JSON file that carries one: the sha256 of all its other values.
@@ -377,7 +377,7 @@ def read_object(path: str | os.PathLike[str], fix: str) -> dict[str, Any] | None
 
 
 def parse_json(data: bytes, path: str | os.PathLike[str], fix: str) -> Any:
-    """JSON as we write it: no NaN, no infinity, no bottomless nesting.
+    """JSON as we write it: no NaN, no infinity, no unlimited nesting.
 
     Raises:
         UsageError: the bytes are something else; names `path`.

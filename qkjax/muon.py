@@ -18,9 +18,9 @@ import numpy as np
 import optax
 
 # Safety factor on the Frobenius norm, and (a, b, c) of each step. The Polar Express rows belong
-# together: each maps the interval that the row before it leaves, so fewer of them are no method.
-# Float32 numbers and not Python's, which JAX rounds to bfloat16 before it multiplies bfloat16
-# arrays: with coefficients .4% off, singular values end as low as .80 instead of .85.
+# together: each maps the interval that the row before it leaves, so a part of them is not a valid
+# method. Float32 numbers and not Python's, which JAX rounds to bfloat16 before it multiplies
+# bfloat16 arrays: with coefficients .4% off, singular values end as low as .80 instead of .85.
 _NEWTON_SCHULZ = {
     "quintic": (1.0, np.array([(3.4445, -4.7750, 2.0315)] * 5, np.float32)),
     "polar_express": (

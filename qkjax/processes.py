@@ -4,8 +4,8 @@ This module owns jax.distributed: its start and its end, what process 0 decides 
 that all must share, the agreed stop, arrays that leave a process, and the end of all where one
 fails. With one process every function returns at once, and jax.distributed is not touched.
 
-Words travel as JSON through the coordinator, in process 0, and wait for as long as the others live;
-arrays travel over the devices. Every process makes the same calls in the same order.
+Messages go as JSON through the coordinator, in process 0, and are kept while the others run; arrays
+go over the devices. Every process makes the same calls in the same order.
 """
 
 import contextlib
@@ -85,7 +85,8 @@ def joined(
         meet()
     except BaseException as error:
         if _is_of_runtime(error):
-            time.sleep(_HEAR_SECONDS)  # if another has said why, the watch speaks and ends us
+            # If another has said why, the watch prints that and ends this process.
+            time.sleep(_HEAR_SECONDS)
             error = _lost(error)
         watch.close()
         _leave(*describe(error))
@@ -145,7 +146,7 @@ def _give_up(coordinator: str | None, num_processes: int | None, seconds: int) -
 
 
 def _reach(address: str, seconds: int) -> None:
-    """Waits until the coordinator listens; jax's own wait ends the process without a word."""
+    """Waits until the coordinator listens; jax's own wait ends the process without a message."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + seconds
     while True:
@@ -168,12 +169,12 @@ class _Watch:
 
     def __init__(self) -> None:
         self._closed = threading.Event()
-        self._end = threading.Lock()  # of the one that speaks the last line
+        self._end = threading.Lock()  # of the one that prints the last line
         self._thread = threading.Thread(target=self._run, name="processes", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the watch; from here on this process speaks for itself."""
+        """Ends the watch; from here on this process reports its own errors."""
         with self._end:
             self._closed.set()
         self._thread.join()
@@ -226,7 +227,7 @@ def _is_of_runtime(error: BaseException) -> bool:
 
 
 def _lost(error: BaseException) -> errors.QkjaxError:
-    """Where devices or the coordinator fail, and no process has said why."""
+    """The error for devices or a coordinator that failed, if no process has said why."""
     lost = errors.QkjaxError(
         f"processes: devices or coordinator of the {count()} processes of this run failed "
         f"({errors.one_line(error)}). "

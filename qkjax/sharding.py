@@ -26,7 +26,8 @@ WHOLE = -1  # of `cut_axes`
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of devices along the axis `data`; None: every device of every process."""
     if devices is None and jax.process_count() > 1:
-        # Process by process, because rows of a batch are: jax might follow the wires instead.
+        # Process by process, because rows of a batch are: jax might order them by the network
+        # instead.
         ordered = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
         return Mesh(np.array(ordered), (DATA_AXIS,), axis_types=(AxisType.Auto,))
     chosen = jax.devices() if devices is None else devices

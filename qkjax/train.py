@@ -480,7 +480,7 @@ class _Run:
         """Evaluation, row and checkpoint of a step, as far as each is due and not done yet.
 
         A signal is never kept waiting by an evaluation: the checkpoint is saved without it, and
-        the resumed run makes up for it.
+        the resumed run evaluates.
         """
         if step in self.config.eval.steps and "val/loss" not in row:
             measured = self._measure(state.params, self.config.eval.tokens)

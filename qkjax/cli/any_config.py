@@ -1,4 +1,4 @@
-"""Stands before a --config that ml_collections cannot open itself: JSON, or a path with a colon."""
+"""Stands in for a --config that ml_collections cannot open: JSON, or a path with a colon."""
 
 import pathlib
 

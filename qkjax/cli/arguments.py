@@ -1,4 +1,4 @@
-"""The door of every command: what an argument of any flag may hold."""
+"""Checks the arguments of every command: what an argument of any flag may hold."""
 
 import os
 import re

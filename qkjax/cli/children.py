@@ -9,7 +9,7 @@ from qkjax.cli import places
 def command(verb: str, *arguments: str) -> list[str]:
     """What starts `qkjax VERB ARGUMENTS`; takes `environment()`.
 
-    -P: the current folder, which may hold another checkout, lends no module.
+    -P: the current folder, which may hold another checkout, provides no module.
     """
     return [sys.executable, "-P", "-m", "qkjax.commands", verb, *arguments]
 

@@ -54,7 +54,7 @@ def run(
     startup.prepare_process()
     startup.keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where a notebook stands in for it
+        if isinstance(stream, io.TextIOWrapper):  # not if a notebook replaces it
             stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
     command = _Command(work, values, doc or "", parse, positionals, texts)
     if not exit_at_once:

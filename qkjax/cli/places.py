@@ -1,4 +1,4 @@
-"""Where things of this package lie: its checkout or installation, its configs, the user's cache."""
+"""Where the package's files are: its checkout or installation, its configs, the user's cache."""
 
 import os
 import pathlib

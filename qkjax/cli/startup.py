@@ -1,4 +1,4 @@
-"""Settings of the process, with their reasons: most must stand before numpy and jax are there."""
+"""Settings of the process, with reasons: most must be set before numpy and jax are imported."""
 
 import ctypes
 import glob
@@ -41,7 +41,7 @@ def prepare_process() -> None:
     the same. Importing qkjax sets nothing. A value that the user has set stays.
     """
     # XLA calls LAPACK from all threads of its pool. An OpenBLAS with threads of its own then spins
-    # on its lock: 8 virtual devices on 2 cores made no headway in a minute (docs/log.md).
+    # on its lock: 8 virtual devices on 2 cores made no progress in a minute (docs/log.md).
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # A study starts the same few programs dozens of times; JAX_ENABLE_COMPILATION_CACHE=false ends
     # it. A directory that cannot be written costs a warning of jax.

@@ -1,4 +1,4 @@
-"""The commands of this project: `qkjax VERB`, a module a verb; tools/*.py are the same by files.
+"""The commands: `qkjax VERB`, one module per verb; tools/*.py are the same commands as files.
 
 Each module has a `main()`, which reads sys.argv and ends the process. This one imports none of
 them, so that the list of verbs is there at once.

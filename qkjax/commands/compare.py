@@ -3,7 +3,7 @@
 A CSV (run, arm, seed, step, tokens, layer, head, value, difference to the first run) and a figure
 of one measure, per layer and head, after equally many training tokens; and a figure of it over
 training. The runs must share dataset, validation tokens and shapes. Directories of qkjax measure
-may stand among them: then each has its own text and shape, and the figure is of the share of
+may be among them: then each has its own text and shape, and the figure is of the share of
 head_dim against depth, with no differences.
 """
 

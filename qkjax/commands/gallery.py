@@ -2,7 +2,7 @@
 
 Each DIR is one of qkjax measure, or a run. Writes index.html (one page that opens offline),
 gallery.csv (every evaluation and number) and figures/*.svg. Needs [report]. What the numbers can
-and cannot say stands on the page, and in docs/models.md.
+and cannot say is on the page and in docs/models.md.
 """
 
 import functools

@@ -2,8 +2,7 @@
 
 Writes into RUN/figures: trajectories of a measure over training with bands over the layers,
 layer x head heat maps, singular-value curves, gamma of QK-Norm, attention logits and entropy.
-What the run has not recorded is left out with a note. To set runs side by side:
-qkjax compare.
+What the run has not recorded is left out with a note. To compare runs: qkjax compare.
 """
 
 import pathlib

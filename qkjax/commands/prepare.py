@@ -1,4 +1,4 @@
-"""Text to a dataset: whole-document hold-out, tokens, shards. A killed run is simply run again.
+"""Text to a dataset: whole-document hold-out, tokens, shards. To resume a killed run, run it again.
 
   qkjax prepare --preset=study --out=data/study
   qkjax prepare --source='jsonl:web/*.jsonl.xz:text' --weight=0.7 \\
@@ -7,7 +7,7 @@
 
 Sources: hf:DATASET[:CONFIG][:SPLIT][:COLUMN] (streamed from the hub, or a local directory),
 tfds:NAME[:SPLIT][:FEATURE], parquet:GLOB[:COLUMN], jsonl:GLOB[:FIELD] (plain, .gz, .xz, .zst),
-text:GLOB (every file a document), docstrings. COLUMN, FIELD and FEATURE are "text", SPLIT is
+text:GLOB (every file is a document), docstrings. COLUMN, FIELD and FEATURE are "text", SPLIT is
 "train", unless named. More in docs/data.md. Check the result: qkjax check.
 """
 

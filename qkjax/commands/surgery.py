@@ -5,8 +5,8 @@
 
 Writes rank_surgery/step_*.csv, .svg and .png in the run directory (step_*_post_rope.* with
 --stage=post_rope, step_*_centred.* with --centring=centred) and prints the smallest rank that loses
-at most 0.01 nat. The CSV appears when it is whole and is not overwritten; until then its rows are
-in .part.json, and the same command resumes after them.
+at most 0.01 nat. The CSV appears when it is complete and is not overwritten; until then its rows
+are in .part.json, and the same command resumes after them.
 """
 
 import functools

@@ -27,7 +27,7 @@ class Dataset:
 
 
 def require_directory(config: Config) -> None:
-    """Refuses a config without data.dir that the embedded corpus is not for; needs no jax.
+    """Refuses a config that needs data.dir and does not have it; needs no jax.
 
     Raises:
         UsageError: names the command that makes a dataset.

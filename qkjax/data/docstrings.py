@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from qkjax import errors
 
-# Distribution on the package index, and the top folder that counts of it. Core dependencies, all.
+# Distribution on the package index, and its top folder that is read. All are core dependencies.
 _DISTRIBUTIONS = (
     ("numpy", "numpy"),
     ("scipy", "scipy"),
@@ -73,7 +73,7 @@ def documents() -> Iterator[tuple[str, str]]:
     """Yields (name, text) of every document, in an order that the names alone decide.
 
     The order is by a hash of the name: the libraries are mixed, so that the first N validation
-    tokens speak of all of them.
+    tokens come from all of them.
     """
     pieces = [*_module_documents(), *_topic_documents()]
     pieces.sort(key=lambda piece: hashlib.sha256(piece[0].encode()).digest())

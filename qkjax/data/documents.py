@@ -25,7 +25,7 @@ class Source(abc.ABC):
         files: the files that it reads, in order; none where it reads from elsewhere.
         field: what it reads of them, a column or field; "" where that is all.
         files_read: how many of them the latest pass has opened.
-        ledger: takes down the content of every file that is opened.
+        ledger: records the content of every file that is opened.
         fraction: how much of the source the latest pass has read, in [0, 1]; None where unknown.
     """
 
@@ -60,7 +60,7 @@ class Source(abc.ABC):
         }
 
     def _files_in_turn(self) -> Iterator[pathlib.Path]:
-        """The files in order, each taken down before it is used and looked at afterwards."""
+        """The files in order, each recorded before it is used and checked afterwards."""
         for number, path in enumerate(self.files, start=1):
             self.files_read = number
             self.ledger.note(path)
@@ -68,7 +68,7 @@ class Source(abc.ABC):
             self.ledger.note(path)
 
     def changed(self, content: dict[str, Any], *, rehash: bool = False) -> list[str]:
-        """Names what is not any more as `content` has it; [] too where it holds no digest.
+        """Names the files that differ from `content`; [] also if it holds no digest.
 
         Args:
             rehash: read every file again, also those that look as they did.

@@ -1,6 +1,6 @@
 """Documents to token ids, chunk by chunk, in this process or in worker processes.
 
-What becomes of a document depends on its text alone, so the result does not depend on the number
+The result for a document depends on its text alone, so it does not depend on the number
 of workers. Workers are children that hold one end of a pipe each: they end when it closes, however
 this process ends, and a worker that dies is an error here.
 """

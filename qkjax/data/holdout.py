@@ -1,4 +1,4 @@
-"""Which documents are held out: decided by the text alone, so that copies share one fate.
+"""Which documents are held out: decided by the text alone, so that all copies are treated the same.
 
 Documents whose hash falls under 5% form the validation pool. No member of the pool is ever
 trained on, so a training copy of a validation document cannot exist, in any file

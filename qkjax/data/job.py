@@ -1,4 +1,4 @@
-"""The making of one dataset in its work folder: tokenizer, validation, training, and a journal."""
+"""Makes one dataset in its work folder: tokenizer, validation, training, and a journal."""
 
 import dataclasses
 import importlib.metadata
@@ -132,7 +132,7 @@ class Job:
         return [path for source, count in counts for path in source.files[:count]]
 
     def _note_read(self, files_read: Sequence[int]) -> None:
-        """Takes down in the journal that the first files of each source have been used."""
+        """Records in the journal that the first files of each source have been used."""
         counts = list(map(max, self._journal["files_read"], files_read))
         self._journal["files_read"] = counts
         self._journal["read_from"] = [

@@ -315,7 +315,7 @@ class _Reader:
                 raise self.error(f"{where}.{field}: expected 0 or more, found {content[field]}")
         read_from = self._get(content, "read_from", dict, where)
         for field, kind in {"files_read": int, "sha256": str}.items():
-            if field in read_from:  # datasets from before lack them
+            if field in read_from:  # older datasets lack them
                 self._get(read_from, field, kind, f"{where}.read_from")
         return content
 
@@ -325,7 +325,7 @@ class _Reader:
         return content
 
     def _overlap(self, content: dict[str, Any]) -> dict[str, Any]:
-        if content:  # datasets from before have none
+        if content:  # older datasets have none
             self._get(content, "documents_dropped", bool, "overlap")
         for name, counts in content.items():
             where = f"overlap.{name}"

@@ -49,10 +49,10 @@ class Ledger:
             self._read(path)
 
     def note(self, path: pathlib.Path) -> None:
-        """Takes down a file that is about to be read, or has just been read.
+        """Records a file that is about to be read, or has just been read.
 
         Raises:
-            UsageError: it is not the file any more that was taken down before.
+            UsageError: it is no longer the file that was recorded before.
         """
         known = self._entries.get(os.path.abspath(path))
         if known is not None and known.is_unchanged():
@@ -66,7 +66,7 @@ class Ledger:
         self._add(found)
 
     def digest(self, paths: Sequence[pathlib.Path]) -> str:
-        """sha256 hex of the contents of files in their order, all of them taken down."""
+        """sha256 hex of the contents of files in their order, all of them recorded."""
         combined = hashlib.sha256()
         for path in paths:
             combined.update(f"{self._entries[os.path.abspath(path)].sha256}\n".encode())
@@ -75,7 +75,7 @@ class Ledger:
     def changed(
         self, paths: Sequence[pathlib.Path], expected: str, rehash: bool = False
     ) -> list[pathlib.Path]:
-        """Looks at files again: [] where `digest` is the expected one.
+        """Checks files again: [] where `digest` is the expected one.
 
         Args:
             rehash: read every file, also those that look as they did.

@@ -207,7 +207,7 @@ def _texts(item: Any) -> list[str]:
 
 def _powers(factor: int, count: int) -> np.ndarray:
     """uint64 [count]: factor^0, factor^1, ... modulo 2^64."""
-    if count > _KEPT_POWERS:  # an uncommonly long document: not to be remembered
+    if count > _KEPT_POWERS:  # an unusually long document: not kept
         return _new_powers(factor, count)
     if factor not in _POWERS:
         _POWERS[factor] = _new_powers(factor, _KEPT_POWERS)

@@ -2,7 +2,7 @@
 
 The training order is a pure function of (dataset, seed, step): a global shuffle of all records,
 another for every epoch, cut into batches straight across epoch borders. It does not depend on the
-number of processes, on threads, on resumes, on the arm or on where anything lies. Every id is
+number of processes, on threads, on resumes, on the arm or on the place of any file. Every id is
 checked against the vocabulary here, on the host: on devices a wrong one would be clamped silently.
 """
 
@@ -123,7 +123,7 @@ def fingerprint(
 ) -> dict[str, Any]:
     """All that the content of batch k depends on, for checkpoints. JSON-able.
 
-    Grain's own state is a bare index that resumes into any other data without a word.
+    Grain's own state is only an index, which would resume with other data without an error.
     """
     return {
         "pipeline_version": PIPELINE_VERSION,

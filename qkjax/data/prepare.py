@@ -88,8 +88,8 @@ def prepare_embedded(
 
     Libraries repeat each other's docstrings (jax.numpy those of numpy), so training documents that
     share a 13-gram with a validation document are dropped.
-    A dataset that was made with other versions of the libraries is still reused, so that an
-    upgrade does not take the data away from under the runs that are compared on it.
+    A dataset that was made with other versions of the libraries is still reused, so that an upgrade
+    does not change the data of runs that are compared on it.
     Several processes may ask at once: one makes it, the others wait.
     """
     folder = pathlib.Path(directory)

@@ -223,7 +223,7 @@ class SplitWriter:
             self._write_record(ids[start : start + self._length + 1])
             start += self._length
             if self._open_records == RECORDS_PER_SHARD:
-                self._pending = [ids[start:]]  # the state speaks of what follows this shard
+                self._pending = [ids[start:]]  # the state describes what follows this shard
                 self._close_shard()
                 self._on_shard()
         self._pending = [ids[start:]]

@@ -116,7 +116,7 @@ def _files(spec: str, pattern: str) -> list[pathlib.Path]:
 
 
 def _matches(pattern: str) -> list[str]:
-    """Files that `pattern` matches; what exists under that very name is no pattern."""
+    """Files that `pattern` matches; a name that exists is not a pattern."""
     path = pathlib.Path(pattern)
     if path.exists():
         return [pattern]

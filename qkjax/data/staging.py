@@ -188,7 +188,7 @@ def load_journal(work: pathlib.Path, wanted: str) -> dict[str, Any] | None:
 
 
 def save_journal(work: pathlib.Path, content: dict[str, Any]) -> None:
-    """Replaces the journal; what it speaks of must be on the disk already."""
+    """Replaces the journal; what it names must be on the disk already."""
     files.write_json(work / JOURNAL, {"sha256": _digest(content), **content})
 
 

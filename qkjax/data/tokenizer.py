@@ -295,7 +295,8 @@ def trained_size(spec: str) -> int | None:
                 f"--tokenizer={spec}: SIZE: expected a whole number, found {rest!r}. "
                 "Write for example --tokenizer=train:4096."
             )
-        if len(rest) > 10 or int(rest) > _MOST_TRAINED:  # tokenizers reserves room for all, or dies
+        # tokenizers allocates memory for all of them, or crashes
+        if len(rest) > 10 or int(rest) > _MOST_TRAINED:
             raise errors.UsageError(
                 f"--tokenizer={spec}: SIZE: expected at most {_MOST_TRAINED}. Ask for fewer tokens."
             )

@@ -392,7 +392,7 @@ def read_directory(directory: str | pathlib.Path) -> tuple[ModelConfig, model.Pa
     return config, from_tensors(_own_tensors(_all_tensors(directory)), config)
 
 
-# What the parameters of another model must agree in. A longer context is none of ours.
+# What the parameters of another model must agree in. A longer context than ours is fine.
 _COMPARED = (
     "num_layers",
     "d_model",

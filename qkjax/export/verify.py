@@ -1,4 +1,4 @@
-"""Does an exported directory compute what its run's model does? Measured, not believed.
+"""Does an exported directory compute what its run's model does? Measured, not assumed.
 
 The directory is loaded as anybody would load it, by transformers' Auto classes on torch's CPU in
 float32, and compared with the run's parameters under JAX in float32. Nothing here trusts the

@@ -1,10 +1,11 @@
 """Queries, keys, values and logits of a decoder of transformers, where every model passes.
 
 The registered attention function sees queries and keys as they enter the attention, and the
-values. Keys before RoPE are had by the exact inverse of the rotation, from the model's own cos and
-sin; before the norm they are outputs of the projections. Both ways meet: in the first batch, what
-the projections and the norm give must be what the inverse gives, for every layer, or the model is
-refused. So a form of RoPE, of norm or of fused weights that is not known here cannot be misread.
+values. Keys before RoPE are obtained by the exact inverse of the rotation, from the model's own cos
+and sin; before the norm they are outputs of the projections. Both ways must agree: in the first
+batch, what the projections and the norm give must be what the inverse gives, for every layer, or
+the model is refused. So a form of RoPE, of norm or of fused weights that is not known here cannot
+be misread.
 Nor can an attention that is: with transformers' own, its logits must be the same.
 """
 
@@ -23,8 +24,8 @@ ATTENTION = "qkjax"  # our name in the registry of transformers
 _QUERY_BLOCK = 256  # queries whose logits exist at one time
 _HEAD_BLOCK = 512  # positions whose next-token logits exist at one time
 _KEPT = 4  # last positions whose logits the model gives itself, to compare
-# Of the largest value, where the projections' way and the attention's must meet: roundings of the
-# rotation. bfloat16 and float16 round the rotated vectors themselves.
+# Of the largest value, within which the projections' way and the attention's must agree: roundings
+# of the rotation. bfloat16 and float16 round the rotated vectors themselves.
 _AGREE = {"float64": 1e-6, "float32": 1e-4}
 _AGREE_HALF = 0.05
 _COMPARED = 1_024  # first tokens whose logits transformers' own attention must give too
@@ -354,7 +355,7 @@ class Capture:
         )
 
     def _agrees(self, module: Any, query: Any, key: Any) -> bool:
-        """Whether the inverse of RoPE meets what the projections and norms give."""
+        """Whether the inverse of RoPE agrees with what the projections and norms give."""
         for side, vectors in (("query", query), ("key", key)):
             projected, norm = self._projected(module, side), heads_lib.norm(module, side)
             if projected is None or (norm is not None and not heads_lib.takes_vectors(norm)):

@@ -1,8 +1,8 @@
 """Where the heads of an attention module of transformers lie in its weights.
 
 A projection of its own for queries, keys and values, or one for all three: what matters is which
-rows of which weight belong to which head. The names are those of the classes of transformers; a
-guess is never used unseen, `capture` compares what follows from it with what the attention gets.
+rows of which weight belong to which head. The names are those of the classes of transformers; no
+guess is used unchecked: `capture` compares what follows from it with what the attention gets.
 """
 
 from collections.abc import Iterator

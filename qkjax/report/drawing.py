@@ -82,7 +82,7 @@ def _style() -> Iterator[None]:
 
 
 def styled(draw: Callable[P, "Figure"]) -> Callable[P, "Figure"]:
-    """The function, run under this file's settings; its figure is laid out for good.
+    """The function, run under this file's settings; the layout of its figure is then fixed.
 
     Laid out at each save, a second format would come out a little different from the first.
     """

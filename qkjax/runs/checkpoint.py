@@ -142,7 +142,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _damage_named(self) -> Iterator[None]:
-        """Of what Orbax reads of every step, it forgives most damage, and raises for the rest."""
+        """Orbax ignores most damage in what it reads of every step, and raises for the rest."""
         try:
             yield
         except OSError as error:

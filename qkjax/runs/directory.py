@@ -1,7 +1,7 @@
 """A run directory: the name of every file in it, and the one way to read or write each.
 
 A model that others have trained and `qkjax measure` has measured lies in the same files, with a
-model.json in the place of config.json.
+model.json instead of config.json.
 
 docs/run_directory.md describes the format. Readers return what they have checked, or refuse with
 the file's name; they import no jax, so that reports start at once.
@@ -533,7 +533,7 @@ class RunDirectory:
     def _latest_meta(self) -> dict[str, Any]:
         """What the latest checkpoint says of the run; {} where that cannot be read.
 
-        Whoever restores it, reads it through `qkjax.runs.checkpoint`, which refuses a damaged one.
+        A restore reads it through `qkjax.runs.checkpoint`, which refuses a damaged one.
         """
         steps = sorted(int(path.name) for path in self.checkpoints.glob("[0-9]*") if _is_step(path))
         if not steps:
@@ -602,8 +602,8 @@ class RunDirectory:
     def check_record(self, meta: Mapping[str, Any]) -> None:
         """Refuses rows and arrays that were edited after the checkpoint of `meta` was saved.
 
-        Rows that are missing at the end of metrics.jsonl are none of its business: who resumes
-        warns of them. Checkpoints of versions without a record pass.
+        Rows that are missing at the end of metrics.jsonl are not checked here: a resuming run warns
+        of them. Checkpoints of versions without a record pass.
 
         Raises:
             UsageError: names the file.

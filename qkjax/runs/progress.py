@@ -120,7 +120,7 @@ class Progress:
         }
 
     def remember_loss(self, loss: float | None) -> None:
-        """Takes a training loss of before the resume, so that spikes are told as if unbroken."""
+        """Takes a training loss from before the resume, so that spikes are found as without it."""
         if loss is not None:
             self._losses.append(float(np.float32(loss)))  # the row has fewer digits
 

@@ -64,7 +64,7 @@ def check_memory(config: Config, transformation: optax.GradientTransformation) -
 
 
 def warn_of_cpu(config: Config, platform: str) -> None:
-    """Says so where a run that is meant for accelerators finds none."""
+    """Warns if a run that is meant for accelerators finds none."""
     if platform == "cpu" and config.scale != "tiny":
         logging.warning(
             "NO ACCELERATOR: jax found no GPU or TPU, so this %s run trains on the CPU. If the "
@@ -110,7 +110,7 @@ def compile_step(
 def program_cost(program: jax.stages.Compiled) -> str:
     """The compiler's own account of memory and arithmetic, on one device, as far as it gives one.
 
-    It counts the body of a loop once, not once a turn.
+    It counts the body of a loop once, not once per iteration.
     """
     parts = []
     memory = program.memory_analysis()

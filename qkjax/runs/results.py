@@ -154,7 +154,7 @@ def _check_numbers(
     rows: Sequence[Mapping[str, Any]],
     probes: Sequence[Probe],
 ) -> None:
-    """Recomputes what the report believes: loss and PR of every evaluation from its arrays.
+    """Recomputes what the report uses: loss and PR of every evaluation from its arrays.
 
     Raises:
         UsageError: a number of summary.json or metrics.jsonl is not that of the arrays, or the two
@@ -233,7 +233,7 @@ def newest_input(workdir: pathlib.Path) -> int:
 
 
 def _progress(directory: RunDirectory, num_steps: int) -> str:
-    """How far an unfinished run has come, and whether a kill has torn its last line."""
+    """How far an unfinished run has come, and whether a kill has cut its last line."""
     rows = directory.read_metrics() if directory.metrics.exists() else []
     done = f"at step {rows[-1]['step']:,}" if rows else "before step 1"
     lines = sum(map(bool, directory.metrics.read_bytes().split(b"\n"))) if rows else 0

@@ -189,8 +189,8 @@ def _parsed(values: ml_collections.ConfigDict, field: str, text: str) -> Any:
         return ast.literal_eval(text) if kind is tuple else kind(text)
     except (ValueError, KeyError, SyntaxError):
         raise errors.UsageError(
-            f"overrides: {field}={text} is not of type {kind.__name__}. Write FIELD=VALUE as on the "
-            "command line of qkjax.main."
+            f"overrides: {field}={text} is not of type {kind.__name__}. Write FIELD=VALUE as on "
+            "the command line of qkjax.main."
         ) from None
 
 

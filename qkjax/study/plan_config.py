@@ -1,6 +1,6 @@
 """What a study compares: the fields of configs/study.py, with their types and their checks.
 
-A room of its own: configs/study.py imports it, and plan_arms.py loads the files of configs/.
+A separate module: configs/study.py imports it, and plan_arms.py loads the files of configs/.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Executes a plan: every step a process of its own, side by side where asked, resumable anywhere.
 
-What is finished is skipped, what is half done resumes. A run that fails or diverges stops
-no other; what waits for it stays open.
+Finished steps are skipped, unfinished runs resume. A run that fails or diverges does not stop
+others; steps that wait for it stay open.
 """
 
 import ctypes
@@ -59,7 +59,7 @@ def execute(
     only: Sequence[str] = (),
     places: Sequence[Mapping[str, str]] = ({},),
 ) -> None:
-    """Does what is left of the plan, or of the steps that `only` names.
+    """Runs what is left of the plan, or of the steps that `only` names.
 
     One process at a time may execute a whole study; parts of it (`only`) may run side by side.
 

@@ -186,7 +186,7 @@ class Program:
             yield from computation.values()
 
     def buffers(self) -> Iterator[tuple[Instruction, Array]]:
-        """What stands in device memory: the arrays of every instruction outside fusions."""
+        """What is in device memory: the arrays of every instruction outside fusions."""
         fused = {
             name
             for i in self.instructions()
@@ -243,7 +243,7 @@ class Program:
                 self.kernels.append(self._kernel(i, inside, times))
 
     def _limit(self, condition: str) -> int | None:
-        """Turns of a loop that counts from 0 to below a constant, as jax's scans do."""
+        """Iterations of a loop that counts from 0 to below a constant, as jax's scans do."""
         inside = self._computations[condition]
         for i in inside.values():
             if i.opcode == "compare" and "direction=LT" in i.text:

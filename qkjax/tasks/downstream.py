@@ -244,7 +244,7 @@ def _byte_exact(
 
 
 class _Requests:
-    """Looks on at what lm-eval asks a model, whichever it is.
+    """Observes what lm-eval asks a model, whichever it is.
 
     Attributes:
         truncated: requests whose context lost its beginning.

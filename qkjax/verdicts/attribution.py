@@ -19,7 +19,7 @@ _OUTSIDE = "outside the corrected family, two-sided 95%"
 
 
 def attribute(study: Study, optimizer: str) -> Attribution:
-    """A = PR(none) - PR(decayed), cut into normalisation, learned gamma, and decay of gamma.
+    """A = PR(none) - PR(decayed), split into normalisation, learned gamma, and decay of gamma.
 
     none - frozen + (frozen - undecayed) + (undecayed - decayed) = A, an identity; it says
     something only where A is supported and the steps of gamma do not dominate. Whether decay

@@ -34,7 +34,7 @@ from qkjax.verdicts.predictions import QUANTITIES, Prediction, Quantity
 from qkjax.verdicts.results import Study
 
 ONE_SEED = "one seed: nothing is decided"
-FEWEST_DIVERGED = 4  # seeds from which a side that diverged decides a clause
+FEWEST_DIVERGED = 4  # number of seeds from which a side that diverged decides a clause
 _LISTED = 4  # runs named in one line; more are counted
 LEVEL = "two-sided 95%, one-sided .025"
 _BY_RULE = "by rule, no p"
@@ -150,7 +150,7 @@ def by_contrast(panel: Panel, prediction: Prediction) -> Clause:
     )
     if len(panel.seeds) == 1:
         return dataclasses.replace(clause, reason=f"{clause.said}; {ONE_SEED}")
-    # Arms of weight 0 that diverged, at any time, or have no value lend no error to others.
+    # Arms of weight 0 that diverged, at any time, or have no value add no error to others.
     family = tuple(
         arm
         for arm in panel.family

@@ -1,7 +1,7 @@
 """How strongly a run decays the gammas of QK-Norm: rate, force, tau, and the noise of their steps.
 
 AdamW moves gamma by about its rate a step for any gradient, and decays it by rate x force.
-So |gamma| stays below 1 / force, and where no gradient holds it, it wanders about its target with
+So |gamma| stays below 1 / force, and where no gradient holds it, it moves around its target with
 the standard deviation sqrt(rate / (2 force)).
 """
 

@@ -62,7 +62,7 @@ class Clause:
     pooled: Interval | None = None  # 95%, t with (S-1)(F-1) degrees of freedom
     paired: Interval | None = None  # 95%, t with S-1
     p: float | None = None  # one-sided, the larger of both; none by rule
-    level: str = ""  # what the word is held against: "D at 95%, one-sided .025"
+    level: str = ""  # what the word is compared with: "D at 95%, one-sided .025"
     word_at_975: str = INCONCLUSIVE  # the same with D at 97.5%: what a hypothesis is refuted by
     seeds_needed: int | None = None  # for 80% power, of an inconclusive clause; None: not known
     per_seed: dict[int, float | None] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a number of seeds can decide: whole studies simulated before a token is spent.
+"""What a number of seeds can decide: whole studies simulated before any training.
 
 Runs are drawn as numbers, truth plus noise, and judged by the rules of real studies: the same
 predictions, intervals, words and correction. Pure numpy: thousands of studies take milliseconds.

@@ -118,14 +118,14 @@ def judge_hypothesis(codes_C: np.ndarray, strict_C: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------
 # How many seeds a clause needs.
 
-POWER, MOST_SEEDS = 0.8, 200  # a need of more than these is told as no number
+POWER, MOST_SEEDS = 0.8, 200  # if more are needed, no number is given
 _STUDIES = 4_000
 
 
 def seeds_for_power(
     kind: str, estimate: float, spread: float, num_arms: int, limit: float
 ) -> int | None:
-    """Fewest seeds with which 80% of studies decide a clause, were the estimate the truth.
+    """Fewest seeds with which 80% of studies decide a clause, if the estimate were the truth.
 
     Simulated: the seeds' own contrasts and the other residuals of the family are independent
     normals of one spread, so both errors are sums of squares over one draw.

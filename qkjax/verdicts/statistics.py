@@ -50,7 +50,7 @@ class Contrast(NamedTuple):
         return self.estimate - half, self.estimate + half
 
     def deciding(self, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
-        """Ends of D, the wider of both: the paired one covers, the pooled one is never lucky."""
+        """Ends of D, the wider of both: the paired one covers; the pooled one only widens."""
         half = np.maximum(
             quantile(self.pooled_freedom, level) * self.pooled_error,
             quantile(self.paired_freedom, level) * self.paired_error,
@@ -170,7 +170,7 @@ def correct(
     others_hold: np.ndarray,
     alpha: float = ALPHA,
 ) -> tuple[Corrected, Corrected]:
-    """Two sides at `alpha` each: one hypothesis, and others by Holm; a side that is won helps.
+    """Two sides at `alpha` each: one hypothesis, and others by Holm; a side that holds helps.
 
     Whichever side is wholly supported passes its level to the other, which is then tested at
     2 alpha; a side without hypotheses has passed its own from the start.
