@@ -57,7 +57,7 @@ def make_programs(config: Config, mesh: Mesh) -> Programs:
         return kept, rows
 
     same = sharding.replicated(mesh)
-    cut = sharding.cut_params(model.parameter_shapes(config.model), mesh, config.mesh)
+    cut = sharding.cut_axes(model.parameter_shapes(config.model), mesh, config.mesh)
     held, rows = sharding.shardings(mesh, cut), sharding.batch_sharding(mesh)
     return Programs(
         jax.jit(measure, in_shardings=(held, rows), out_shardings=same),

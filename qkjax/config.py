@@ -486,8 +486,8 @@ class Config:
     arm: str = derived()
     scale: str = option(lambda chosen: chosen.scale, OneOf(presets.SCALES))
     recipe: str = option(lambda chosen: chosen.recipe, OneOf(presets.RECIPES))
-    # What the devices divide: data alone; the optimiser's state and Newton-Schulz too (zero1); and
-    # the parameters and their gradients (fsdp).
+    # What the devices divide: data alone; state and Newton-Schulz too, gathered once a step (zero1)
+    # or layer by layer (fsdp).
     mesh: str = option("data", OneOf(("data", "zero1", "fsdp")), since="2026-11-29", absent="data")
     seed: int = option(
         42, Bound("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32), fixed=True

@@ -299,7 +299,7 @@ class Evaluator:
             None when it was given up. Process 0 alone has spectra.
         """
         started = time.monotonic()
-        if self._config.mesh == "fsdp":  # an evaluation keeps nothing for a backward pass
+        if self._config.mesh != "data":  # an evaluation keeps nothing for a backward pass
             params = jax.device_put(params, sharding.replicated(self._mesh))
         statistics = empty_statistics(self._config, self._mesh)
         clock = _Clock(self._probe_fraction is None)

@@ -3,8 +3,9 @@
 What is cut, by the config's field `mesh` (Rajbhandari et al. 2020; Zhao et al. 2023):
 
 - `data`: batches alone; parameters and optimiser state are on every device.
-- `zero1`: the optimiser's state, the summed gradients and Newton-Schulz too.
-- `fsdp`: the parameters as well; a pass gathers one layer at a time.
+- `zero1`: the parameters in float32, the optimiser's state, the summed gradients and Newton-Schulz
+  too; a step gathers the parameters once, kernels in the dtype of the products.
+- `fsdp`: what `zero1` cuts; a pass gathers one layer at a time.
 """
 
 import contextlib
@@ -65,11 +66,6 @@ def cut_axes(tree: Any, mesh: Mesh, kind: str) -> Any:
         return next((axis for axis in axes if leaf.shape[axis] % mesh.size == 0), WHOLE)
 
     return jax.tree.map_with_path(axis_of, tree)
-
-
-def cut_params(params: Any, mesh: Mesh, kind: str) -> Any:
-    """`cut_axes` of the parameters themselves, which `fsdp` alone cuts."""
-    return cut_axes(params, mesh, kind if kind == "fsdp" else "data")
 
 
 def specs(axes: Any) -> Any:
@@ -156,21 +152,26 @@ gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def summed_over_devices(
-    function: Callable[[Any, jax.Array], Any], mesh: Mesh, cut: Any = None, held: Any = None
+    function: Callable[[Any, jax.Array], Any],
+    mesh: Mesh,
+    held: Any = None,
+    cut: Any = None,
+    whole: Callable[[Any], Any] | None = None,
 ) -> Callable[[Any, jax.Array], Any]:
     """`function` of parameters and a batch, by each device on its own rows, and the sum of these.
 
     Args:
-        function: (parameters, on every device; rows [B, ...]) -> a tree of float32 sums over rows.
-        cut: the axis of each sum along which every device keeps its part alone, as `cut_axes`
-            gives them; None: every device keeps all sums.
-        held: likewise, of the parameters, of which `function` gets this device's parts. What it
-            returns for these is summed already, as `gathered` does; None: it gets them whole.
+        function: (parameters, rows [B, ...]) -> a tree of float32 sums over rows.
+        held: the axis along which each parameter is cut, as `cut_axes` gives them; None: every
+            device has all parameters and keeps all sums.
+        cut: likewise, of the sums, of which every device keeps its part.
+        whole: makes the whole parameters of this device's parts, once; None: `function` gets the
+            parts, and what it returns for them is summed already, as `gathered` does.
     """
     if mesh.size == 1:
         return function
-    if cut is not None:
-        return _parts_of_sums(function, mesh, cut, held)
+    if held is not None:
+        return _parts_of_sums(function, mesh, held, cut, whole)
 
     def of_rows(parameters: Any, rows: jax.Array) -> Any:
         return jax.lax.psum(function(parameters, rows), DATA_AXIS)
@@ -182,27 +183,25 @@ def summed_over_devices(
 
 
 def _parts_of_sums(
-    function: Callable[[Any, jax.Array], Any], mesh: Mesh, cut: Any, held: Any
+    function: Callable[[Any, jax.Array], Any],
+    mesh: Mesh,
+    held: Any,
+    cut: Any,
+    whole: Callable[[Any], Any] | None,
 ) -> Callable[[Any, jax.Array], Any]:
     def part(axis: int, x: jax.Array) -> jax.Array:
         if axis == WHOLE:
             return jax.lax.psum(x, DATA_AXIS)
-        if held is not None:
+        if whole is None:
             return x
         return jax.lax.psum_scatter(x, DATA_AXIS, scatter_dimension=axis, tiled=True)
 
-    def of_rows(parameters: Any, rows: jax.Array) -> Any:
-        return jax.tree.map(part, cut, function(parameters, rows))
+    def of_rows(parts: Any, rows: jax.Array) -> Any:
+        return jax.tree.map(part, cut, function(whole(parts) if whole else parts, rows))
 
+    in_specs = (specs(held), PartitionSpec(DATA_AXIS))
     return jax.shard_map(
-        of_rows,
-        mesh=mesh,
-        in_specs=(
-            PartitionSpec() if held is None else specs(held),
-            PartitionSpec(DATA_AXIS),
-        ),
-        out_specs=specs(cut),
-        check_vma=False,
+        of_rows, mesh=mesh, in_specs=in_specs, out_specs=specs(cut), check_vma=False
     )
 
 

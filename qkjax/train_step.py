@@ -67,7 +67,7 @@ def state_shardings(
     whole: Any = sharding.replicated(mesh)
     return TrainState(
         whole,
-        sharding.shardings(mesh, sharding.cut_params(shapes.params, mesh, config.mesh)),
+        sharding.shardings(mesh, sharding.cut_axes(shapes.params, mesh, config.mesh)),
         sharding.shardings(mesh, sharding.cut_axes(shapes.opt_state, mesh, config.mesh)),
         whole,
     )
@@ -148,27 +148,32 @@ def _loss_and_gradients(
     the partitioner, each pass would add them, kernels in the dtype of the products.
     """
 
-    is_cut = config.mesh == "fsdp" and mesh.size > 1
-    held: Any = sharding.cut_params(params, mesh, config.mesh) if is_cut else None
+    is_cut, by_layer = config.mesh != "data" and mesh.size > 1, config.mesh == "fsdp"
+    held: Any = sharding.cut_axes(params, mesh, config.mesh) if is_cut else None
 
-    def whole_layer(layer: Any) -> Any:
-        """One layer's parameters, of a stack that is cut by other axes than the first."""
+    def whole_blocks(blocks: Any, is_layer: bool = False) -> Any:
+        """Of all layers, or of one; kernels in the dtype that products would round them to."""
 
         def one(part: jax.Array, axis: int) -> jax.Array:
-            inside = axis if axis == sharding.WHOLE else axis - 1
+            inside = axis if axis == sharding.WHOLE else axis - is_layer
             return sharding.gathered(part, inside, jnp.dtype(config.model.dtype))
 
-        return jax.tree.map(one, layer, held["blocks"])
+        return jax.tree.map(one, blocks, held["blocks"])
+
+    def with_whole_table(params: model.Params) -> model.Params:
+        table = sharding.gathered(params["embedding"], held["embedding"], jnp.float32)
+        return {**params, "embedding": table}
+
+    def whole(params: model.Params) -> model.Params:
+        return with_whole_table({**params, "blocks": whole_blocks(params["blocks"])})
 
     def summed_loss(params: model.Params, tokens: jax.Array) -> jax.Array:
-        if is_cut:
-            table = sharding.gathered(params["embedding"], held["embedding"], jnp.float32)
-            params = {**params, "embedding": table}
+        whole_layer = None
+        if is_cut and by_layer:
+            params = with_whole_table(params)
+            whole_layer = functools.partial(whole_blocks, is_layer=True)
         hidden = model.apply(
-            params,
-            tokens[:, :-1],
-            config.model.on(sharding.platform(mesh)),
-            whole_layer if is_cut else None,
+            params, tokens[:, :-1], config.model.on(sharding.platform(mesh)), whole_layer
         )
         return losses.next_token_loss(
             hidden,
@@ -179,19 +184,20 @@ def _loss_and_gradients(
 
     def of_rows(params: model.Params, tokens: jax.Array) -> tuple[jax.Array, model.Params]:
         if passes == 1:
-            return jax.value_and_grad(summed_loss)(params, tokens)
+            loss, gradients = jax.value_and_grad(summed_loss)(params, tokens)
+            return loss, jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
 
         def add_pass(carry: Any, tokens: jax.Array) -> tuple[Any, None]:
             return jax.tree.map(
                 jnp.add, carry, jax.value_and_grad(summed_loss)(params, tokens)
             ), None
 
-        start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        start = (jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape), params))
         return jax.lax.scan(add_pass, start, tokens.reshape(passes, -1, tokens.shape[-1]))[0]
 
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-    cut = None
-    if config.mesh != "data":
-        cut = (sharding.WHOLE, sharding.cut_axes(params, mesh, config.mesh))
-    sums = sharding.summed_over_devices(of_rows, mesh, cut, held)(params, tokens)
+    cut = (sharding.WHOLE, held)
+    sums = sharding.summed_over_devices(of_rows, mesh, held, cut, None if by_layer else whole)(
+        params, tokens
+    )
     return jax.tree.map(lambda x: x / predicted, sums)

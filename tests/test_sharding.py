@@ -100,8 +100,7 @@ def test_a_mesh_cuts_what_it_says(trained, arm, mesh):
     assert said["devices"] == 8
     for name, parts in said["cut"].items():
         is_matrix = name.endswith(("kernel", "embedding")) and (mesh != "data")
-        is_held = name.startswith("params") and mesh != "fsdp"
-        assert parts == (8 if is_matrix and not is_held else 1), name
+        assert parts == (8 if is_matrix else 1), name
 
 
 @pytest.mark.long
