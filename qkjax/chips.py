@@ -32,6 +32,11 @@ class Chip:
         """Of jax's devices: "gpu" or "tpu"."""
         return "tpu" if self.kinds[0].startswith("TPU") else "gpu"
 
+    @property
+    def has_slow_float64(self) -> bool:
+        """Whether float64 is there for programs that need it, not for speed: 1/64 of float32."""
+        return 0 < self.float64 < self.float32 / 16
+
 
 @functools.cache
 def table() -> dict[str, Chip]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qkjax import losses, model, processes, sharding
+from qkjax import chips, losses, model, processes, sharding
 from qkjax.config import Config
 from qkjax.data import pipeline
 from qkjax.measures import probes, ranks, spectral
@@ -45,6 +45,9 @@ def make_eval_step(config: Config, mesh: Mesh) -> EvalStep:
     loss_sum is the float32 sum over the T predicted positions of each row, in nats.
     """
 
+    chip = chips.of_kind(mesh.devices.flat[0].device_kind)
+    by_digits = chip is not None and chip.has_slow_float64
+
     def step(
         params: model.Params, statistics: probes.Statistics, tokens: jax.Array, valid: jax.Array
     ) -> tuple[probes.Statistics, jax.Array]:
@@ -53,7 +56,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> EvalStep:
         rows = probes.rows_of(valid, sequences_seen)
 
         def probe(vectors: model.HeadVectors) -> probes.Statistics:
-            return probes.look(vectors, rows, exact)
+            return probes.look(vectors, rows, exact, by_digits)
 
         with sharding.ambient(mesh):
             hidden, seen = model.apply_with_probe(

@@ -233,6 +233,15 @@ def test_an_evaluation_on_gpus(h100):
     assert targets == {("cusolver_syevd_ffi", "f64"): len(solvers)}
 
 
+def test_products_are_of_bfloat16_where_float64_is_slow(h100, tmp_path):
+    by_rate = {"h100": h100["evaluate"], **compiled("a6000", tmp_path, ("evaluate",))}
+    wide = {
+        name: sum(p.flop for p in products(program) if p.dtypes == ("f64", "f64"))
+        for name, program in by_rate.items()
+    }
+    assert wide["evaluate"] < 0.01 * wide["h100"]
+
+
 def test_a_train_step_on_tpus(v5e):
     # The matrix unit rounds a float32 operand on its way in, unless told otherwise.
     check_step(v5e["train"], 4, lambda product: "bf16" in product.dtypes and not product.precise)

@@ -335,6 +335,62 @@ def both_streams(rows):
     return [jax.tree.map(lambda x: x[0], f) for f in (exact, merged)]
 
 
+TURN = np.linalg.qr(np.random.default_rng(1).standard_normal((64, 64)))[0]
+DIRECTION = np.random.default_rng(2).standard_normal(64)
+
+
+@pytest.mark.parametrize(
+    ("spread", "turn", "mean", "limit"),
+    [
+        (1, np.eye(64), 0, 2e-8),  # the roundings of 26 bits, of which float32 vectors have 24
+        (1, np.eye(64), 3 * DIRECTION, 2e-8),
+        (np.logspace(0, -12, 64), np.eye(64), 0, 2e-8),  # each column has a scale of its own
+        (np.logspace(0, -6, 64), TURN, 0, 2e-8),  # collapsed: eigenvalues from 1 to 1e-12
+        (1e-3, np.eye(64), 100 * DIRECTION, 1e-10),  # near the last digits of float32: exact
+        (1e-30, np.eye(64), 0, 2e-8),
+        (1e15, np.eye(64), 0, 2e-8),
+    ],
+)
+def test_digits_in_bfloat16_hold_what_float64_does(spread, turn, mean, limit):
+    rng = np.random.default_rng(0)
+    vectors = (rng.standard_normal((3, 2, 300, 64)) * spread) @ turn + mean
+    vectors = vectors.astype(np.float32)
+    valid = np.array([True, False, True])
+    vectors[1] = np.nan
+    found, same = (jax.device_get(moments.moments(vectors, valid, way)) for way in (True, False))
+    rows = vectors[valid].astype(np.float64).swapaxes(0, 1).reshape(2, 600, 64)
+    residues = rows - rows.mean(axis=1, keepdims=True)
+    exact = np.einsum("hna,hnc->hac", residues, residues)
+    sizes = np.sqrt(np.einsum("haa->ha", exact))
+    error = np.abs(found.scatter - exact) / (sizes[:, :, None] * sizes[:, None, :])
+    assert error.max() < limit
+    np.testing.assert_array_equal(found.count, [600, 600])
+    np.testing.assert_allclose(
+        found.mean, rows.mean(axis=1), rtol=0, atol=1e-8 * np.abs(residues).max()
+    )
+    np.testing.assert_allclose(found.scatter, same.scatter, rtol=0, atol=2e-8 * exact.max())
+
+
+def test_sums_of_digits_are_exact():
+    """Integers of 14 bits, of two digits: 256 products of two digits are 2^24 at most."""
+    rng = np.random.default_rng(0)
+    half = rng.integers(-(2**14) + 1, 2**14, (256, 8))
+    half[:, :3] = 64 * rng.choice([249, 251, 253, 255], (256, 3))  # large odd digits
+    rows = np.concatenate([half, -half])
+    found = moments.moments(rows[None, None].astype(np.float32), np.ones(1, bool), by_digits=True)
+    np.testing.assert_array_equal(found.scatter[0], (rows.T @ rows).astype(np.float64))
+    np.testing.assert_array_equal(found.mean[0], np.zeros(8))
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_digits_tell_of_vectors_that_are_not_finite(broken):
+    vectors = np.ones((2, 3, 300, 8), np.float32)
+    vectors[0, 1, 5, 2] = broken
+    found = moments.moments(vectors, np.ones(2, bool), by_digits=True)
+    np.testing.assert_array_equal(np.isnan(found.scatter).any(axis=(1, 2)), [False, True, False])
+    np.testing.assert_array_equal(found.scatter[0], np.zeros((8, 8)))  # all vectors are equal
+
+
 def test_identities_of_both_streams():
     rng = np.random.default_rng(0)
     orthonormal = np.linalg.qr(rng.standard_normal((256, 64)))[0].astype(np.float32)

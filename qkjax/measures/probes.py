@@ -118,15 +118,18 @@ def rows_of(valid_B: jax.Array, sequences_seen: jax.Array) -> Rows:
     return Rows(valid_B, positions.astype(jnp.int32), jnp.arange(size) < wanted.sum())
 
 
-def look(vectors: model.HeadVectors, rows: Rows, exact: bool) -> Statistics:
+def look(
+    vectors: model.HeadVectors, rows: Rows, exact: bool, by_digits: bool = False
+) -> Statistics:
     """The statistics of one layer and batch, leading axes [heads].
 
     Args:
         exact: float64 moments; otherwise QR factors.
+        by_digits: of moments, for devices whose float64 is slow.
     """
     streamed = _WITHOUT_NORM if vectors.key_post_norm_BTGK is None else _WITH_NORM
     by_stage = [getattr(vectors, field).swapaxes(1, 2) for field in streamed.values()]
-    stream = _stream(by_stage, rows.valid_B, exact)
+    stream = _stream(by_stage, rows.valid_B, exact, by_digits)
     norms = {name: _norms(getattr(vectors, field), rows.valid_B) for name, field in NORMS.items()}
     q, k = vectors.query_post_BTHK, vectors.key_post_BTGK
 
@@ -316,11 +319,11 @@ def _no_attention(batch_shape: tuple[int, ...]) -> Attention:
     )
 
 
-def _stream(by_stage: list[jax.Array], valid_B: jax.Array, exact: bool) -> Stream:
+def _stream(by_stage: list[jax.Array], valid_B: jax.Array, exact: bool, by_digits: bool) -> Stream:
     """Of one layer, from [B, heads, T, K] of every stage; leading axis [heads of all stages]."""
     if exact:
         with jax.enable_x64(True):
-            seen = [moments.moments(vectors, valid_B) for vectors in by_stage]
+            seen = [moments.moments(vectors, valid_B, by_digits) for vectors in by_stage]
             return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *seen)
     # One batched QR: see `evaluation.decompose` for what two at a time may do.
     by_sequence = spectral.factor(jnp.concatenate(by_stage, axis=1))

@@ -12,7 +12,7 @@ from qkjax.targets.target import Target
 _CUDNN = (9, 12, 0)
 _GPU = """
 gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads_per_core}
   shared_memory_per_block: 49152 shared_memory_per_core: {shared_per_core}
   shared_memory_per_block_optin: {shared_per_block}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
