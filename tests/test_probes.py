@@ -375,8 +375,8 @@ def test_sums_of_digits_are_exact():
     """Integers of 14 bits, of two digits: 256 products of two digits are 2^24 at most."""
     rng = np.random.default_rng(0)
     half = rng.integers(-(2**14) + 1, 2**14, (256, 8))
-    half[:, :3] = 64 * rng.choice([249, 251, 253, 255], (256, 3))  # large odd digits
-    rows = np.concatenate([half, -half])
+    half[:, :6] = 64 * rng.integers(240, 256, (256, 6))  # large digits, odd sums
+    rows = np.concatenate([half, -rng.permuted(half, axis=0)])  # a mean of 0
     found = moments.moments(rows[None, None].astype(np.float32), np.ones(1, bool), by_digits=True)
     np.testing.assert_array_equal(found.scatter[0], (rows.T @ rows).astype(np.float64))
     np.testing.assert_array_equal(found.mean[0], np.zeros(8))
