@@ -20,7 +20,7 @@ _QUERY_BLOCK = 256  # query positions whose logits exist at one time
 
 
 class Hook(NamedTuple):
-    """What follows an update."""
+    """A measurement before an update and a change after it."""
 
     # (parameters before the update, tokens [B, T+1] of the step, sharded over `data`) -> arrays
     measure: Callable[[model.Params, jax.Array], Any]

@@ -196,7 +196,7 @@ def _head_gradients(
     log_sum: jax.Array,
     mean_gradient: jax.Array,
 ) -> _Triple:
-    """Of one kv head, float32: by its queries [n, K, R C], keys and values [n, C, K].
+    """Gradients of one kv head, float32: of queries [n, K, R C], keys and values [n, C, K].
 
     Args: as in `_attend_head`; log_sum and mean_gradient: [n, R C].
     """

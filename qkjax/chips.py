@@ -29,7 +29,7 @@ class Chip:
 
     @property
     def platform(self) -> str:
-        """Of jax's devices: "gpu" or "tpu"."""
+        """The platform of jax's devices: "gpu" or "tpu"."""
         return "tpu" if self.kinds[0].startswith("TPU") else "gpu"
 
     @property

@@ -51,7 +51,7 @@ class OneOf:
         return "one of " + ", ".join(self.names)
 
     def holds(self, value: Any) -> bool:
-        """Whether it is one of them."""
+        """Whether the value is one of the names."""
         return value in self.names
 
 
@@ -556,7 +556,7 @@ class GammaExposure:
 
 
 def gamma_exposure(config: Config) -> GammaExposure | None:
-    """Of a run with learned gammas; None for others. Without decay its limits are infinite."""
+    """The exposure of learned gammas; None without them. Without decay its limits are infinite."""
     if config.model.qk_norm != "learned":
         return None
     optimizer = config.optimizer
@@ -793,7 +793,7 @@ def _steps(
 
 
 def _rate_of_gamma(values: Mapping[str, Any], schedule: Schedule) -> float:
-    """Of its own: as asked, or so that its sum x the force is tau; 0 where it has none."""
+    """Gamma's own rate: as asked, or so that its sum x the force is tau; 0 where it has none."""
     tau = values["optimizer.gamma_decay_tau"]
     if not tau:
         return float(values["optimizer.gamma_learning_rate"])

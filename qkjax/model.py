@@ -49,7 +49,7 @@ class _Affine(NamedTuple):
 
 
 class _KeyProjection(NamedTuple):
-    """What is done to the keys at a stage; None: nothing."""
+    """The change of the keys at each stage; None: no change."""
 
     pre_rope: _Affine | None = None
     post_rope: _Affine | None = None
@@ -314,7 +314,7 @@ def _split_heads(x: jax.Array, head_dim: int) -> jax.Array:
 
 
 def _project(key_BTGK: jax.Array, affine: _Affine | None) -> jax.Array:
-    """Of one layer: its matrices [G, K, K] and shifts [G, K]."""
+    """The keys of one layer, projected by its matrices [G, K, K] and shifts [G, K]."""
     if affine is None:
         return key_BTGK
     highest = jax.lax.Precision.HIGHEST

@@ -224,7 +224,7 @@ class Choice:
 
     @property
     def rules(self) -> dict[str, Any]:
-        """Of the recipe."""
+        """The rules of the recipe."""
         return RECIPE_RULES[self.recipe]
 
     @property
@@ -248,7 +248,7 @@ class Choice:
 
     @property
     def granularity(self) -> str:
-        """Of Muon."""
+        """The granularity of Muon."""
         named = self.controls & set(GRANULARITY_CONTROLS)
         return next(iter(named), str(self.rules["granularity"]))
 

@@ -22,7 +22,7 @@ def prepare(
 ) -> manifest_lib.Manifest:
     """Makes the dataset that `request` describes in `directory`, or finds it there finished.
 
-    Interrupted, it resumes behind the last finished shard when it is called again.
+    Interrupted, it resumes after the last finished shard when it is called again.
 
     Args:
         directory: new or empty; otherwise it must hold this very dataset.

@@ -131,7 +131,7 @@ class SplitWriter:
             self._write_records()
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs to resume behind the finished shards, JSON-able."""
+        """All that `restore` needs to resume after the finished shards, JSON-able."""
         self._flush_rows()
         carry = np.concatenate([*self._pending, np.zeros(0, np.uint32)]).astype("<u4")
         return {
@@ -307,7 +307,7 @@ def check_threads() -> None:
 
 
 def check_finished(path: pathlib.Path, sha256: str) -> None:
-    """Refuses to resume behind a file that is not the one that was finished.
+    """Refuses to resume after a file that is not the one that was finished.
 
     Raises:
         StorageError: names the file, or its absence.

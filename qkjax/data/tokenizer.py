@@ -25,7 +25,7 @@ _HUB = "hf:"
 _MOST_TRAINED = 1 << 24
 EOS_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 _BYTES = 256
-# What every tokenizer must give back as it is, to the letter.
+# What every tokenizer must restore exactly.
 _ORDINARY = f"Two Lines.\n\n\tIndented,  with  spaces \n{string.printable}"
 # What it must give back up to the normalisation under which documents are compared. Documents that
 # hold more than this are tried one by one when they are encoded.

@@ -435,7 +435,7 @@ def read_origin(directory: str | pathlib.Path, config: ModelConfig) -> checkpoin
 
 
 def _all_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    """Of model.safetensors, or of every file that its index names."""
+    """The tensors of model.safetensors, or of every file that its index names."""
     index = files.read_object(directory / INDEX_FILE, "Download it again.")
     if index is None:
         return load_tensors(directory / WEIGHTS_FILE)
@@ -449,7 +449,7 @@ def _all_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _own_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without what public files repeat: the tied head, and tables of RoPE.
+    """The tensors without what public files repeat: the tied head, and tables of RoPE.
 
     Raises:
         UsageError: the head is not the embedding, so it is not tied.

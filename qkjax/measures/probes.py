@@ -267,7 +267,7 @@ def _norms(vectors_BTHK: jax.Array, valid_B: jax.Array) -> Norms:
 
 
 def _counted_by_additions(bins_BTH: jax.Array, valid: jax.Array) -> jax.Array:
-    """Of each head, how many valid values every bin has: [H, bins] int32."""
+    """The number of valid values in every bin, for each head: [H, bins] int32."""
     H = bins_BTH.shape[2]
     bins = bins_BTH + NUM_BINS * jnp.arange(H)
     ones = jnp.broadcast_to(valid, bins.shape).astype(jnp.int32)
@@ -320,7 +320,7 @@ def _no_attention(batch_shape: tuple[int, ...]) -> Attention:
 
 
 def _stream(by_stage: list[jax.Array], valid_B: jax.Array, exact: bool, by_digits: bool) -> Stream:
-    """Of one layer, from [B, heads, T, K] of every stage; leading axis [heads of all stages]."""
+    """The stream of one layer, from [B, heads, T, K] of every stage; leading axis all heads."""
     if exact:
         with jax.enable_x64(True):
             seen = [moments.moments(vectors, valid_B, by_digits) for vectors in by_stage]

@@ -74,7 +74,7 @@ def mean_share(raw_S: Array, centred_S: Array) -> Array:
 
 
 class ParticipationRatios(NamedTuple):
-    """Of one set of vectors, 1 .. d; NaN where nothing is left of them."""
+    """The PR of one set of vectors, 1 .. d; NaN where nothing is left of them."""
 
     raw: float  # of the vectors as they are: `pr/key/pre_rope/raw` of a run, before RoPE
     centred: float  # of the vectors minus their mean

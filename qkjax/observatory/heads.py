@@ -22,7 +22,7 @@ _NORMS = {
 
 
 class Shape(NamedTuple):
-    """Of one layer's attention."""
+    """The numbers of heads of one layer's attention."""
 
     heads: int
     kv_heads: int
@@ -46,7 +46,7 @@ def projection_modules(attention: Any) -> list[Any]:
 
 
 def projections(attention: Any, shape: Shape) -> dict[str, Projection]:
-    """By side; {} where the module has none of the known forms.
+    """The projections by side; {} where the module has none of the known forms.
 
     Separate `q_proj`, `k_proj`, `v_proj` (Llama and most others); `qkv_proj`, one after another
     (Phi-3); `c_attn`, likewise (GPT-2); `query_key_value`, head by head (GPT-NeoX).
@@ -82,19 +82,19 @@ def norm(attention: Any, side: str) -> Any | None:
 
 
 def takes_vectors(norm: Any) -> bool:
-    """Whether it is one module with one gamma, or none; StableLM and Cohere have one a head."""
+    """Whether a norm is one module with one gamma, or none; StableLM and Cohere have one a head."""
     weight = getattr(norm, "weight", None)
     return not list(norm.parameters()) if weight is None else weight.ndim == 1
 
 
 def normalises_all_heads(norm: Any, head_dim: int) -> bool:
-    """Whether it divides by the length of all heads together, as OLMo 2 does, not of each."""
+    """Whether a norm divides by the length of all heads together, as in OLMo 2, not of each."""
     weight = getattr(norm, "weight", None)
     return weight is not None and weight.numel() > head_dim
 
 
 def epsilon(norm: Any) -> float | None:
-    """Of an RMSNorm, under the names that transformers has for it; None where it has neither."""
+    """The epsilon of an RMSNorm, by transformers' names for it; None where it has neither."""
     found = (getattr(norm, name, None) for name in ("variance_epsilon", "eps"))
     return next((float(value) for value in found if value is not None), None)
 

@@ -18,14 +18,14 @@ DTYPES = ("float32", "own")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model lies."""
+    """The place of a model."""
 
     name: str  # as the user wrote it: a directory, FILE.gguf or a name on the hub
     tokenizer: str = ""  # another place for the tokenizer; "" is the model's
 
     @property
     def is_gguf(self) -> bool:
-        """Whether it is one file of llama.cpp."""
+        """Whether the model is one file of llama.cpp."""
         return self.name.endswith(".gguf")
 
     def arguments(self, revision: str) -> tuple[str, dict[str, Any]]:

@@ -27,7 +27,7 @@ class Decomposed(NamedTuple):
 
 
 class _Spectrum(NamedTuple):
-    """Of one set of heads, float64; R^T R is the scatter, centred and as it is."""
+    """The spectra of one set of heads, float64; R^T R is the scatter, centred and raw."""
 
     factors: dict[str, np.ndarray]  # "centred", "raw" -> [..., K, K]
     sigma: dict[str, np.ndarray]  # likewise [..., K], descending

@@ -36,7 +36,7 @@ _SPARE_LINES = tuple(itertools.product(("-", "--", ":", "-."), "X*hdp8"))
 
 
 class Look(NamedTuple):
-    """Of one arm, the same in every chart."""
+    """The look of one arm, the same in every chart."""
 
     hue: str
     line: object  # a line style of matplotlib

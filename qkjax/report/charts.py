@@ -423,7 +423,7 @@ def lowest_ratio(ends: Mapping[str, Sequence[Arrays]], array: str) -> float:
 def gamma_curves(
     runs: Sequence[RunSpectra], array: str, statistic: Callable[[np.ndarray], np.ndarray]
 ) -> list[Curve]:
-    """Of every run the statistic [layers, head_dim] -> [layers] of gamma, mean over layers."""
+    """The statistic [layers, head_dim] -> [layers] of gamma for every run, mean over layers."""
     found = []
     for run in runs:
         evaluations = run.series(array)

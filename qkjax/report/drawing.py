@@ -197,7 +197,7 @@ def layer_ticks(num_layers: int) -> list[int]:
 
 
 def hue_and_marker(i: int) -> tuple[str, str]:
-    """Of the i-th run of a figure."""
+    """The hue and marker of the i-th run of a figure."""
     return HUES[i % len(HUES)], _MARKERS[i % len(_MARKERS)]
 
 

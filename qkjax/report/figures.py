@@ -292,7 +292,7 @@ def attention_curves(run: RunSpectra) -> "Figure":
 
 @drawing.styled
 def clip_curves(run: RunSpectra) -> "Figure":
-    """What QK-Clip saw and did: the largest logit and the heads clipped, of every step."""
+    """What QK-Clip measured and did: the largest logit and the heads clipped, of every step."""
     figure = drawing.new_figure(8.8, 3.4)
     tokens, *columns = run.clips.T
     labels = ("largest logit of the batch\n(dimensionless)", "heads clipped in a step")

@@ -42,7 +42,7 @@ def _escape(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Of a table: there a bar ends a cell, also inside code."""
+    """The text of a table's cell, which a bar would end, also inside code."""
     return _escape(text).replace("|", "\\|")
 
 

@@ -51,7 +51,7 @@ class Material:
         return arms.looks(self.study.arms)
 
     def curves(self, metric: str, names: list[str] | None = None) -> dict[str, list[Curve]]:
-        """By arm the metric over training of every finished run that measured it."""
+        """The metric over training of every finished run that measured it, by arm."""
         found = {}
         for arm in self.study.arms if names is None else names:
             curves = [
@@ -64,9 +64,9 @@ class Material:
         return found
 
     def training(self, metric: str) -> dict[str, list[Curve]]:
-        """By arm a metric of every step, as the largest of each of at most `_STRETCHES` stretches.
+        """A metric of every step by arm: the largest value in each of at most `_STRETCHES` ranges.
 
-        Of runs that have it; where a stretch has no finite value there is no point.
+        Only runs that have it count; a range without a finite value gives no point.
         """
         found: dict[str, list[Curve]] = {}
         for arm in self.study.arms:
@@ -176,7 +176,7 @@ def _surgery_path(study: Study, arm: str, seed: int) -> pathlib.Path:
 
 
 def _sweep_prs(study: Study) -> Iterator[tuple[str, dict[float, float | None]]]:
-    """Of the sweep runs that are still there, ascending rates."""
+    """The PR of the sweep runs that still exist, by ascending rate."""
     for arm, entry in (study.learning_rates or {}).items():
         found: dict[float, float | None] = {}
         for rate in sorted(run["learning_rate"] for run in entry["runs"]):
@@ -190,7 +190,7 @@ def _sweep_prs(study: Study) -> Iterator[tuple[str, dict[float, float | None]]]:
 
 
 def _more_warnings(study: Study) -> Iterator[str]:
-    """What the verdicts do not look at: rates, the model's settings, how tasks were scored."""
+    """What the verdicts do not consider: rates, the model's settings, how tasks were scored."""
     for arm, entry in (study.learning_rates or {}).items():
         if entry.get("edge"):
             yield (

@@ -170,7 +170,7 @@ def _stage_charts(material: Material, vectors: str) -> Iterator[Chart]:
 
 
 def _by_stage(material: Material, arm: str, vectors: str, centring: str) -> list[list[float]]:
-    """Of every run that measured any stage the values of all; NaN where it has none."""
+    """The values of all stages, for every run that measured any; NaN where it has none."""
     found = [
         [run.value(_name(vectors, stage, centring)) for stage in STAGES]
         for run in material.study.of_arm(arm)
@@ -283,7 +283,7 @@ def _gammas(material: Material) -> Iterator[Block]:
 
 
 def _clips(material: Material) -> Iterator[Block]:
-    """What the clip saw and did, of the arms that have one."""
+    """What the clip measured and did, for the arms that have one."""
     logits, clipped = (material.training(metric) for metric in (CLIP_LOGIT, CLIPPED))
     if not logits:
         return

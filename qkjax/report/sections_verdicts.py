@@ -63,7 +63,7 @@ def verdicts(material: Material) -> Section:
 
 
 def _extra(study: Study) -> str:
-    """What seeds of some arms alone are good for; "" without any."""
+    """What the extra seeds of some arms are for; "" without any."""
     extra = study.plan.get("extra_seeds") or {}
     if not extra:
         return ""

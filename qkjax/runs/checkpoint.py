@@ -74,7 +74,7 @@ def digests(tree: Any) -> tuple[dict[str, dict[str, Any]], str]:
 
 
 def _sha256(leaves: Mapping[str, np.ndarray]) -> str:
-    """Of leaves by name, one after another."""
+    """The sha256 of leaves by name, one after another."""
     found = hashlib.sha256()
     for name, array in leaves.items():
         found.update(f"{name}{array.dtype.name}{json.dumps(list(array.shape))}".encode())

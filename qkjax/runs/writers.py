@@ -26,7 +26,7 @@ class JsonlWriter(ScalarsOnly, MetricWriter):
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int = -1) -> None:
-        """Opens the file behind the rows up to `resume_step`; later ones and a torn one are cut.
+        """Opens the file after the rows up to `resume_step`; later ones and a torn one are cut.
 
         Args:
             resume_step: step of the restored checkpoint; -1 where nothing was restored.
@@ -254,7 +254,7 @@ def create_run_writer(workdir: str | os.PathLike[str], resume_step: int = -1) ->
     """The writer of a run directory: metrics.jsonl, and TensorBoard where it can be had.
 
     Args:
-        resume_step: step of the restored checkpoint, what lies behind it is cut; -1 for none.
+        resume_step: step of the restored checkpoint, what follows it is removed; -1 for none.
     Raises:
         UsageError: metrics.jsonl is damaged.
         StorageError: metrics.jsonl cannot be read or written.

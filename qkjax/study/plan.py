@@ -57,11 +57,11 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Of all steps."""
+        """The fingerprint of all steps."""
         return plan_arms.digest([[step.name, step.fingerprint] for step in self.steps])
 
     def step(self, name: str) -> Step:
-        """By its name."""
+        """The step of that name."""
         return {step.name: step for step in self.steps}[name]
 
     def select(self, only: Sequence[str]) -> list[Step]:

@@ -123,7 +123,7 @@ def resolve(values: ml_collections.ConfigDict) -> StudyConfig:
 
 
 def _extra_seeds(given: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """By arm, those that have any; a single seed may stand without a tuple."""
+    """Extra seeds by arm; a single seed may be given without a tuple."""
     seeds = {arm: tuple(v) if isinstance(v, tuple | list) else (v,) for arm, v in given.items()}
     return {arm: found for arm, found in seeds.items() if found}
 

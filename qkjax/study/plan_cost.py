@@ -31,7 +31,7 @@ _CHECKPOINTS = 4  # most that a run has at one time: step 0, two kept, one being
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one training step of the plan."""
+    """The cost of one training step of the plan."""
 
     tokens: int  # trained on
     evaluated: int  # by its evaluations, but for those of the whole split

@@ -75,7 +75,7 @@ class StudyFiles:
         return self.workdir / "logs" / f"{step.name}.json"
 
     def learning_rate(self, step: Step) -> float | None:
-        """Of a training step; None where it is the recipe's own, not known yet, or not needed."""
+        """A training step's rate; None where it is the recipe's, not known yet, or not needed."""
         if step.kind == EXTENSION:
             return sweep.extension(self.plan, self.workdir, step.arm)
         choice = self.plan.choice_of(step.arm)
@@ -92,7 +92,7 @@ class StudyFiles:
         return self.workdir / f"{step.name}{suffixes.get(step.kind, '')}"
 
     def state(self, step: Step) -> State:
-        """Of one step; a damaged or foreign result is refused, not an error."""
+        """The state of one step; a damaged or foreign result counts as refused."""
         try:
             found = self._result(step)
         except errors.UsageError as error:

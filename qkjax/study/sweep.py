@@ -43,7 +43,7 @@ class ShortRun:
 
 
 def directory_of(arm: str, learning_rate: float) -> str:
-    """Of a sweep run, from the study directory."""
+    """The directory of a sweep run, from the study directory."""
     return f"sweep/{arm}/lr_{learning_rate:.6g}"
 
 

@@ -14,7 +14,7 @@ PROGRAMS = ("train", "evaluate", "decompose")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Of a train step on a target."""
+    """The estimate of a train step on a target."""
 
     seconds: float
     tokens_per_second: float
@@ -26,7 +26,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of a run on a target."""
+    """The estimate of a run on a target."""
 
     target: Target
     config: Config  # as the target computes it
@@ -36,7 +36,7 @@ class Estimate:
 
 
 def of_step(config: Config, target: Target, train: dict[str, Any]) -> Step:
-    """Of the train step that `programs.describe` speaks of."""
+    """The estimate of the train step that `programs.describe` describes."""
     seconds = train["seconds"]["total"]
     tokens = config.train.tokens_per_step
     parameters = flops.num_parameters(config.model)

@@ -104,7 +104,7 @@ class Instruction:
 
     @property
     def target(self) -> str:
-        """Of a custom call."""
+        """The target of a custom call."""
         found = re.search(r'custom_call_target="([^"]*)"', self.text)
         return found[1] if found else ""
 
@@ -116,7 +116,7 @@ class Instruction:
 
     @property
     def trips(self) -> int | None:
-        """Of a loop; None where the compiler does not know."""
+        """The iterations of a loop; None where the compiler does not know."""
         found = re.search(r'known_trip_count"?[:=]\s*\{"n":"(\d+)"', self.text)
         return int(found[1]) if found else None
 
@@ -421,7 +421,7 @@ def _places(dims: tuple[int, ...], layout: str) -> int:
 
 
 def _plain_bytes(i: Instruction, inside: dict[str, Instruction]) -> int:
-    """Of an instruction that is a kernel of its own."""
+    """The bytes of an instruction that is its own kernel."""
     if i.opcode.endswith("-start"):  # a copy or slice, whose result also names its source
         sides = [array for array in i.arrays if array.dims]
         moved = min((array.footprint for array in sides), default=0)

@@ -28,7 +28,7 @@ _LEFT_OUT = ("summary*.json", "*.lock", "events.out.*", "final.npz")  # by the c
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Where a run first left the first one."""
+    """Where a run first differs from the first run."""
 
     run: str  # AGAIN or RESUMED
     leaves: tuple[str, ...]  # of params and opt_state at the last step, by name

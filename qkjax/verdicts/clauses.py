@@ -280,7 +280,7 @@ def _too_short(panel: Panel, quantity: Quantity) -> str:
 
 
 def _per_seed(study: Study, prediction: Prediction, quantity: Quantity) -> dict[int, float | None]:
-    """Of every seed of the plan that has these arms, also of seeds that are left out."""
+    """The contrast of every seed that has these arms, also of seeds that are left out."""
     found: dict[int, float | None] = {}
     for seed in study.seeds:
         if all((arm, seed) in study.runs for arm in prediction.weights):

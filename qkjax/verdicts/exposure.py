@@ -22,7 +22,7 @@ def words(found: GammaExposure) -> str:
 
 
 def of_runs(runs: Sequence[RunResult]) -> GammaExposure | None:
-    """Of the first of an arm's runs: they share it; None without one, or without learned gammas."""
+    """The exposure that an arm's runs share; None without a run, or without learned gammas."""
     return gamma_exposure(runs[0].config) if runs else None
 
 

@@ -150,7 +150,7 @@ def _agreed(clause: Clause, first_SN: np.ndarray, second_SN: np.ndarray) -> Clau
 def _paired_scores(
     study: Study, question: _Question
 ) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], str]:
-    """By seed the scores of both arms over the same items; what is missing, for people."""
+    """The scores of both arms over the same items, by seed; what is missing, for people."""
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     lacking, reference = [], None
     for seed in study.seeds_of_all((FIRST, SECOND)):

@@ -132,5 +132,5 @@ class Judgement:
     rehearsal: bool  # scale tiny, or quick: words are computed, nothing is decided
 
     def verdict(self, name: str) -> Verdict:
-        """By its name, "H1" to "H5"."""
+        """The verdict of that name, "H1" to "H5"."""
         return {verdict.name: verdict for verdict in self.verdicts}[name]

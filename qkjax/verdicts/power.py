@@ -94,7 +94,7 @@ def draw_all(
     chance: np.random.Generator,
     studies: int = STUDIES,
 ) -> dict[str, np.ndarray]:
-    """By quantity [studies, seeds, arms]; ln PR has the noise of PR, all others their own."""
+    """Noise by quantity, [studies, seeds, arms]; ln PR has that of PR, all others their own."""
     found: dict[str, np.ndarray] = {}
     for quantity in quantities:
         source = _SAME_NOISE.get(quantity)
@@ -113,7 +113,7 @@ def draw_all(
 
 
 class Judged(NamedTuple):
-    """Of simulated studies, [studies] each."""
+    """The words of simulated studies, [studies] each."""
 
     words: dict[str, np.ndarray]  # by hypothesis, codes after correction
     alone: dict[str, np.ndarray]  # before correction
@@ -186,7 +186,7 @@ class Shares(NamedTuple):
 
     @classmethod
     def of(cls, codes: np.ndarray) -> "Shares":
-        """Of the codes of simulated studies."""
+        """The shares of the codes of simulated studies."""
         return cls(float(rules.supported(codes).mean()), float(rules.refuted(codes).mean()))
 
     def __str__(self) -> str:
@@ -210,7 +210,7 @@ class Design:
 
     @classmethod
     def of(cls, plan: Plan) -> "Design":
-        """Of a plan."""
+        """The design of a plan."""
         config = next(iter(plan.arms.values())).config
         attributed = {}
         for optimizer in _ORIGINAL_COST:

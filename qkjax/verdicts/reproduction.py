@@ -76,7 +76,7 @@ def pairs(published: Study, again: Study) -> list[Pair]:
 
 
 def describe(found: list[Pair]) -> str:
-    """A line a run, and what they say together, for people."""
+    """One line per run, and a summary, for people."""
     lines = []
     for pair in found:
         if pair.equal:

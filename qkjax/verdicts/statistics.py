@@ -118,7 +118,7 @@ def contrast(
 
 @functools.cache
 def quantile(freedom: int, level: float) -> float:
-    """Of Student's t: a two-sided interval of this level is that many standard errors wide."""
+    """The quantile of Student's t: half the width of an interval of this level, in errors."""
     return float(special.stdtrit(freedom, (1 + level) / 2))
 
 
@@ -133,7 +133,7 @@ def all_or_none(first: int, second: int) -> float:
 
 
 class Corrected(NamedTuple):
-    """Of each hypothesis of a family: whether its p is small enough, and for which level."""
+    """For each hypothesis of a family: whether its p is small enough, and for which level."""
 
     rejected: np.ndarray  # bool [..., m]
     level: np.ndarray  # [..., m] one-sided
@@ -310,7 +310,7 @@ def detectable_difference(
 
 
 class Correlation(NamedTuple):
-    """Of two quantities over runs; NaN where either is constant or there are fewer than 3."""
+    """The correlation of two quantities; NaN where either is constant or fewer than 3 runs."""
 
     pearson: float
     spearman: float
@@ -342,6 +342,6 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """From 1, ties share their average."""
+    """Ranks from 1; ties share their average."""
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[place]
