@@ -1,1 +1,1 @@
-"""Speed, side by side with what could be used instead. No part of the package."""
+"""Speed, compared with what could be used instead. Not part of the package."""

@@ -85,7 +85,7 @@ def measure(
 def _write_inputs(
     request: Request, folder: pathlib.Path, report: Callable[[str], None]
 ) -> tuple[pathlib.Path, pathlib.Path]:
-    """The tokenizer and the text as files: both sides read the very same."""
+    """The tokenizer and the text as files: both sides read the same files."""
     from qkjax.data import sources
     from qkjax.data import tokenizer as tokenizer_lib
 

@@ -1,8 +1,8 @@
 """Runs the variants of a subject in interleaved blocks: A B C C B A, round after round.
 
-Load from elsewhere, and the clock speed, drift within seconds: only ratios of blocks that lie
-side by side mean something. The first variant runs in two processes, and the ratio of the two
-says how much of any other ratio is noise.
+Load from elsewhere, and the clock speed, drift within seconds: only ratios of neighbouring blocks
+mean something. The first variant runs in two processes, and the ratio of the two says how much of
+any other ratio is noise.
 """
 
 import contextlib
@@ -130,7 +130,7 @@ class _Worker:
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a dead process has left its last words
+        with contextlib.suppress(BrokenPipeError):  # a dead process has left its last message
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         return self._read()

@@ -101,7 +101,7 @@ _SMALL = {
     "d_ff": 704,
     "sequence_length": 512,
 }
-# Sequences of a step unless given: the study's 65,536 tokens do not fit a CPU's patience.
+# Sequences of a step unless given: the study's 65,536 tokens take too long on a CPU.
 _SEQUENCES = {"tiny": 8, "small": 8, "full": 1}
 _GPU_SEQUENCES = {"tiny": 8, "small": 8, "full": 32}
 

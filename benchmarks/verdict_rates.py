@@ -4,8 +4,8 @@
 
 Nine arms; noise that is equal, twice or four times as large in one arm (the worst arm is shown),
 shared by the QK arms of a seed, or heavy-tailed (Student's t with 3 degrees of freedom, the same
-variance); its standard deviation 0.5 or 5 times the smallest effect of interest (SESOI). The
-promise that the table is held against stands in docs/statistics.md.
+variance); its standard deviation 0.5 or 5 times the smallest effect of interest (SESOI).
+docs/statistics.md has the promise with which the table is compared.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes published runs of laptop size again: their commit, its environment, the same commands, and the comparison.
+# Reproduces published runs of laptop size: their commit, its environment, the same commands, and the comparison.
 #
 #   bash tools/reproduce_small.sh original                         # every published run, 27 min each on a core
-#   bash tools/reproduce_small.sh original adamw_noqk/seed_42 ...  # these alone
+#   bash tools/reproduce_small.sh original adamw_noqk/seed_42 ...  # only these
 #
-# In reproduced/small_RECIPE; the same command again resumes. Exit code 0: equal to the bit (P1), or as near as
-# seeds are (P3), and it says which; 2: another corpus, or farther apart.
+# In reproduced/small_RECIPE; the same command again resumes. Exit code 0: equal to the bit (P1), or as close as
+# seeds are (P3), and the output says which; 2: another corpus, or farther apart.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 recipe="${1:-}"
@@ -34,7 +34,7 @@ for name in "$@"; do
 done
 [ $# -eq 0 ] || names=("$@")
 
-# The code that made them, in a clone and an environment of its own.
+# The code that made the runs, in its own clone and environment.
 _sha='
 import json, pathlib, sys
 print({json.loads(p.read_text())["git"]["sha"] for p in pathlib.Path(sys.argv[1]).glob("runs/*/*/environment.json")}.pop())'
@@ -56,6 +56,6 @@ words="small$([ "$recipe" = fixed ] || echo ",$recipe")"
 (cd "$out/code" && .venv/bin/python tools/run_study.py "--config=configs/study.py:$words" --config.export=False \
   "--workdir=$out/study" "--only=$only")
 
-# Compared by the code of now.
+# The present code compares.
 source tools/set_up.sh report
 python tools/compare_studies.py "--published=$out/published" "--workdir=$out/study"

@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: makes .venv in the repository and installs the pinned versions.
+# Sourced by the scripts beside it: creates .venv in the repository and installs the pinned versions.
 # Usage: source tools/set_up.sh [EXTRAS]     for instance: source tools/set_up.sh test
 
 _extras="${1:+[$1]}"
@@ -17,7 +17,7 @@ if [ ! -x .venv/bin/python ]; then
     echo "ERROR: no Python 3.11 or newer on this machine. Install one (Debian: apt-get install python3)." >&2
     exit 2
   fi
-  echo "making .venv with $("$_python" --version)"
+  echo "creating .venv with $("$_python" --version)"
   if ! "$_python" -m venv .venv; then
     rm -rf .venv
     _minor="$("$_python" -c 'import sys; print(f"python3.{sys.version_info.minor}")')"
@@ -26,8 +26,8 @@ if [ ! -x .venv/bin/python ]; then
   fi
 fi
 
-# Installs again only when what is to be installed has changed, or this environment was made for
-# another place: a copied checkout would run the original's code.
+# Installs again only if the requirements have changed, or if this environment was made in another
+# place: a copied checkout would run the original's code.
 _digest='
 import hashlib, pathlib, sys
 root, *files = sys.argv[1:]

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs XLA's compiler for GPUs or TPUs that are not here, in .venv-aot beside .venv (0.7 GB each).
+# Installs XLA's compiler for GPUs or TPUs that you do not have, in .venv-aot beside .venv (0.7 GB each).
 #
 #   bash tools/set_up_aot.sh gpu    # for --aot=h100 ...
 #   bash tools/set_up_aot.sh tpu    # for --aot=v5e:2x4 ...
 #
-# .venv itself never sees these packages: where a plugin can be imported, jax computes otherwise.
+# .venv itself never contains these packages: if a plugin can be imported, jax gives other bits.
 set -euo pipefail
 case "${1:-}" in
   gpu | tpu) ;;

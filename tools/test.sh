@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Lint, types and tests, in an environment of its own making.
+# Lint, types and tests, in an environment that this script creates.
 #
-#   bash tools/test.sh          # 12 minutes at most on 2 free cores
+#   bash tools/test.sh          # pytest takes about 12 minutes on 2 free cores
 #   bash tools/test.sh --all    # with the tests marked `long`: simulations, fuzzing, whole commands
-#   bash tools/test.sh --long   # those alone
+#   bash tools/test.sh --long   # only those
 #
 # Further arguments go to pytest.
 set -euo pipefail

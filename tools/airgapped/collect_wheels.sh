@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The wheels that a machine without network needs beside its own jax, flax, optax, orbax and numpy:
 #   bash tools/airgapped/collect_wheels.sh DIR [PYTHON_VERSION=3.12]
-# Run where PyPI is in reach, for the Python of the other machine; x86-64 Linux, 5 MB in all.
+# Run it on a machine that reaches PyPI, for the Python of the other machine; x86-64 Linux, 5 MB in all.
 # NAME==VERSION behind these two adds further packages.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -12,7 +12,7 @@ if [ $# -lt 1 ]; then
 fi
 out="$1"
 version="${2:-3.12}"
-# In the core install, and on no image with jax that we have met. tensorflow-datasets stays behind:
+# In the core install, and on none of the images with jax that we have used. tensorflow-datasets is left out:
 # it is a source of text only, and has dependencies without wheels.
 names=(array_record clu dm-tree grain ml_collections portpicker tensorboardX)
 pinned=()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Benchmarks and determinism on a bare machine with one GPU, jax for CUDA and no network:
 #
-#   bash tools/airgapped/collect_wheels.sh wheels                # before, where PyPI is in reach
+#   bash tools/airgapped/collect_wheels.sh wheels                # before, on a machine that reaches PyPI
 #   bash tools/airgapped/gpu_benchmark.sh --wheels=wheels --minutes=9 --workdir=bench --out=results \
 #       --source='jsonl:edu.jsonl.xz' --tokenizer=tokenizer.json
 #
@@ -9,7 +9,7 @@
 # the 88M; "" leaves them out. --determinism=default,deterministic trains 12 steps three times (the
 # run, the same again, resumed) with the default flags and with --xla_gpu_deterministic_ops=true, and
 # compares to the bit. Text or --data=DIR is for these runs, as of gpu_pilot.sh.
-# Every part writes its own file to --out; what the time limit cuts off is named and not written.
+# Every part writes its own file to --out; parts that the time limit cuts off are named and not written.
 # --platform=cpu and --scale=tiny try it out; what follows `--` is passed to check_determinism.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/gpu_set_up.sh"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # A part of the 25M-token pilot on a bare machine with one GPU, jax for CUDA and no network:
 #
-#   bash tools/airgapped/collect_wheels.sh wheels                # before, where PyPI is in reach
+#   bash tools/airgapped/collect_wheels.sh wheels                # before, on a machine that reaches PyPI
 #   bash tools/airgapped/gpu_pilot.sh --wheels=wheels --part=b --minutes=9 --workdir=pilot --out=results \
 #       --source='jsonl:edu.jsonl.xz' --weight=0.45 --source='jsonl:synthetic.jsonl.xz' --weight=0.55 \
 #       --tokenizer=tokenizer.json
 #
-# Text is prepared as --source, --weight and --tokenizer say (as of prepare_data.py), or
+# Text is prepared as --source, --weight and --tokenizer say (as for prepare_data.py), or
 # --data=DIR is a prepared dataset. --part: one of
 #   a, b  recipe original at 65,536 tokens a step: the four arms, one seed (a is b, for its first steps)
 #   c     the same with the controls (gamma frozen, undecayed, decayed), two seeds, by itself

@@ -1,7 +1,7 @@
 """Packs runs into small archives: python tools/airgapped/pack_results.py --workdir=STUDY --out=DIR
 
 Everything that the report reads, spectra as float16 where that is harmless, no checkpoints unless
-asked: at most 8 archives of 16 MiB. At home, with the archives of one study alone in DIR:
+asked: at most 8 archives of 16 MiB. To unpack, with the archives of only one study in DIR:
 for a in DIR/*.tar.gz; do tar -xzf $a -C STUDY; done
 """
 

@@ -42,7 +42,7 @@ _RUN_FILES = (
     "spectra/*.npz",
     "validation/*.npz",
 )
-# The folders of a path of the machine, which nobody else has: the last name stays.
+# The folders of a path, which only that machine has: the last name stays.
 _ABSOLUTE = re.compile(rb'([":=])/(?:[^/"\\:]+/)+')
 _MAX_ROUNDING = 2.0**-10  # relative; an array that float16 would change by more stays float32
 
