@@ -154,7 +154,7 @@ def answer(runs: dict[str, list[Run]]) -> str:
     gaps = f"; not run yet: {' and '.join(missing)}" if missing else ""
     return (
         f"**So far** (PR after RoPE, out of {HEAD_DIM}): {'; '.join(said)}. The model has 4 layers "
-        f"(scale `small`, recipe `original`), each run {tokens} tokens of docstrings; "
+        f"(scale `small`, recipe `original`), and a run trains on {tokens} tokens of docstrings; "
         f"{scope}{gaps}."
     )
 

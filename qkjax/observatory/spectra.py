@@ -151,7 +151,7 @@ def _spectrum(scatter: np.ndarray, number: int, mean: np.ndarray) -> _Spectrum:
 
 
 def _product(query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Singular values of A B^T, a query head with the key head that it shares."""
+    """Singular values of A B^T, a query head with its kv head."""
     sharing = query.shape[1] // key.shape[1]
     key = np.repeat(key, sharing, axis=1)
     return np.linalg.svd(query @ key.swapaxes(-1, -2), compute_uv=False)
