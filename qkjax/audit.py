@@ -53,7 +53,7 @@ def decay_table(
         steps: updates that tau is summed over, from the first; the length of the run. Each of them
             is done, on three copies of the tree. Sizes do not matter to decay, so small ones do.
     Returns:
-        One row a parameter, in the order of the tree's leaves.
+        One row per parameter, in the order of the tree's leaves.
 
     >>> params = {"gamma": jnp.ones(64), "kernel": jnp.ones((64, 64))}
     >>> only_matrices = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)

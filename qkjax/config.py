@@ -354,7 +354,7 @@ class MuonConfig:
     momentum: float = option(0.95, BELOW_1)
     nesterov: bool = option(True)
     coefficients: str = option("polar_express", OneOf(("polar_express", "quintic")))
-    # Which matrices it makes of the attention kernels: each its own, one of all four, one a head
+    # Which matrices it makes of the attention kernels: one for each, one of all four, one per head
     # of query, key and value, or one of every group_heads neighbouring heads of these.
     granularity: str = option(
         lambda chosen: chosen.granularity, OneOf(("separate", "merged", "per_head", "groups_of"))
@@ -610,7 +610,7 @@ _SECTIONS = frozenset(name.partition(".")[0] for name in OPTIONS if "." in name)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted name; what stands in the place of a section, or is none, stays whole."""
+    """Values by dotted name; a value where a section should be stays as it is."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and not prefix and name in (*_SECTIONS, "schedule"):

@@ -13,8 +13,8 @@ def peak_flops(device_kind: str) -> float | None:
 def num_parameters(config: ModelConfig) -> int:
     """Number of parameters, the tied embedding counted once.
 
-    docs/science.md section 2: no biases, two gammas a layer and one at the end, with QK-Norm one
-    gamma_q and one gamma_k of head_dim a layer.
+    docs/science.md section 2: no biases, two gammas per layer and one at the end, with QK-Norm one
+    gamma_q and one gamma_k of head_dim per layer.
     """
     d, heads, kv_heads = config.d_model, config.num_heads, config.num_kv_heads
     attention = 2 * d * config.head_dim * (heads + kv_heads)

@@ -76,7 +76,7 @@ def orthogonalize(
 
     Args:
         u: [..., M, N], any floating dtype.
-        coefficients: "polar_express" (s = 1.01, one row (a, b, c) a step) or "quintic" (s = 1,
+        coefficients: "polar_express" (s = 1.01, one row (a, b, c) per step) or "quintic" (s = 1,
             the same row at every step).
         dtype: of the iteration, float32 or bfloat16. The norm is always taken in float32.
         eps: keeps a zero matrix finite; it also damps matrices of norm below about 1e-4. (A norm

@@ -70,7 +70,7 @@ def routing_table(params_shapes: Any, config: Config) -> list[Route]:
 
 
 def format_routing_table(routes: list[Route]) -> str:
-    """One line a parameter, columns aligned: the text of parameters.txt."""
+    """One line per parameter, columns aligned: the text of parameters.txt."""
     rows = [("parameter", "shape", "matrix", "optimiser", "peak_lr", "weight_decay")]
     for r in routes:
         shape, matrix = ("x".join(map(str, s)) if s else "-" for s in (r.shape, r.matrix))

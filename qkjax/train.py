@@ -384,7 +384,7 @@ class _Run:
         return jax.device_put(state, placed)
 
     def _resume_files(self, step: int) -> None:
-        """Cuts what lies behind the step, and reads what the run has measured up to it."""
+        """Removes what follows the step, and reads what the run has measured up to it."""
         aside = self.checkpoints.set_aside_after(step)
         if aside:
             print(

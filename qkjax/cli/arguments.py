@@ -17,7 +17,7 @@ _LINE_BREAKS = "\n\t\r"
 
 
 def check(argv: Sequence[str], texts: Collection[str] = ()) -> list[str]:
-    """The arguments with every leading ~ expanded, behind a flag's = as well.
+    """The arguments with every leading ~ expanded, also after a flag's =.
 
     A shell expands ~ at the start of a word alone: --out=~/data would make a folder called ~.
 

@@ -148,7 +148,7 @@ def _is_of_jax_start(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> tuple[int, str]:
-    """The exit code of an error, and its text behind ERROR:; 1 and one line of an internal one."""
+    """The exit code of an error, and its text after ERROR:; 1 and one line for an internal one."""
     if isinstance(error, errors.QkjaxError):
         return error.exit_code, str(error)
     if isinstance(error, flags.Error):

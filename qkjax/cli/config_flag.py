@@ -156,7 +156,7 @@ def _integral(argument: str) -> str:
 
 
 def _given(argv: list[str]) -> str:
-    """The value of --config, which absl also takes behind a space."""
+    """The value of --config, which absl also takes after a space."""
     for argument, following in itertools.pairwise([*argv, ""]):
         name, equals, value = argument.partition("=")
         if name in _NAMES:
@@ -177,7 +177,7 @@ def _replaced(argv: list[str], path: str, found: str) -> list[str]:
 
 
 def _explain(error: BaseException, path: pathlib.Path) -> errors.UsageError:
-    """The place in a config file behind an exception that its code raised."""
+    """The place in a config file where its code raised an exception."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     if isinstance(error, SyntaxError) and error.lineno:

@@ -1,7 +1,7 @@
 """`--config=RUN/config.json`: the config of a run, as what a config file's get_config returns.
 
 config.json holds the steps that budgets became; here they are budgets again, so that overrides
-behind it act as they do behind a config file.
+after it act as they do after a config file.
 """
 
 import sys
@@ -88,7 +88,7 @@ def _every(steps: Collection[int], end: int, a_step: int) -> int | None:
     if isinstance(steps, config_lib.RepeatedSteps):
         return steps.every_tokens
     inner = [step for step in steps if 0 < step < end]
-    beyond = -(-end * a_step // (len(inner) + 1))  # one multiple more lies behind the end
+    beyond = -(-end * a_step // (len(inner) + 1))  # one more multiple lies after the end
     least = max([beyond, *(-(-step * a_step // k) for k, step in enumerate(inner, start=1))])
     for unit in (a_step, *(10**digits for digits in range(len(str(least)), -1, -1))):
         every = -(-least // unit) * unit

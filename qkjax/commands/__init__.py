@@ -47,7 +47,7 @@ def run(verb: str) -> None:
 
 
 def _answer(verb: str) -> None:
-    """What stands in the place of a verb."""
+    """The argument that should be a verb."""
     if verb in ("--help", "-h", "help"):
         print(_help_text(), flush=True)
     elif verb == "--version":

@@ -1,4 +1,4 @@
-"""`python -m qkjax.commands VERB`: the console command `qkjax`, where only python is at hand."""
+"""`python -m qkjax.commands VERB`: the console command `qkjax`, where only python is available."""
 
 from qkjax import commands
 

@@ -187,7 +187,8 @@ class _Workers:
 
 def _serve(connection: Any, content: bytes, eos_token: str) -> None:
     """The life of a worker: tasks in, results out, until the other end of the pipe is closed."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core, so one thread a process
+    # One process per core, so one thread per process.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         chunks = _Chunks(tokenizer_lib.Tokenizer(content, eos_token=eos_token))
         while True:

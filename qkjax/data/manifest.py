@@ -1,7 +1,7 @@
 """dataset.json: what the shards of a dataset are, and the proof that they are still the same.
 
-A dataset directory holds tokenizer.json, the shards of its splits, one table of documents a split,
-and dataset.json, which is written last: a directory without it is no dataset.
+A dataset directory holds tokenizer.json, the shards of its splits, one table of documents per
+split, and dataset.json, which is written last: a directory without it is not a dataset.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 A file's bytes are hashed when it is first opened. As long as its size, inode and times of change
 stay what they were then, it counts as the same file; otherwise its bytes are hashed again.
-dataset.json holds one digest a source, which alone decides. `sources.jsonl` beside it holds a line
-a file: it saves hashing, and lets a changed file be named.
+dataset.json holds one digest per source, which alone decides. `sources.jsonl` beside it holds one
+line per file: it saves hashing, and lets a changed file be named.
 """
 
 import dataclasses

@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Request:
     """The options of a dataset.
 
-    `weights` are shares of training tokens, one a source; one source needs none. `train_tokens`
+    `weights` are shares of training tokens, one per source; one source needs none. `train_tokens`
     None means all of one source, or of a mix until the first source is used up. Token counts are
     rounded up to whole records. `benchmark_dir` holds the files of overlap.BENCHMARKS, "" counts
     no overlap with them; `decontaminate` drops training documents that share a 13-gram with them

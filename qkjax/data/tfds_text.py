@@ -128,7 +128,7 @@ def _parts(name: str, rest: str) -> tuple[str, str, str]:
     pieces = _SEPARATOR.split(rest)
     last = max((i for i, piece in enumerate(pieces) if "/" in piece), default=0)
     if len(pieces) > last + 1 and _VERSION.fullmatch(pieces[last + 1]):
-        last += 1  # a TFDS name carries its version behind a colon
+        last += 1  # a TFDS name has its version after a colon
     dataset, options = ":".join(pieces[: last + 1]), pieces[last + 1 :]
     if not dataset or len(options) > 2:
         raise errors.UsageError(

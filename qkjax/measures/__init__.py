@@ -1,6 +1,6 @@
 """What is measured of queries, keys, values, logits and weights.
 
-Of vectors of your own, in two lines and without jax:
+For your own vectors, in two lines and without jax:
 
 >>> import numpy as np
 >>> from qkjax import measures

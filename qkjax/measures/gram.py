@@ -1,4 +1,4 @@
-"""Decompositions by float64 Gram matrices: what GPUs take in place of SVD and QR.
+"""Decompositions by float64 Gram matrices: what GPUs use instead of SVD and QR.
 
 cuSOLVER decomposes matrices larger than 32 x 32 one after another, an evaluation of the 88M some
 4,000 of them, but Jacobi's eigenvalues of symmetric matrices in one batch. Squares in float64 keep
@@ -23,7 +23,7 @@ def decompose(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     Args:
         gram: [..., K, K] float64, symmetric and positive semidefinite up to rounding.
     Returns:
-        sigma [..., K] float64, descending; vectors [..., K, K] float64, one a row. NaN where gram
+        sigma [..., K] float64, descending; vectors [..., K, K] float64, one per row. NaN where gram
         is not finite.
     """
     with jax.enable_x64(True):
@@ -45,7 +45,7 @@ def _eigh(
 
 
 def root(gram: jax.Array) -> jax.Array:
-    """R [..., K, K] float32 with R^T R = `gram`: sigma x vector a row, largest first."""
+    """R [..., K, K] float32 with R^T R = `gram`: one sigma x vector per row, largest first."""
     with jax.enable_x64(True):
         sigma, vectors = decompose(gram)
         return (sigma[..., None] * vectors).astype(jnp.float32)

@@ -81,10 +81,10 @@ class ParticipationRatios(NamedTuple):
 
 
 def participation_ratio_of(vectors: np.typing.ArrayLike) -> ParticipationRatios:
-    """The participation ratio of vectors of your own, for instance the keys of a head.
+    """The participation ratio of your own vectors, for instance the keys of a head.
 
     Args:
-        vectors: [n, d], one vector a row, an array of numpy, jax or torch (on the CPU).
+        vectors: [n, d], one vector per row, an array of numpy, jax or torch (on the CPU).
     Returns:
         (sum s)^2 / sum s^2 of their singular values s, computed in float64 throughout; raw, and
         with the mean vector removed.
@@ -97,7 +97,7 @@ def participation_ratio_of(vectors: np.typing.ArrayLike) -> ParticipationRatios:
     if rows.dtype != np.float64 or rows.ndim != 2 or not rows.size or not np.isfinite(rows).all():
         raise ValueError(
             f"vectors: expected finite real numbers [n, d], found {rows.dtype} of shape "
-            f"{rows.shape}. Give one vector a row, and no inf or NaN."
+            f"{rows.shape}. Give one vector per row, and no inf or NaN."
         )
     with np.errstate(invalid="ignore"):  # nothing is left: 0 / 0
         raw, centred = (

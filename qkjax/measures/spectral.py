@@ -5,7 +5,7 @@ and the triangular R of the QR factorisation of the centred vectors: all that bo
 centred, need. Factors of batches are merged pairwise (Chan, Golub & LeVeque 1983, with R in place
 of the sum of squares), in float32, without loss where a Gram matrix or a downdated mean would
 lose half of the digits. Everything is pure, jit- and vmap-able, and needs no float64 but on GPUs,
-which decompose float64 Gram matrices (`gram`) in place of QR and SVD.
+which decompose float64 Gram matrices (`gram`) instead of QR and SVD.
 """
 
 from collections.abc import Sequence
@@ -181,7 +181,7 @@ def singular_values_of(matrices: jax.Array) -> jax.Array:
 
 
 def _right_singular_vectors(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Singular values [..., K] and right singular vectors [..., K, K], one a row, float32."""
+    """Singular values [..., K] and right singular vectors [..., K, K], one per row, float32."""
 
     def by_svd(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
         with jax.default_matmul_precision("highest"):
@@ -203,7 +203,8 @@ def product(a_RK: jax.Array, b_SK: jax.Array) -> jax.Array:
 def triangular(rows: jax.Array) -> jax.Array:
     """R [..., K, K] of the QR factorisation of [..., n, K]; zero rows fill up where n < K.
 
-    On GPUs another R of the same R^T R, a singular vector a row: what is read from it is equal.
+    On GPUs another R of the same R^T R, with one singular vector per row: what is read from it is
+    equal.
     """
     return jax.lax.platform_dependent(
         rows, cuda=lambda rows: gram.root(gram.of(rows)), default=_by_qr

@@ -1,4 +1,4 @@
-"""A public model in a directory of its own: revision by revision, in the files of a run."""
+"""A public model in its own directory: revision by revision, in the files of a run."""
 
 import dataclasses
 import pathlib

@@ -182,7 +182,7 @@ def _values(
 
 
 def _csv(rows: Sequence[Sequence[Row]]) -> str:
-    """One line a model and evaluation; an empty cell is what a model does not have."""
+    """One line per model and evaluation; an empty cell is what a model does not have."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     first = rows[0][0]

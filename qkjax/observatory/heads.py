@@ -82,7 +82,7 @@ def norm(attention: Any, side: str) -> Any | None:
 
 
 def takes_vectors(norm: Any) -> bool:
-    """Whether a norm is one module with one gamma, or none; StableLM and Cohere have one a head."""
+    """Whether a norm is one module with one gamma, or none; StableLM has one per head."""
     weight = getattr(norm, "weight", None)
     return not list(norm.parameters()) if weight is None else weight.ndim == 1
 

@@ -31,7 +31,7 @@ def read(spec: str, tokenizer: Any, *, tokens: int, length: int, bos: int | None
         tokenizer: of transformers.
         tokens: how many are predicted, at least `length`; whole sequences of them.
         length: T, of a sequence.
-        bos: a token that every sequence starts with, in the place of one of text; or None.
+        bos: a token that every sequence starts with, instead of one of the text; or None.
     Raises:
         UsageError: the source is damaged, unknown or too short.
     """

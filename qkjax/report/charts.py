@@ -123,7 +123,7 @@ def by_stage(
     head_dim: int,
     looks: Looks,
 ) -> "Figure":
-    """PR at each stage of a vector's way, a line an arm: mean over its runs, runs as thin lines.
+    """PR at each stage of a vector's way, a line per arm: mean over its runs, runs as thin lines.
 
     Args:
         by_arm: of every run the values by stage; NaN where the arm has no such stage.

@@ -1,7 +1,7 @@
-"""results.csv: the numbers of a study, one to a row; equal results give equal bytes.
+"""results.csv: the numbers of a study, one per row; equal results give equal bytes.
 
-No paths, times, rates or host names, so the file of a study that was killed and resumed equals
-that of an unbroken one.
+No paths, times, rates or host names, so the file of a study that was killed and resumed equals that
+of an uninterrupted one.
 """
 
 import csv

@@ -182,7 +182,7 @@ def layer_curves(axes: "Axes", evaluations: Sequence[Evaluation], values_EN: np.
 
 
 def layer_bar(figure: "Figure", panels: np.ndarray, num_layers: int) -> None:
-    """The colours of `layer_curves`, one step a layer."""
+    """The colours of `layer_curves`, one step per layer."""
     matplotlib = _matplotlib()
     listed = matplotlib.colors.ListedColormap(colours(num_layers))
     norm = matplotlib.colors.BoundaryNorm(np.arange(num_layers + 1) - 0.5, num_layers)

@@ -28,7 +28,7 @@ SKIPPED = "skipped"  # status of a step that `qkjax study` had no data or no use
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """A study, what it says, and the arrays behind it."""
+    """A study, its verdicts, and the arrays from which they follow."""
 
     study: Study
     judgement: Judgement

@@ -165,7 +165,7 @@ class Checkpoints:
     def _set_incomplete_aside(self) -> None:
         """Orbax would count an empty step directory as the latest checkpoint.
 
-        One behind two sound ones is what a kill has left of a deletion, and is deleted.
+        One older than two valid ones is what a killed deletion left, and is deleted.
         """
         sound = self.steps()
         for path in self._step_directories():

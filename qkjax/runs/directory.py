@@ -498,7 +498,7 @@ class RunDirectory:
         files.write_sealed(self.summary, {**summary, _FILES: digests})
 
     def summary_with(self, digests: Mapping[str, str]) -> bytes:
-        """summary.json with these sha256 of files, by name, in place of those that it lists.
+        """summary.json with these sha256 of files, by name, instead of those that it lists.
 
         Raises:
             UsageError: a file is not the one that summary.json lists.
@@ -515,7 +515,7 @@ class RunDirectory:
     def check_files(self) -> None:
         """Refuses a run whose files are not those that it ended with.
 
-        Of a run without summary.json, what lies behind its latest checkpoint is compared; one of a
+        Of a run without summary.json, what its latest checkpoint recorded is compared; one of a
         version that recorded no digests passes.
 
         Raises:

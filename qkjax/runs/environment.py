@@ -56,7 +56,7 @@ _SECRET_VALUES = (
     re.compile(rf"([?&;#](?:[\w-]*[-_])?{_SECRET}=)[^&;\s]+()", re.IGNORECASE),
     re.compile(rf"""(["'](?:[\w-]*[-_])?{_SECRET}["']\s*:\s*["'])[^"']+()""", re.IGNORECASE),
     re.compile(r"(://[^/\s:@]*:)[^/\s@]+(@)"),
-    re.compile(r"(://)[^/\s:@]{20,}(@)"),  # a token in the place of a user
+    re.compile(r"(://)[^/\s:@]{20,}(@)"),  # a token instead of a user
 )
 
 

@@ -159,7 +159,7 @@ class SummaryWriter(ScalarsOnly):
 
 
 def _next_event_file(log_dir: str | os.PathLike[str]) -> pathlib.Path:
-    """A name behind all others: TensorBoard reads the files of a directory in sorted order.
+    """A name that sorts after all others: TensorBoard reads a directory in sorted order.
 
     The usual name has the second only, so that two starts within one would overwrite each other.
     """
@@ -198,7 +198,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def _import_metric_writer() -> Any:
-    """CLU's MetricWriter, imported with our class in the place of CLU's TensorFlow writer.
+    """CLU's MetricWriter, imported with our class instead of CLU's TensorFlow writer.
 
     The class cannot inherit from what this import gives, so it is registered afterwards.
     """

@@ -19,7 +19,7 @@ from qkjax.runs.tensorboard import MetricWriter, ScalarsOnly
 
 
 class JsonlWriter(ScalarsOnly, MetricWriter):
-    """metrics.jsonl: one JSON object a line, `step` first, steps ascending.
+    """metrics.jsonl: one JSON object per line, `step` first, steps ascending.
 
     Each row goes to the operating system as it is written, and to the disk at `flush`. What the
     disk refused stays in memory and is tried again at the next row or flush.

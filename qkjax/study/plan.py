@@ -109,7 +109,7 @@ class Plan:
         return ["train", *flags, f"--workdir={directory}"]
 
     def _fields(self, step: Step, learning_rate: float | None) -> dict[str, Any]:
-        """What the plan sets, behind the overrides of the study."""
+        """What the plan sets, after the overrides of the study."""
         study, arm = self.study, self.arms[step.arm]
         short = step.kind in (SWEEP, EXTENSION)
         fields: dict[str, Any] = {"seed": step.seed}
@@ -271,7 +271,7 @@ def extended_rate(grid: Sequence[float], best: float) -> float | None:
 
 
 def shell_lines(plan: Plan, command: Sequence[str], directory: str) -> list[str]:
-    """One line a step: a command that works alone, and behind it as a comment what it waits for.
+    """One line per step: a command that works by itself, and a comment with what it waits for.
 
         cd DIRECTORY && COMMAND --only=NAME  # line 15, stage 4, after 1,4
 

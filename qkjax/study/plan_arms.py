@@ -34,7 +34,7 @@ class Arm:
 
 
 def make_arms(study: StudyConfig) -> tuple[dict[str, Arm], dict[str, str]]:
-    """The arms by name, controls behind them, and the optional controls that were left out.
+    """The arms by name, controls after them, and the optional controls that were left out.
 
     Returns:
         Of those left out, the arm that trains the same.
@@ -67,7 +67,7 @@ def make_arms(study: StudyConfig) -> tuple[dict[str, Arm], dict[str, str]]:
 
 
 def _arm(study: StudyConfig, name: str) -> Arm:
-    """An arm by its name: the file of configs/, and control words behind it."""
+    """An arm by its name: the file of configs/, and control words after it."""
     files = {path.stem for path in places.configs().glob("*.py")} - {"study"}
     stem = name
     controls: list[str] = []

@@ -71,7 +71,7 @@ class StudyConfig:
     downstream: str  # HellaSwag and LAMBADA from the "hub" or a folder of files; "" = none
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
-        """The seeds of an arm or control, its extra ones behind."""
+        """The seeds of an arm or control, with its extra seeds last."""
         return (*self.seeds, *self.extra_seeds.get(arm, ()))
 
 

@@ -380,7 +380,7 @@ def _die_with_parent() -> None:
 
 
 def _last_words(log: pathlib.Path, start: int) -> str:
-    """The last ERROR line behind `start`, else the last line at all."""
+    """The last ERROR line after `start`, else the last line."""
     with open(log, "rb") as file:
         file.seek(start)
         lines = file.read().decode(errors="replace").split("\n")

@@ -85,7 +85,7 @@ def _write() -> None:
 
 
 def with_row(page: str, row: str) -> str:
-    """The page with a row in its table, in place of an earlier one of the same program.
+    """The page with a row in its table, instead of an earlier one of the same program.
 
     Rows stand in the order of SCALES, ARMS and TARGETS; those of other programs stay.
     """

@@ -46,7 +46,7 @@ def estimate(program: hlo.Program, chip: Chip, num_devices: int) -> Time:
             continue
         kernels += kernel.times * max(moving, computing)
         memory_bound += kernel.times * moving if moving >= computing else 0.0
-    # Copies hide behind what computes, as far as the memory has time for them.
+    # Copies overlap with kernels that compute, as far as the memory has time for them.
     waiting = max(0.0, busy - kernels)
     shared = (num_devices - 1) / num_devices
     transfers = sum(

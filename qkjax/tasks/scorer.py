@@ -1,7 +1,7 @@
 """A run's parameters as a model of lm-eval, under JAX in float32, without torch.
 
 The stock path computes the few-shot prompt of a question once for every ending. Here an item is
-one row: the tokens of its context, and behind them its endings as branches that see the context
+one row: the tokens of its context, and after them its endings as branches that see the context
 and themselves but not each other. What the contexts of all items start with, such as a fixed
 few-shot prompt, is computed once and kept in a cache. Logits are computed where an ending's token
 is predicted and nowhere else. The log-likelihoods are those of the stock path.
@@ -27,7 +27,7 @@ Score = tuple[float, bool]  # log-likelihood in nat; whether every token is the 
 _SHORTEST_PREFIX = 32  # tokens; a shared beginning below it is not worth a pass of its own
 _CPU_TOKENS, _ACCELERATOR_TOKENS = 512, 16_384  # of the rows of a batch; one row may be longer
 _TEXTS_AT_ONCE = 1024  # encoded together; the tokenizer's own records of them are large
-_PAD = -1  # the branch of what fills a row up
+_PAD = -1  # the branch of padding
 
 
 class Scorer(lm_eval.api.model.TemplateLM):
@@ -59,7 +59,7 @@ class Scorer(lm_eval.api.model.TemplateLM):
         self._add_bos = add_bos
         usual = _CPU_TOKENS if jax.default_backend() == "cpu" else _ACCELERATOR_TOKENS
         self._tokens_per_batch = usual if tokens_per_batch is None else tokens_per_batch
-        self._encoded: dict[str, np.ndarray] = {}  # of the requests in hand
+        self._encoded: dict[str, np.ndarray] = {}  # of the present requests
         self.tokens_computed = 0
 
     @property
@@ -202,7 +202,7 @@ class Rows(NamedTuple):
     """Items as arrays, one row each; C tokens and M targets, the same for all rows."""
 
     token_BC: np.ndarray
-    position_BC: np.ndarray  # behind the cached prefix, as if a branch were alone
+    position_BC: np.ndarray  # after the cached prefix, as if a branch were alone
     branch_BC: np.ndarray  # 0: context; from 1 on: continuations; _PAD
     source_BM: np.ndarray  # where in its row a target is predicted
     target_BM: np.ndarray

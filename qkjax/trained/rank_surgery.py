@@ -179,7 +179,7 @@ class _Part:
 
 
 def top_directions(factor: spectral.Factor, centred: bool) -> np.ndarray:
-    """Right singular vectors of the vectors behind a factor, strongest first.
+    """Right singular vectors of a factor's vectors, strongest first.
 
     Args:
         factor: with leading axes [N, G], on the host.

@@ -45,7 +45,7 @@ class Panel:
     """The runs that contrasts of a family use: seeds that have every arm of it."""
 
     study: Study
-    family: tuple[str, ...]  # planned arms: those behind the pooled error
+    family: tuple[str, ...]  # planned arms: those of the pooled error
     seeds: tuple[int, ...]  # used
     left_out: tuple[int, ...]  # planned for the whole family, but a run of it is missing
     head_dim: int
@@ -203,7 +203,7 @@ def decided(clause: Clause, found: statistics.Contrast, limit: float) -> Clause:
 
 
 def _why(word: str, kind: str, estimate: float, interval: Interval, limit: float) -> str:
-    """A few words behind the numbers of a clause."""
+    """A few words after the numbers of a clause."""
     low, high = interval
     if kind == NON_INFERIORITY and word == SUPPORTED:
         if high < 0:

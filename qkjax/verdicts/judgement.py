@@ -67,7 +67,7 @@ class Clause:
     seeds_needed: int | None = None  # for 80% power, of an inconclusive clause; None: not known
     per_seed: dict[int, float | None] = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = ()  # those that the intervals use
-    family: tuple[str, ...] = ()  # the arms behind the pooled error
+    family: tuple[str, ...] = ()  # the arms of the pooled error
     notes: tuple[str, ...] = ()
 
     @property

@@ -450,7 +450,7 @@ def _what_these_decide(plan: Plan, needed: Mapping[str, int | None]) -> str:
 
 
 def _seeds_of(plan: Plan, name: str) -> list[int]:
-    """The seeds that every arm of the family behind a verdict has."""
+    """The seeds that every arm of a verdict's family has."""
     attributed = {f"A {o}": family for o, family in Design.of(plan).attributed.items()}
     family = attributed.get(name, SCORED if name == "H5" else questions.ARMS)
     shared = [set(plan.study.seeds_of(arm)) for arm in family]

@@ -54,12 +54,12 @@ class Study:
 
     @property
     def arms(self) -> list[str]:
-        """The arms of the plan, controls behind the four."""
+        """The arms of the plan, with controls after the four."""
         return [*self.plan["arms"], *self.plan["controls"]]
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds of the plan, those of some arms alone behind those of all."""
+        """The seeds of the plan; extra seeds of some arms come after those of all arms."""
         extra = (seed for arm in self.arms for seed in self._extra_seeds.get(arm, ()))
         return list(dict.fromkeys((*self.plan["seeds"], *extra)))
 

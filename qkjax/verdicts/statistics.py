@@ -84,7 +84,7 @@ def contrast(
     interval needs no such thing: estimate +- t_{S-1} sd(per seed) / sqrt(S).
 
     Args:
-        values_SF: [..., seeds, arms] finite, one value a run; two seeds or more; every arm of the
+        values_SF: [..., seeds, arms] finite, one value per run; two seeds or more; every arm of the
             family, also those with coefficient 0.
         coefficients_F: [arms] c, with sum 0.
         offset: subtracted from the contrast.
@@ -143,7 +143,7 @@ def holm(p_values: np.ndarray, alpha: float | np.ndarray) -> Corrected:
     """Holm's step-down procedure, family-wise at `alpha`.
 
     Ordered p_(1) <= ... <= p_(m): p_(i) is rejected while p_(i) <= alpha / (m - i + 1). The level
-    of a hypothesis is that of its own step or, behind the step that stopped, of that one.
+    of a hypothesis is that of its own step or, after the step that stopped, of that one.
 
     Args:
         p_values: [..., m].
