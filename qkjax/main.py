@@ -1,6 +1,6 @@
 """Trains one arm: python -m qkjax.main --config=configs/muon_noqk.py:tiny --workdir=runs/first
 
-The same command again resumes the run. --config runs the code of the config file.
+The same command, run again, resumes the run. --config runs the code of the config file.
 """
 
 import contextlib

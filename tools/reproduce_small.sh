@@ -4,7 +4,7 @@
 #   bash tools/reproduce_small.sh original                         # every published run, 27 min each on a core
 #   bash tools/reproduce_small.sh original adamw_noqk/seed_42 ...  # only these
 #
-# In reproduced/small_RECIPE; the same command again resumes. Exit code 0: equal to the bit (P1), or as close as
+# In reproduced/small_RECIPE; the same command, run again, resumes. Exit code 0: equal to the bit (P1), or as close as
 # seeds are (P3), and the output says which; 2: another corpus, or farther apart.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -13,7 +13,7 @@ from qkjax.cli import arguments, command_line, startup
 VERBS = {
     "prepare": "make a dataset from text",
     "check": "check a dataset, from its digests to its hold-out",
-    "train": "train one arm; the same command again resumes",
+    "train": "train one arm, or resume it",
     "study": "sweep, train, export and report all arms",
     "report": "write the report of a study",
     "plot": "draw the spectra of a run",

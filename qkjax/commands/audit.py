@@ -2,9 +2,9 @@
 
 qkjax audit --config=FILE | --workdir=RUN | --recipe=NAME
 
-Prints tau = sum over the steps of learning rate x decay, e^-tau (what is left of a gamma that no
-gradient holds), what gamma is pulled to, and what is known of such a tau. --recipe=all lists
-public recipes, each with its source.
+Prints tau = sum over the steps of learning rate x decay, e^-tau (the part that is left of a gamma
+without gradients), the value that gamma is pulled to, and what is known about such a tau.
+--recipe=all lists public recipes, each with its source.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Checks a dataset: digests, records, token ids, and that nothing held out is trained on.
+"""Checks a dataset: digests, records, token ids, and that no validation document is trained on.
 
 qkjax check DIR
-qkjax check --sources DIR     # also that its text is still what it was read from
+qkjax check --sources DIR     # also that its source files are unchanged
 """
 
 from absl import flags

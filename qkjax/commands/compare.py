@@ -1,10 +1,10 @@
 """Runs side by side: qkjax compare RUN RUN ... [--measure=pr] [--vectors=key]
 
-A CSV (run, arm, seed, step, tokens, layer, head, value, difference to the first run) and a figure
-of one measure, per layer and head, after equally many training tokens; and a figure of it over
-training. The runs must share dataset, validation tokens and shapes. Directories of qkjax measure
-may be among them: then each has its own text and shape, and the figure is of the share of
-head_dim against depth, with no differences.
+Writes a CSV (run, arm, seed, step, tokens, layer, head, value, difference to the first run) and a
+figure of one measure, per layer and head, after the same number of training tokens; and a figure of
+the measure over training. The runs must share dataset, validation tokens and shapes. Directories of
+qkjax measure may be among them: then each has its own text and shape, and the figure shows the share
+of head_dim against depth, without differences.
 """
 
 import pathlib

@@ -1,11 +1,11 @@
-"""Repeats and resumes a run, and compares to the bit: for the machine and flags that you use.
+"""Repeats and resumes a run, and compares the bits, on your machine with your flags.
 
   qkjax determinism --config=configs/muon_qk.py:tiny --workdir=runs/determinism
 
-Trains the config twice, and once more from a checkpoint on the way; keep train.tokens small. A run
+Trains the config twice, and a third time from a checkpoint; keep train.tokens small. A run
 keeps its latest two checkpoints, so that is the last one before the end, unless
 --config.checkpoint.keep_all=true keeps one in the middle.
-Exit code 0 where all three end with the same parameters and optimiser state, 2 where they differ:
+Exit code 0 if all three end with the same parameters and optimiser state, 2 if they differ:
 the leaves are named, and determinism.json holds everything. On a GPU try it with and without
 XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 """

@@ -5,7 +5,7 @@
 
 --workdir is scored under JAX without torch, --model by lm-eval's own Hugging Face model. Without
 --data_dir the tasks come from the hub; with it there is no network. Writes --out and, beside it, a
-line for every item (.items.jsonl). What --limit gives is a sample. See docs/evaluation.md.
+line for every item (.items.jsonl). With --limit the result is a sample. See docs/evaluation.md.
 """
 
 import functools

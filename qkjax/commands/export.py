@@ -4,7 +4,7 @@
   qkjax export --workdir=runs/muon_qk --out=exports/muon_qk --verify
 
 Needs no torch; --verify does (pip install -e '.[export]'): it compares logits and losses of the
-directory with the run's, writes the verdict into the model card, exits with 2 where they differ.
+directory with the run's, writes the verdict into the model card, and exits with 2 if they differ.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Models and runs on one page: qkjax gallery DIR DIR ... --out=DIR
 
-Each DIR is one of qkjax measure, or a run. Writes index.html (one page that opens offline),
-gallery.csv (every evaluation and number) and figures/*.svg. Needs [report]. What the numbers can
-and cannot say is on the page and in docs/models.md.
+Each DIR is a directory of qkjax measure, or a run. Writes index.html (one page that opens offline),
+gallery.csv (every evaluation and number) and figures/*.svg. Needs the extra [report]. What the
+numbers can and cannot say is on the page and in docs/models.md.
 """
 
 import functools

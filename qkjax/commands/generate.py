@@ -3,8 +3,8 @@
   qkjax generate --workdir=runs/muon_qk --prompt="The cell" --temperature=0
   qkjax generate --workdir=runs/muon_qk --prompt="" --seed=3     # starts a document
 
-Prints the prompt and its continuation; tokens, speed and why it ended go to stderr. The same seed
-gives the same text. The run need not be finished.
+Prints the prompt and its continuation; the number of tokens, the speed and the reason for the end
+go to stderr. The same seed gives the same text. The run need not be finished.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Key dimensions of a model that others have trained: any decoder that transformers loads.
+"""Key dimensions of a public model: any decoder that transformers loads.
 
   qkjax measure --model=HuggingFaceTB/SmolLM2-135M --out=models/smollm2_135m
   qkjax measure --model=EleutherAI/pythia-160m --revision=step1000,step10000,step143000 \\
@@ -6,7 +6,7 @@
   qkjax measure --model=gemma-3-270m-q4_k_m.gguf --text=jsonl:texts.jsonl.xz --out=models/gemma3
 
 Writes what an evaluation of a run writes (spectra/, validation/, metrics.jsonl), and model.json:
-qkjax plot, compare and gallery read both. The same command again measures what is missing.
+qkjax plot, compare and gallery read both. The same command, run again, measures what is missing.
 Sources of --text are those of qkjax prepare. Needs torch and transformers (the extra [export]), and
 [gguf] for GGUF files. What each number can and cannot say: docs/models.md.
 """

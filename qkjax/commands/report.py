@@ -2,8 +2,8 @@
 
 Writes into STUDY/report: index.html, one page that needs nothing else; report.md, the same as text;
 results.csv, the numbers of runs, sweep, scores and verdicts; figures/*.svg. A study that is not
-finished has a report too: it says what is missing. What cannot be compared is refused. Prints the
-path of the page last.
+finished has a report too: it says what is missing. Runs that cannot be compared are refused. Prints
+the path of the page last.
 """
 
 from absl import flags

@@ -1,6 +1,6 @@
 """A reproduced study and the published one: qkjax reproduction --published=STUDY --workdir=STUDY
 
-Says of every run that both have finished whether it is equal to the bit (P1), or as close as
+For every run that both have finished, says whether it is equal to the bit (P1), or as close as
 another seed would be (P3); refuses runs on another corpus, of another config, and farther apart
 than that. A published study is unpacked as the README beside its archives says.
 """

@@ -3,8 +3,8 @@
 qkjax study --config=configs/study.py:tiny,quick --workdir=studies/quick
 qkjax study --config=configs/study.py:pilot --config.data_dir=DATA --dry_run
 
-The same command again resumes; --status shows from another terminal how far it is.
-Exit codes: 0 complete (a diverged run is a result), 1 steps are missing, named in the last line.
+The same command, run again, resumes; --status shows from another terminal how far it is.
+Exit codes: 0 complete (a diverged run is a result), 1 steps are missing, which the last line names.
 """
 
 import os

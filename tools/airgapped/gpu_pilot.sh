@@ -15,7 +15,7 @@
 #   f     recipe fixed: Muon on separate and on merged Q, K, V, O matrices, two seeds
 #   g     recipe original at its own 4,096 tokens a step, one seed: AdamW+QK with gamma decayed and
 #         undecayed, both Muon arms
-# The same command again resumes after the time limit. Results, without checkpoints, are always
+# The same command, run again, resumes after the time limit. Results, without checkpoints, are always
 # packed, into at most 8 archives of 16 MiB in --out.
 # --platform=cpu and --scale=tiny try it out; what follows `--` is passed to run_study.py.
 set -euo pipefail
