@@ -451,7 +451,7 @@ def test_only_does_what_it_names_and_says_what_that_waits_for(world):
     assert all("muon_qk" in name for name in machine.started) and len(machine.started) == 4
     run.execute(study, workdir, only=["report"])
     assert machine.started[-1] == "report"
-    with pytest.raises(errors.UsageError, match="--only: 'runs/x' fits no step"):
+    with pytest.raises(errors.UsageError, match="--only: 'runs/x' matches no step"):
         run.execute(study, workdir, only=["runs/x"])
 
 

@@ -403,7 +403,7 @@ def test_what_a_tokenizer_does_not_give_back_is_left_out_or_refused(tmp_path, sh
         ({"tokenizer": "hub:x"}, "unknown tokenizer"),
         ({"tokenizer": "nowhere.json"}, r"nowhere\.json: no such tokenizer file"),
         ({"tokenizer": ""}, "--tokenizer: missing"),
-        ({"weights": (1.0, 2.0)}, r"--weight: expected one a source \(1\), found 2"),
+        ({"weights": (1.0, 2.0)}, r"--weight: expected one per source \(1\), found 2"),
         ({"weights": (0.0,)}, r"--weight: expected a number above 0, found 0\.0"),
         ({"weights": (float("nan"),)}, "--weight: expected a number above 0, found nan"),
         ({"sequence_length": 0}, "--sequence_length: expected at least 1, found 0"),
@@ -411,7 +411,7 @@ def test_what_a_tokenizer_does_not_give_back_is_left_out_or_refused(tmp_path, sh
         ({"validation_tokens": -1}, "--validation_tokens: expected at least 1, found -1"),
         ({"sources": ()}, "--source: missing"),
         ({"sources": ("docstrings", "docstrings"), "weights": (1, 1)}, "named twice"),
-        ({"sources": ("docstrings", "text:x")}, r"expected one a source \(2\), found 0"),
+        ({"sources": ("docstrings", "text:x")}, r"expected one per source \(2\), found 0"),
         ({"sources": ("text:nowhere/*",)}, "no file matches"),
     ],
 )

@@ -343,7 +343,7 @@ def test_without_a_compiler_the_command_to_install_it_is_named(monkeypatch, tmp_
 def test_attention_of_other_devices_is_refused_before_compiling():
     for name, devices in (("splash", "TPUs"), ("cudnn", "NVIDIA GPUs")):
         config = small(model__attention=name).for_platform("cpu")
-        with pytest.raises(errors.UsageError, match=f"{name} runs on {devices} alone"):
+        with pytest.raises(errors.UsageError, match=f"{name} runs on {devices} only"):
             next(programs.compile_for(config, jax.devices()[:1]))
 
 

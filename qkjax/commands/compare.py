@@ -3,8 +3,8 @@
 Writes a CSV (run, arm, seed, step, tokens, layer, head, value, difference to the first run) and a
 figure of one measure, per layer and head, after the same number of training tokens; and a figure of
 the measure over training. The runs must share dataset, validation tokens and shapes. Directories of
-qkjax measure may be among them: then each has its own text and shape, and the figure shows the share
-of head_dim against depth, without differences.
+qkjax measure may be among them: then each has its own text and shape, and the figure shows the
+share of head_dim against depth, without differences.
 """
 
 import pathlib
