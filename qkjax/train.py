@@ -31,8 +31,8 @@ from qkjax.cli import startup
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import pipeline
-from qkjax.runs import attention_check, checkpoint, progress, resources, signals, writers
-from qkjax.runs.directory import FINAL, RunDirectory, final_name, flatten
+from qkjax.runs import attention_check, checkpoint, progress, recorder, resources, signals
+from qkjax.runs.directory import RunDirectory, flatten
 
 
 def train_and_evaluate(
@@ -91,8 +91,7 @@ def train_and_evaluate(
         if summary is not None:
             return summary
         resources.check_memory(config, run.transformation)
-        if processes.is_first():
-            resources.check_disk(directory, config, run.transformation)
+        run.recorder.check_disk()
         resources.warn_of_cpu(config, platform)
         try:
             return run.execute(restore_step, changes)
@@ -257,20 +256,22 @@ class _Run:
             config, self.mesh
         )
         self.rate = optimizer.learning_rate(config.schedule, config.optimizer.learning_rate)
-        self.num_parameters = flops.num_parameters(config.model)
         self.progress = progress.Progress(
-            config, self.num_parameters, jax.devices()[0].device_kind, jax.device_count()
+            config,
+            flops.num_parameters(config.model),
+            jax.devices()[0].device_kind,
+            jax.device_count(),
         )
-        self.data_order = pipeline.fingerprint(
+        data_order = pipeline.fingerprint(
             dataset.manifest, seed=config.seed, sequences_per_step=config.train.sequences_per_step
         )
-        self.latest: dict[str, Any] = {}  # the last value of every metric
+        facts = recorder.Facts(
+            config, directory, dataset.manifest, origin, self.transformation, data_order
+        )
+        self.recorder = recorder.of_this_process(facts, self.progress)
         self.saved: set[int] = set()  # steps
         self.started = time.monotonic()
         self.earlier_seconds = 0.0
-        self.profiling = False
-        self.checkpoints: checkpoint.Checkpoints  # of process 0, as the writer
-        self.writer: writers.CompositeWriter
 
     def execute(self, restore_step: int | None, changes: list[dict[str, Any]]) -> dict[str, Any]:
         """Everything from the restored or fresh state to the summary.
@@ -278,31 +279,17 @@ class _Run:
         Args:
             changes: of the config, recorded once the checkpoint has taken them.
         """
-        if not processes.is_first():
-            meta = processes.from_first(dict)
-            state = (
-                self._start() if meta is None else self._resume(checkpoint.Restored((), (), meta))
-            )
+        with self.recorder.opened():
+            restored = self.recorder.restore(restore_step, changes)
+            self.recorder.record_start(changes)
+            meta = processes.from_first(lambda: restored and _of_resume(restored.meta))
+            if meta is None:
+                state = self._start()
+            else:
+                assert restored is not None
+                state = self._resume(restored._replace(meta=meta))
+            self.recorder.show_banner(int(state.step))
             return self._finish(self._train(state))
-        self.checkpoints = checkpoint.Checkpoints(
-            self.directory.checkpoints, keep_all=self.config.checkpoint.keep_all
-        )
-        with contextlib.closing(self.checkpoints):
-            restored = self._restore(restore_step, changes)
-            table = self._record_start(changes)
-            processes.from_first(lambda: None if restored is None else _of_resume(restored.meta))
-            state = self._start() if restored is None else self._resume(restored)
-            with contextlib.closing(self.writer):
-                shown = progress.banner(
-                    self.config,
-                    self.num_parameters,
-                    jax.devices(),
-                    self.dataset.manifest,
-                    self.directory.path,
-                    int(state.step),
-                )
-                print(f"{shown}\n\n{table}\n", flush=True)
-                return self._finish(self._train(state))
 
     def check_latest_checkpoint(self) -> None:
         """Refuses a finished run whose checkpoints are another run's; one without any passes."""
@@ -315,53 +302,8 @@ class _Run:
                 fingerprint = self.dataset.manifest.fingerprint
                 self.directory.check_checkpoint(meta, self.config, fingerprint)
 
-    def _record_start(self, changes: list[dict[str, Any]]) -> str:
-        """Writes what this start runs on, and takes the mark of a finished run away.
-
-        Returns:
-            The routing table that parameters.txt holds.
-        """
-        fingerprint = self.dataset.manifest.fingerprint
-        summary = self.directory.read_summary()
-        if summary is not None:  # first: it is the mark of a run with the config of now
-            self.directory.set_summary_aside(summary["step"])
-        self.directory.record_config(self.config, fingerprint, changes)
-        self.directory.write_environment(fingerprint)
-        if self.origin is not None:
-            self.directory.record_init_from(self.origin.name, self.origin.params_sha256)
-        routes = optimizer.routing_table(model.parameter_shapes(self.config.model), self.config)
-        table = optimizer.format_routing_table(routes)
-        self.directory.write_parameters(table)
-        return table
-
-    def _restore(
-        self, restore_step: int | None, changes: list[dict[str, Any]]
-    ) -> checkpoint.Restored | None:
-        """The checkpoint to resume from, verified; None where there is none. Changes nothing."""
-        steps = self.checkpoints.steps()
-        if self.origin is not None:
-            self.directory.check_init_from(self.origin.params_sha256, bool(steps))
-        if restore_step is not None and restore_step not in steps:
-            raise errors.UsageError(
-                f"--restore_step: {self.directory} has no checkpoint of step {restore_step}. "
-                f"It has {steps}."
-            )
-        if not steps:
-            return None
-        step = steps[-1] if restore_step is None else restore_step
-        shapes = train_step.state_shapes(self.config, self.transformation)
-        meta = self.checkpoints.meta(step)
-        self.directory.check_checkpoint(
-            meta, self.config, self.dataset.manifest.fingerprint, changes
-        )
-        pipeline.check_fingerprint(meta["data_order"], self.data_order)
-        self.directory.check_record(meta)
-        return self.checkpoints.restore(step, shapes.params, shapes.opt_state)
-
     def _start(self) -> train_step.TrainState:
-        if processes.is_first():
-            self.writer = writers.create_run_writer(self.directory.path, resume_step=-1)
-            self.writer.write_hparams(flatten(self.config.to_dict()))
+        self.recorder.start()
         if self.origin is not None:
             return train_step.state_of(
                 self.origin.params, self.config, self.transformation, self.mesh
@@ -374,8 +316,7 @@ class _Run:
         step = restored.meta["step"]
         self.earlier_seconds = restored.meta["wall_seconds"]
         self.saved.add(step)
-        if processes.is_first():
-            self._resume_files(step)
+        self.recorder.resume(step)
         shapes = train_step.state_shapes(self.config, self.transformation)
         params = processes.arrays_from_first(restored.params, shapes.params)
         opt_state = processes.arrays_from_first(restored.opt_state, shapes.opt_state)
@@ -383,25 +324,10 @@ class _Run:
         placed = train_step.state_shardings(self.config, self.transformation, self.mesh)
         return jax.device_put(state, placed)
 
-    def _resume_files(self, step: int) -> None:
-        """Removes what follows the step, and reads what the run has measured up to it."""
-        aside = self.checkpoints.set_aside_after(step)
-        if aside:
-            print(
-                f"set aside  {', '.join(aside)} in {self.directory.checkpoints}; leave "
-                "--restore_step out of the next command, or it starts here again",
-                flush=True,
-            )
-        self.writer = writers.create_run_writer(self.directory.path, resume_step=step)
-        for row in self.directory.read_metrics():
-            self.latest.update(row)
-            self.progress.remember_loss(row.get("train/loss"))
-        self.directory.drop_evaluations_after(step)
-
     def _train(self, state: train_step.TrainState) -> train_step.TrainState:
         """Runs the steps that are left."""
         start = int(state.step)
-        row = processes.from_first(lambda: self.writer.last_row())
+        row = processes.from_first(self.recorder.last_row)
         if row is None or row["step"] != start:  # a new run, or metrics.jsonl has lost rows
             row = {"step": start, "tokens": start * self.config.train.tokens_per_step}
         self._settle(state, start, row)
@@ -413,7 +339,7 @@ class _Run:
             self.progress.restart_clock(start)
             try:
                 for step in range(start + 1, self.config.train.num_steps + 1):
-                    self._profile(step)
+                    self.recorder.profile(step)
                     waiting = time.monotonic()
                     batch = next(batches)
                     data_wait = time.monotonic() - waiting
@@ -423,7 +349,7 @@ class _Run:
                     params, rows = self.hooks.apply(state.params, measured, state.finite)
                     state = state._replace(params=params)
                     if pending is not None:  # one step late, so that the device never waits
-                        self._write(self._read(pending))
+                        self.recorder.write(self._read(pending))
                     pending = _Pending(step, metrics, rows, batch, data_wait)
                     if self._is_stopping() or self._is_boundary(step):
                         row, pending = self._read(pending), None
@@ -431,7 +357,7 @@ class _Run:
             except _NonFiniteStep as bad:
                 self._record_divergence(state, bad)
             finally:
-                self._end_profile()
+                self.recorder.end_profile()
         return state
 
     def _compile_step(self, state: train_step.TrainState) -> jax.stages.Compiled:
@@ -439,27 +365,9 @@ class _Run:
         started = time.monotonic()
         program = resources.compile_step(self.train_step, self.config, state, self.mesh)
         seconds = time.monotonic() - started
-        if processes.is_first():
-            print(f"compiled   in {seconds:.1f} s: {resources.program_cost(program)}", flush=True)
+        self.recorder.show(f"compiled   in {seconds:.1f} s: {resources.program_cost(program)}")
         processes.meet()  # a collective may not wait for as long as another process compiles
         return program
-
-    def _profile(self, step: int) -> None:
-        """Starts the trace before its first update, and ends it before the one after its last."""
-        if not self.config.profile.steps or not processes.is_first():
-            return
-        first, last = self.config.profile.steps
-        if step == first:
-            jax.profiler.start_trace(self.directory.profile)
-            self.profiling = True
-        elif step == last + 1:
-            self._end_profile()
-
-    def _end_profile(self) -> None:
-        if self.profiling:
-            self.profiling = False
-            jax.profiler.stop_trace()
-            print(f"profile    {self.directory.profile}", flush=True)
 
     def _open_loader(self, start: int) -> pipeline.TrainLoader:
         return pipeline.TrainLoader(
@@ -486,10 +394,8 @@ class _Run:
             measured = self._measure(state.params, self.config.eval.tokens)
             if measured is not None:
                 row = {**row, **measured.metrics}
-                if processes.is_first():
-                    self.directory.write_evaluation(step, measured.spectra, measured.validation)
-                    self.progress.show_evaluation(step, row)
-        self._write(row)
+                self.recorder.write_evaluation(step, measured, row)
+        self.recorder.write(row)
         if self._is_stopping() or step in self.config.checkpoint.steps:
             self._save(state, step)
         if self._is_stopping():  # asked again: the signal may have come during the save
@@ -514,8 +420,7 @@ class _Run:
 
     def _wait_for_checkpoints(self) -> None:
         """Returns, in all processes, when process 0 has them on the disk."""
-        if processes.is_first():
-            self.checkpoints.wait()
+        self.recorder.wait()
         processes.meet()
 
     def _measure(self, params: model.Params, tokens: int) -> evaluation.Evaluation | None:
@@ -550,18 +455,11 @@ class _Run:
             **self.progress.rates(pending.step, pending.data_wait),
         }
         if not metrics.finite:
-            self._write(row)
+            self.recorder.write(row)
             names = checkpoint.leaf_names(model.parameter_shapes(self.config.model))
             raise _NonFiniteStep(pending, _first_not_finite(metrics, names))
-        if processes.is_first():
-            self.progress.watch_loss(pending.step, float(metrics.loss))
-            self.progress.show_step(pending.step, row)
+        self.recorder.show_step(pending.step, row)
         return row
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if processes.is_first():
-            self.writer.write_row(row)
-            self.latest.update(row)
 
     def _save(self, state: train_step.TrainState, step: int) -> None:
         """Checkpoints a step unless it is there; everything written before it is on disk first."""
@@ -571,21 +469,7 @@ class _Run:
         params, opt_state = state.params, state.opt_state
         if processes.count() > 1:
             params, opt_state = processes.whole((params, opt_state))
-        if not processes.is_first():
-            return
-        self.writer.flush()
-        self.checkpoints.save(
-            step,
-            params,
-            opt_state,
-            {
-                "config": self.config.to_dict(),
-                "dataset_fingerprint": self.dataset.manifest.fingerprint,
-                "data_order": self.data_order,
-                "wall_seconds": self._wall_seconds(),
-                "record": self.directory.record_up_to(step),
-            },
-        )
+        self.recorder.save(step, params, opt_state, self._wall_seconds())
 
     def _wall_seconds(self) -> float:
         return self.earlier_seconds + time.monotonic() - self.started
@@ -613,35 +497,14 @@ class _Run:
             if measured is None:
                 self._stop("in the final pass; training is complete and saved")
                 raise AssertionError("_stop raises")
-            if processes.is_first():
-                self.directory.write_evaluation(FINAL, measured.spectra, measured.validation)
-                self.progress.show_evaluation(step, measured.metrics)
-                self.latest |= {final_name(name): v for name, v in measured.metrics.items()}
-        if processes.is_first():
-            self.writer.flush()
+            self.recorder.write_final(step, measured)
+        self.recorder.flush()
         summary = self._write_summary(step, diverged_step=None)
-        if processes.is_first():
-            print(f"done       {self.directory.summary}", flush=True)
+        self.recorder.show(f"done       {self.directory.summary}")
         return summary
 
     def _write_summary(self, step: int, diverged_step: int | None) -> dict[str, Any]:
         """Marks the run as finished; every process returns with the summary when it is written."""
-        return processes.from_first(lambda: self._summarise(step, diverged_step))
-
-    def _summarise(self, step: int, diverged_step: int | None) -> dict[str, Any]:
-        passes = dataset_lib.passes_over_data(self.config, self.dataset.manifest, step)
-        summary = {
-            **self.latest,
-            "arm": self.config.arm,
-            "seed": self.config.seed,
-            "step": step,
-            "tokens": step * self.config.train.tokens_per_step,
-            "epochs": passes,
-            "params_sha256": self.checkpoints.meta(step)["params_sha256"],
-            "diverged": diverged_step is not None,
-            "diverged_step": diverged_step,
-            "wall_seconds": self._wall_seconds(),
-        }
-        summary = files.plain(summary)
-        self.directory.write_summary(summary)
-        return summary
+        return processes.from_first(
+            lambda: self.recorder.summarise(step, diverged_step, self._wall_seconds())
+        )
