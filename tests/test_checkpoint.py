@@ -332,6 +332,26 @@ def test_checkpoint_without_an_item_does_not_count(item, copied, caplog):
 
 
 @pytest.mark.parametrize(
+    ("later", "keep_all", "stays"),
+    [
+        ((9,), False, True),  # the run would have kept 7 beside it
+        ((9, 11), False, False),
+        ((9, 11), True, True),  # every step is wanted, also what is left of this one
+        ((7,), True, False),  # the same step again
+    ],
+)
+def test_what_was_set_aside_as_incomplete_goes_when_nothing_is_lost(copied, later, keep_all, stays):
+    shutil.rmtree(copied / "7" / "opt_state")
+    s = state(7)
+    with contextlib.closing(checkpoint.Checkpoints(copied, keep_all=keep_all)) as writer:
+        assert (copied / "incomplete-7-1").is_dir()
+        for step in later:
+            writer.save(step, s.params, s.opt_state, {})
+        writer.wait()
+    assert (copied / "incomplete-7-1").is_dir() == stays
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (

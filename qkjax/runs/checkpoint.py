@@ -13,6 +13,7 @@ import json
 import logging as std_logging
 import os
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ from qkjax import errors, files
 FORMAT_VERSION = 2  # 2 has meta_sha256
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's own, of a step
 _ITEMS = ("params", "opt_state", "meta")
+_INCOMPLETE = re.compile(r"incomplete-(\d+)-\d+")  # a name that `_set_aside` gives
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of directories that Orbax is writing
 
 
@@ -103,6 +105,7 @@ class Checkpoints:
             StorageError: the directory cannot be made or read.
         """
         self._directory = pathlib.Path(directory).absolute()
+        self._keep_all, self._read_only = keep_all, read_only
         self._num_bytes = 0  # of the checkpoint that was saved last
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._started: concurrent.futures.Future[None] | None = None  # what it does
@@ -113,6 +116,7 @@ class Checkpoints:
         if not read_only:
             self._remove_temporary()
             self._set_incomplete_aside()
+            self._delete_superseded()
             _quieten()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=(checkpoint_managers.LatestN(None) if keep_all else policy),
@@ -165,18 +169,32 @@ class Checkpoints:
     def _set_incomplete_aside(self) -> None:
         """Orbax would count an empty step directory as the latest checkpoint.
 
-        One older than two valid ones is what a killed deletion left, and is deleted.
+        One that the run would have deleted is what a kill has left of that, and is deleted.
         """
         sound = self.steps()
         for path in self._step_directories():
             if _is_complete(path):
                 continue
-            if 0 < int(path.name) < min(sound[-2:], default=0) and len(sound) > 1:
+            if self._is_superseded(int(path.name), sound):
                 logging.warning("%s: the rest of an interrupted deletion is deleted", path)
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 aside = _set_aside(path, "incomplete")
                 logging.warning("%s: an incomplete checkpoint, moved to %s", path, aside.name)
+
+    def _is_superseded(self, step: int, sound: list[int]) -> bool:
+        """Whether the run has this step again, or would have deleted it if it were complete."""
+        behind = len(sound) > 1 and 0 < step < sound[-2]
+        return step in sound or (behind and not self._keep_all)
+
+    def _delete_superseded(self) -> None:
+        """Deletes what was set aside as incomplete, once nothing is lost with it."""
+        sound = self.steps()
+        for path in self._directory.glob("incomplete-*-*"):
+            match = _INCOMPLETE.fullmatch(path.name)
+            if match and not path.is_symlink() and self._is_superseded(int(match[1]), sound):
+                logging.warning("%s: superseded by a complete checkpoint, deleted", path)
+                shutil.rmtree(path, ignore_errors=True)
 
     def _step_directories(self) -> list[pathlib.Path]:
         if not self._directory.is_dir():
@@ -266,6 +284,8 @@ class Checkpoints:
             self._thread.shutdown()
             with self._storage_errors():
                 self._manager.close()
+            if not self._read_only:
+                self._delete_superseded()
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON record of a step: digests and what `save` was given, such as the config.
