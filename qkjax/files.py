@@ -20,7 +20,7 @@ import socket
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -83,12 +83,14 @@ def damaged(path: str | os.PathLike[str], what: str, fix: str) -> errors.UsageEr
 # Writing.
 
 
-def replace(path: str | os.PathLike[str], data: bytes) -> None:
+def replace(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> None:
     """Replaces a file as a whole, and its directory where that is missing.
 
     The new bytes are on the disk before they take the name. The temporary file has a name of its
     own and is no link. It goes when the write fails; `remove_temporary` removes what kills left.
 
+    Args:
+        data: the bytes, or blocks of them; what their source raises is raised here.
     Raises:
         StorageError: the disk is full or fails; the old file stays.
     """
@@ -99,7 +101,7 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes) else data)
                 sync(file)
             os.replace(temporary, target)
         except BaseException:

@@ -96,7 +96,14 @@ _JOIN_SECONDS = flags.DEFINE_integer(
 
 def main() -> None:
     """Checks the command line, then trains; ends the process."""
-    command_line.run(_train, FLAGS, __doc__, parse=config_flag.parse, exit_at_once=True)
+    command_line.run(
+        _train,
+        FLAGS,
+        __doc__,
+        parse=config_flag.parse,
+        buckets=["config.data.dir"],
+        exit_at_once=True,
+    )
 
 
 def _train() -> None:

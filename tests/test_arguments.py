@@ -44,6 +44,11 @@ def test_a_tilde_is_the_home_folder_wherever_a_value_begins(given, expected, hom
     assert found == ["~/qkjax", *(text.replace("{home}", str(home)) for text in expected)]
 
 
+@pytest.mark.parametrize("given", [["--out=gs://b/x"], ["--out", "s3://b/x"], ["s3://b/x"]])
+def test_a_bucket_passes_where_the_command_serves_it(given):
+    assert arguments.check(["qkjax", *given], buckets=["out", ""]) == ["qkjax", *given]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -57,15 +62,23 @@ def test_a_tilde_is_the_home_folder_wherever_a_value_begins(given, expected, hom
         (["--prompt=caf\udce9"], r"--prompt: caf\xe9 holds bytes that are not UTF-8."),
         (["--prompt=\x07"], r"--prompt: \x07 holds a control character."),
         (["--config.data.dir=x\r"], r"--config.data.dir: x\r ends with"),
-        (["--workdir=gs://b/run"], "--workdir: gs://b/run is in a bucket, expected a local path"),
-        (["--config.data.dir", "s3://b/d"], "--config.data.dir: s3://b/d is in a bucket"),
+        (
+            ["--workdir=gs://b/run"],
+            "--workdir: gs://b/run is in a bucket, expected a local path: a",
+        ),
+        (
+            ["--config.d.dir", "s3://b/d"],
+            "--config.d.dir: s3://b/d is in a bucket, expected a local",
+        ),
+        (["--out=az://b/run"], "--out: az://b/run is in a bucket, expected one at gs:// or s3://."),
+        (["--out=x,s3://b/run"], "--out: x,s3://b/run is in a bucket, expected one at gs://"),
         (["--source=jsonl:S3://b/*.jsonl"], "--source: jsonl:S3://b/*.jsonl is in a bucket"),
         (["gs://b/run"], "argument: gs://b/run is in a bucket"),
     ],
 )
 def test_what_no_path_should_hold_is_refused_in_one_printable_line(given, message):
     with pytest.raises(errors.UsageError) as caught:
-        arguments.check(["qkjax", *given], texts=["prompt"])
+        arguments.check(["qkjax", *given], texts=["prompt"], buckets=["out"])
     assert str(caught.value).startswith(message)
     assert str(caught.value).isprintable()
 

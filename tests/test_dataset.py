@@ -90,13 +90,13 @@ def test_more_than_four_passes_need_max_epochs(made):
     dataset_lib.open_dataset(small_run.make_config(made, data__max_epochs=5, **fields))
 
 
-def test_a_bucket_is_refused_before_anything_is_written(made, tmp_path, monkeypatch):
+def test_other_remote_paths_are_refused_before_anything_is_written(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     request = prepare.Request(sources=("docstrings",), tokenizer="train:300")
-    with pytest.raises(errors.UsageError, match=r"--out: gs://bucket/x is a remote path"):
-        prepare.prepare(request, "gs://bucket/x")
-    with pytest.raises(errors.UsageError, match=r"data\.dir: s3://bucket/x is a remote path"):
-        dataset_lib.open_dataset(small_run.make_config("s3://bucket/x"))
+    with pytest.raises(errors.UsageError, match=r"--out: az://bucket/x is a remote path"):
+        prepare.prepare(request, "az://bucket/x")
+    with pytest.raises(errors.UsageError, match=r"data\.dir: http://x/y is a remote path"):
+        dataset_lib.open_dataset(small_run.make_config("http://x/y"))
     assert not list(tmp_path.iterdir())
 
 

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # from rooms left of it in its own row; inside a wing there is no circle.
 STREET = (
     "errors muon attention losses",
-    "files presets sharding processes chips",
+    "files buckets presets sharding processes chips",
     "config",
     "model optimizer flops audit cli data __init__",
     "measures after_update train_step",

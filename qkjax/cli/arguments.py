@@ -13,10 +13,13 @@ _KIND = re.compile(r"[a-z]+:(?=~)")  # of a source, as in jsonl:~/texts/*.jsonl
 # Control characters, halves of characters (bytes that are not UTF-8), separators of lines.
 _REFUSED = ("Cc", "Cs", "Zl", "Zp")
 _BUCKET = re.compile(r"(?:^|[:,'\"(])(?:gs|gcs|s3|s3a|r2|az|abfss?|hdfs)://", re.IGNORECASE)
+_SERVED = re.compile("(gs|s3)://")  # as `qkjax.buckets` takes them
 _LINE_BREAKS = "\n\t\r"
 
 
-def check(argv: Sequence[str], texts: Collection[str] = ()) -> list[str]:
+def check(
+    argv: Sequence[str], texts: Collection[str] = (), buckets: Collection[str] = ()
+) -> list[str]:
     """The arguments with every leading ~ expanded, also after a flag's =.
 
     A shell expands ~ at the start of a word alone: --out=~/data would make a folder called ~.
@@ -24,16 +27,19 @@ def check(argv: Sequence[str], texts: Collection[str] = ()) -> list[str]:
     Args:
         argv: argv[0] is left as it is.
         texts: flags whose value is text: it may hold line breaks, and a ~ in it stays.
+        buckets: flags whose path may be at gs:// or s3://; "" stands for the positionals.
     Raises:
         UsageError: control characters, as the carriage return at the end of a line of a script
-            that was written on Windows; a path in a bucket (gs://, s3://); bytes that are not
-            UTF-8; or other letters than ASCII where the locale is not UTF-8, so that Python
+            that was written on Windows; a path in a bucket (gs://, s3://) elsewhere; bytes not
+            of UTF-8; or other letters than ASCII where the locale is not UTF-8, so that Python
             misreads them.
     """
-    return [*argv[:1], *_checked(argv[1:], texts)]
+    return [*argv[:1], *_checked(argv[1:], texts, buckets)]
 
 
-def _checked(arguments: Sequence[str], texts: Collection[str]) -> Iterator[str]:
+def _checked(
+    arguments: Sequence[str], texts: Collection[str], buckets: Collection[str]
+) -> Iterator[str]:
     flag = ""  # that the argument before named without a value
     for argument in arguments:
         match = _FLAG.match(argument)
@@ -49,11 +55,9 @@ def _checked(arguments: Sequence[str], texts: Collection[str]) -> Iterator[str]:
             ):
                 raise errors.UsageError(_refusal(f"--{name}" if name else "argument", value))
         if not is_text and _BUCKET.search(value):
-            raise errors.UsageError(
-                f"{f'--{name}' if name else 'argument'}: {value} is in a bucket, expected a local "
-                "path: shards, locks and appended rows need a file system. Mount the bucket, or "
-                "copy the directory as it is, before and after; docs/scaling.md has more."
-            )
+            may_be_there = name in buckets
+            if not (may_be_there and _SERVED.match(value)):
+                raise errors.UsageError(_in_a_bucket(name, value, may_be_there))
         flag = "" if match or not argument.startswith("-") else argument.lstrip("-")
         yield argument if is_text else argument[:start] + _expanded(value)
 
@@ -62,6 +66,23 @@ def _expanded(value: str) -> str:
     kind = _KIND.match(value)
     start = kind.end() if kind else 0
     return value[:start] + os.path.expanduser(value[start:])
+
+
+def _in_a_bucket(name: str, value: str, may_be_there: bool) -> str:
+    where = f"--{name}" if name else "argument"
+    if may_be_there:
+        return f"{where}: {value} is in a bucket, expected one at gs:// or s3://. Write it so."
+    if name == "workdir":
+        return (
+            f"{where}: {value} is in a bucket, expected a local path: a run and a study hold "
+            "locks and append rows, and a bucket has neither. Use a local directory and copy it "
+            "there when it is finished; docs/scaling.md has the commands."
+        )
+    return (
+        f"{where}: {value} is in a bucket, expected a local path: only datasets (data.dir) and "
+        "what prepare and export make (--out) may be there. Copy it here first; docs/scaling.md "
+        "has the commands."
+    )
 
 
 def _misread(where: str, value: str) -> str:

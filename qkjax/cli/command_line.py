@@ -34,6 +34,7 @@ def run(
     parse: Callable[[flags.FlagValues, list[str]], list[str]] = flags.FlagValues.__call__,
     positionals: Sequence[str] = (),
     texts: Collection[str] = (),
+    buckets: Collection[str] = (),
     exit_at_once: bool = False,
 ) -> None:
     """Prepares the process, parses sys.argv, calls `work`, exits with its code (None counts as 0).
@@ -48,6 +49,7 @@ def run(
         positionals: names of the arguments without --name= that the command needs; `work` is
             called with their values. A last name that ends in "..." takes one or more.
         texts: flags whose value is text, and no path or name.
+        buckets: flags whose path may be at gs:// or s3://; "" stands for the positionals.
         exit_at_once: leave without waiting for threads; a failed Orbax save would keep the
             process for five minutes.
     """
@@ -56,7 +58,7 @@ def run(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not if a notebook replaces it
             stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
-    command = _Command(work, values, doc or "", parse, positionals, texts)
+    command = _Command(work, values, doc or "", parse, positionals, texts, buckets)
     if not exit_at_once:
         sys.exit(command.run())
     code = 1
@@ -81,9 +83,10 @@ class _Command:
         parse: Callable[[flags.FlagValues, list[str]], list[str]],
         positionals: Sequence[str],
         texts: Collection[str],
+        buckets: Collection[str],
     ) -> None:
         self.work, self.values, self.parse = work, values, parse
-        self.positionals, self.texts = positionals, texts
+        self.positionals, self.texts, self.buckets = positionals, texts, buckets
         self.debug = flags.DEFINE_bool(
             "debug", False, "Show the traceback of an error.", flag_values=values
         )
@@ -98,7 +101,7 @@ class _Command:
         if any(argument in _HELP for argument in sys.argv[1:]):
             print(self.help, flush=True)
             return 0
-        sys.argv = arguments.check(sys.argv, self.texts)
+        sys.argv = arguments.check(sys.argv, self.texts, self.buckets)
         positionals = self.parse(self.values, sys.argv)[1:]
         flags.FLAGS.mark_as_parsed()  # absl's logging looks there
         self._check_number(positionals)

@@ -1,6 +1,6 @@
 """Checks a dataset: digests, records, token ids, and that no validation document is trained on.
 
-qkjax check DIR
+qkjax check DIR               # or gs://BUCKET/FOLDER, s3://BUCKET/FOLDER
 qkjax check --sources DIR     # also that its source files are unchanged
 """
 
@@ -19,14 +19,15 @@ _SOURCES = flags.DEFINE_bool(
 
 def main() -> None:
     """Reads the command line and does the work; ends the process."""
-    command_line.run(_check, FLAGS, __doc__, positionals=["DIR"])
+    command_line.run(_check, FLAGS, __doc__, positionals=["DIR"], buckets=[""])
 
 
 def _check(directory: str) -> None:
-    from qkjax.data import check
+    from qkjax.data import check, mirror
 
-    print(check.summary(check.check(directory)))
+    folder = mirror.local_directory("DIR", directory)
+    print(check.summary(check.check(folder)))
     if _SOURCES.value:
-        for line in check.check_sources(directory):
+        for line in check.check_sources(folder):
             print(f"  {line}")
         print("  sources: hashed again, unchanged since the dataset was made")

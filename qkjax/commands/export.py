@@ -21,7 +21,10 @@ _STEP = flags.DEFINE_integer(
     "step", None, "Step of the checkpoint. Default: the latest.", flag_values=FLAGS
 )
 _OUT = flags.DEFINE_string(
-    "out", None, "The directory to create; it must not exist.", flag_values=FLAGS
+    "out",
+    None,
+    "The directory to create, here or at gs:// or s3://; it must not exist.",
+    flag_values=FLAGS,
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Type of the stored tensors.", flag_values=FLAGS
@@ -43,7 +46,7 @@ _DATA_DIR = flags.DEFINE_string(
 
 def main() -> None:
     """Reads the command line and does the work; ends the process."""
-    command_line.run(_export, FLAGS, __doc__)
+    command_line.run(_export, FLAGS, __doc__, buckets=["out", "data_dir"])
 
 
 def _export() -> None:
@@ -54,6 +57,7 @@ def _export() -> None:
 
     startup.check_memory_limit()
 
+    from qkjax import buckets
     from qkjax.export import directory  # jax and all
 
     request = directory.Request(
@@ -64,4 +68,8 @@ def _export() -> None:
         data_dir=_DATA_DIR.value,
         verify_sequences=_VERIFY_SEQUENCES.value if _VERIFY.value else 0,
     )
-    directory.export(request, report=functools.partial(print, flush=True))
+    report = functools.partial(print, flush=True)
+    if buckets.is_address(_OUT.value):
+        directory.export_to_bucket(request, _OUT.value, report)
+    else:
+        directory.export(request, report)

@@ -42,7 +42,7 @@ _DATA_DIR = flags.DEFINE_string(
 
 def main() -> None:
     """Reads the command line and does the work; ends the process."""
-    command_line.run(_generate, FLAGS, __doc__, texts=["prompt"])
+    command_line.run(_generate, FLAGS, __doc__, texts=["prompt"], buckets=["data_dir"])
 
 
 def _generate() -> None:

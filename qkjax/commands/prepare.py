@@ -40,7 +40,12 @@ _TOKENIZER = flags.DEFINE_string(
     "train:SIZE (byte-level BPE on the training documents), a tokenizer.json, or hf:NAME.",
     flag_values=FLAGS,
 )
-_OUT = flags.DEFINE_string("out", "", "Directory to create; new or empty.", flag_values=FLAGS)
+_OUT = flags.DEFINE_string(
+    "out",
+    "",
+    "Directory to create, here or at gs:// or s3://; new or empty.",
+    flag_values=FLAGS,
+)
 _SEQUENCE_LENGTH = flags.DEFINE_integer(
     "sequence_length", 2048, "Predicted tokens of a record.", flag_values=FLAGS
 )
@@ -87,7 +92,7 @@ _WORKERS = flags.DEFINE_integer(
 
 def main() -> None:
     """Reads the command line and does the work; ends the process."""
-    command_line.run(_prepare, FLAGS, __doc__)
+    command_line.run(_prepare, FLAGS, __doc__, buckets=["out"])
 
 
 def _prepare() -> None:

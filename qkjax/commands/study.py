@@ -86,7 +86,7 @@ _PRINT_COMMANDS = flags.DEFINE_bool(
 
 def main() -> None:
     """Reads the command line and does the work; ends the process."""
-    command_line.run(_study, FLAGS, __doc__, parse=config_flag.parse)
+    command_line.run(_study, FLAGS, __doc__, parse=config_flag.parse, buckets=["config.data_dir"])
 
 
 def _costs(study: plan.Plan, workdir: pathlib.Path | None) -> str:

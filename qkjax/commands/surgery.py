@@ -77,7 +77,7 @@ _DATA_DIR = flags.DEFINE_string(
 
 def main() -> None:
     """Reads the command line and does the work; ends the process."""
-    command_line.run(_measure, FLAGS, __doc__)
+    command_line.run(_measure, FLAGS, __doc__, buckets=["data_dir"])
 
 
 def _measure() -> None:

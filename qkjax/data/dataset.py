@@ -10,7 +10,7 @@ from qkjax import errors
 from qkjax.cli import places
 from qkjax.config import Config
 from qkjax.data import manifest as manifest_lib
-from qkjax.data import prepare, request, staging
+from qkjax.data import mirror, prepare, request
 
 EMBEDDED_SCALES = ("tiny", "small")  # need no data.dir
 # The version stands for what `prepare_embedded` makes; raise it with any change of that.
@@ -57,8 +57,7 @@ def open_dataset(config: Config, trained_on: str = "") -> Dataset:
     """
     require_directory(config)
     if config.data.dir:
-        staging.require_local("data.dir", config.data.dir)
-        directory = pathlib.Path(config.data.dir)
+        directory = mirror.local_directory("data.dir", config.data.dir)
     else:
         directory = embedded_of_fingerprint(trained_on) or prepare.prepare_embedded(
             embedded_directory(config.model.vocab_size, config.data.end_of_text),
@@ -66,7 +65,10 @@ def open_dataset(config: Config, trained_on: str = "") -> Dataset:
             end_of_text=config.data.end_of_text,
         )
     manifest = manifest_lib.load(directory)
-    foreign = manifest_lib.verify_digests(manifest, directory, tables=False)
+    try:
+        foreign = manifest_lib.verify_digests(manifest, directory, tables=False)
+    except errors.UsageError as error:
+        raise mirror.explained(error, config.data.dir, directory) from error
     if foreign:
         logging.warning("%s: not in dataset.json, so not read: %s", directory, ", ".join(foreign))
     where = directory / "dataset.json"

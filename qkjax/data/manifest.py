@@ -16,7 +16,7 @@ FILE_NAME = "dataset.json"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 ITEM_BYTES = {"uint16": 2, "uint32": 4}
-_REBUILD = "Rebuild it with `qkjax prepare` into a new directory."
+REBUILD = "Rebuild it with `qkjax prepare` into a new directory."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,14 @@ class Manifest:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @property
+    def digests(self) -> dict[str, str]:
+        """sha256 hex of every file but dataset.json, by name."""
+        found = {self.tokenizer.file: self.tokenizer.sha256}
+        found |= {record.file: record.sha256 for record in self.documents.values()}
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        return found | {shard.file: shard.sha256 for shard in shards}
+
+    @property
     def record_bytes(self) -> int:
         """Bytes of one record: T+1 ids."""
         return (self.sequence_length + 1) * ITEM_BYTES[self.dtype]
@@ -104,12 +112,30 @@ def load(directory: str | pathlib.Path) -> Manifest:
             itself; the message names the file and how to rebuild it.
     """
     path = pathlib.Path(directory) / FILE_NAME
-    content = files.read_object(path, _REBUILD)
+    content = files.read_object(path, REBUILD)
     if content is None:
         raise errors.UsageError(
-            f"{path}: missing, so {path.parent} is not a finished dataset. {_REBUILD}"
+            f"{path}: missing, so {path.parent} is not a finished dataset. {REBUILD}"
         )
-    reader = _Reader(path)
+    return _checked(content, str(path))
+
+
+def parse(data: bytes, where: str) -> Manifest:
+    """As `load`, of the bytes of a dataset.json that lies elsewhere.
+
+    Args:
+        where: its address, for messages.
+    Raises:
+        UsageError: as `load`.
+    """
+    content = files.parse_json(data, where, REBUILD)
+    if not isinstance(content, dict):
+        raise files.damaged(where, "it is not a JSON object", REBUILD)
+    return _checked(content, where)
+
+
+def _checked(content: dict[str, Any], where: str) -> Manifest:
+    reader = _Reader(where)
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise reader.error(f"format_version: expected {FORMAT_VERSION}, found {version}")
@@ -157,7 +183,7 @@ def verify_files(manifest: Manifest, directory: str | pathlib.Path) -> list[str]
             problem = "truncated" if size < shard.num_bytes else "too long"
             raise errors.UsageError(
                 f"{folder / shard.file}: {problem}, expected {shard.num_bytes} bytes, "
-                f"found {size}. {_REBUILD}"
+                f"found {size}. {REBUILD}"
             )
     listed = {shard.file for shard in shards}
     return sorted(p.name for p in folder.glob("*.array_record") if p.name not in listed)
@@ -198,10 +224,10 @@ def _compare(folder: pathlib.Path, expected: dict[str, str]) -> None:
     for name, digest in expected.items():
         path = folder / name
         if not path.is_file():
-            raise errors.UsageError(f"{path}: missing. {_REBUILD}")
+            raise errors.UsageError(f"{path}: missing. {REBUILD}")
         found = files.sha256(path)
         if found != digest:
-            raise errors.UsageError(f"{path}: expected sha256 {digest}, found {found}. {_REBUILD}")
+            raise errors.UsageError(f"{path}: expected sha256 {digest}, found {found}. {REBUILD}")
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:
@@ -211,11 +237,11 @@ def _as_json(manifest: Manifest) -> dict[str, Any]:
 class _Reader:
     """Turns the parsed JSON into a Manifest; every complaint names the file and the field."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self._path = path
+    def __init__(self, where: str) -> None:
+        self._where = where
 
     def error(self, problem: str) -> errors.UsageError:
-        return errors.UsageError(f"{self._path}: {problem}. {_REBUILD}")
+        return errors.UsageError(f"{self._where}: {problem}. {REBUILD}")
 
     def manifest(self, content: dict[str, Any]) -> Manifest:
         splits = self._get(content, "splits", dict)

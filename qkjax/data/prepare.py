@@ -1,11 +1,13 @@
 """Text to a dataset directory: whole-document hold-out, tokens, shards, manifest."""
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
 
-from qkjax import errors
-from qkjax.data import check, sources, staging
+from qkjax import buckets, errors
+from qkjax.cli import places
+from qkjax.data import check, mirror, shards, sources, staging
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.data.job import Job
@@ -22,7 +24,8 @@ def prepare(
 ) -> manifest_lib.Manifest:
     """Makes the dataset that `request` describes in `directory`, or finds it there finished.
 
-    Interrupted, it resumes after the last finished shard when it is called again.
+    Interrupted, it resumes after the last finished shard when it is called again. For a bucket
+    (gs://, s3://) it is made in the user's cache and copied there, dataset.json last.
 
     Args:
         directory: new or empty; otherwise it must hold this very dataset.
@@ -32,10 +35,12 @@ def prepare(
     Returns: the manifest; a directory without its dataset.json is unfinished.
     Raises:
         UsageError: bad input, an unknown name, too little text, another dataset or foreign files in
-            `directory`.
-        StorageError: the disk failed.
+            `directory`; of a bucket also: there is none, or access is denied.
+        StorageError: the disk failed, or the bucket cannot be reached.
     """
-    staging.require_local("--out", directory)
+    if buckets.is_address(directory):
+        return _prepare_in_bucket(request, str(directory), workers, wait, progress)
+    mirror.require_local("--out", directory)
     folder = pathlib.Path(directory)
     opened = [
         sources.open_source(spec, max_bad_lines=request.max_bad_lines) for spec in request.sources
@@ -73,6 +78,53 @@ def prepare(
     _check_same_text(finished, folder, opened, progress)
     progress(f"{folder}: already complete, nothing to do")
     return finished
+
+
+def _prepare_in_bucket(
+    request: Request,
+    address: str,
+    workers: int,
+    wait: bool,
+    progress: Callable[[str], None],
+) -> manifest_lib.Manifest:
+    target = buckets.open_folder("--out", address)
+    key = hashlib.sha256(target.address.encode()).hexdigest()[:16]
+    local = places.cache() / "prepared" / key / target.address.rpartition("/")[2]
+    finished = target.read(manifest_lib.FILE_NAME)
+    if finished is None:
+        # Before hours of work, by their names; behind them, by the manifest.
+        _refuse_objects(target, [n for n in target.names() if not shards.FILE_NAMES.fullmatch(n)])
+    elif not _holds(local, finished):
+        local = mirror.local_directory("--out", address, progress)
+    try:
+        manifest = prepare(request, local, workers=workers, wait=wait, progress=progress)
+    except errors.UsageError as error:
+        if finished is None:
+            raise
+        raise errors.UsageError(str(error).replace(str(local), target.address)) from error
+    if finished is not None:
+        progress(f"{target.address}: already complete, nothing to do")
+        return manifest
+    manifest_lib.verify_digests(manifest, local)
+    _refuse_objects(target, sorted({*target.names()} - manifest.digests.keys()))
+    progress(f"{target.address}: copying {local} to it")
+    paths = [local / name for name in manifest.digests]
+    target.store(paths, local / manifest_lib.FILE_NAME, progress)
+    progress(f"{target.address}: complete; {local} is not needed any more")
+    return manifest
+
+
+def _holds(folder: pathlib.Path, content: bytes) -> bool:
+    path = folder / manifest_lib.FILE_NAME
+    return path.is_file() and path.read_bytes() == content
+
+
+def _refuse_objects(target: buckets.Folder, names: Sequence[str]) -> None:
+    if names:
+        raise errors.UsageError(
+            f"{target.address}: holds other objects ({', '.join(names[:5])}), expected a new or "
+            "empty folder. Name another --out; nothing was removed."
+        )
 
 
 def prepare_embedded(

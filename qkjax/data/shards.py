@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ RECORDS_PER_SHARD = 1024
 _POOL_THREADS = 64
 # Measured: a group of one makes a record readable alone, as the global shuffle needs.
 _WRITER_OPTIONS = "group_size:1"
+# What a dataset's files are called, dataset.json aside: as the code here and `job` names them.
+FILE_NAMES = re.compile(r"tokenizer\.json|documents-\w+\.npz|\w+-\d{5,}-of-\d{5,}\.array_record")
 _SHARD_NAME = "{split}-{index:05d}-of-{count:05d}.array_record"
 _ROW = np.dtype(
     [("hash64", "<u8"), ("first", "<i8"), ("length", "<i8"), ("end", "<i8"), ("source", "<u2")]

@@ -87,19 +87,6 @@ def locked(
             return
 
 
-def require_local(field: str, directory: str | pathlib.Path) -> None:
-    """Refuses a bucket: ArrayRecord reads and writes local files only.
-
-    Raises:
-        UsageError: the path is remote.
-    """
-    if "://" in str(directory):
-        raise errors.UsageError(
-            f"{field}: {directory} is a remote path, expected a local directory. Prepare and read "
-            "locally and copy the directory as it is; docs/data.md has the commands."
-        )
-
-
 def begin(directory: pathlib.Path) -> pathlib.Path:
     """The folder to work in, under the lock, with what an interrupted run left there.
 

@@ -5,13 +5,27 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable
 
-from qkjax import errors, files
+from qkjax import buckets, errors, files
 from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.export import card, hf, verify
 from qkjax.trained import trained_run
 from qkjax.trained.trained_run import TrainedRun
+
+# Of an export, as `write` names them.
+_FILES = frozenset(
+    {
+        hf.CONFIG_FILE,
+        "generation_config.json",
+        hf.RECORD_FILE,
+        hf.WEIGHTS_FILE,
+        tokenizer_lib.FILE_NAME,
+        "tokenizer_config.json",
+        "README.md",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +78,41 @@ def export(request: Request, report: Callable[[str], None] = print) -> None:
             "transformers and jax."
         )
     report("verified")
+
+
+def export_to_bucket(request: Request, address: str, report: Callable[[str], None] = print) -> None:
+    """As `export`, into a temporary directory that is then copied into a bucket, config.json last.
+
+    What an interrupted copy left there is overwritten; a finished export, or anything else, never.
+
+    Args:
+        request: its `out` is not used.
+        address: gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.
+    Raises:
+        UsageError: as `export`, and then nothing is copied; the folder is not empty; there is no
+            such bucket, or access is denied.
+        StorageError: the disk failed, or the bucket cannot be reached.
+    """
+    target = buckets.open_folder("--out", address)
+    names = target.names()
+    if hf.CONFIG_FILE in names or not _FILES.issuperset(names):
+        raise errors.UsageError(
+            f"--out: {target.address} already holds {', '.join(names[:5])}, and exports overwrite "
+            "nothing. Give a new folder, or remove this one."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder, "export")
+
+        def told(line: str) -> None:
+            report(line.replace(str(out), target.address))
+
+        try:
+            export(dataclasses.replace(request, out=out), told)
+        except errors.UsageError as error:
+            raise errors.UsageError(str(error).replace(str(out), target.address)) from error
+        last = out / hf.CONFIG_FILE
+        target.store([path for path in out.iterdir() if path != last], last, report)
+    report(f"{target.address}: copied")
 
 
 def write(run: TrainedRun, out: pathlib.Path, dtype: str = "float32") -> None:

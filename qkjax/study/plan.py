@@ -13,8 +13,8 @@ from typing import Any
 
 import ml_collections
 
+from qkjax import buckets, errors, files, presets
 from qkjax import config as config_lib
-from qkjax import errors, files, presets
 from qkjax.study import plan_arms, plan_config, questions
 from qkjax.study.plan_arms import Arm
 from qkjax.study.plan_config import StudyConfig
@@ -114,7 +114,7 @@ class Plan:
         short = step.kind in (SWEEP, EXTENSION)
         fields: dict[str, Any] = {"seed": step.seed}
         if study.data_dir:
-            fields["data.dir"] = str(pathlib.Path(study.data_dir).expanduser().absolute())
+            fields["data.dir"] = _absolute(study.data_dir)
         fields["train.tokens"] = study.sweep.tokens if short else study.tokens
         if short:  # only its end is read
             fields |= {"eval.at_tokens": (), "eval.every_tokens": 0}
@@ -254,6 +254,12 @@ def _steps(plan: Plan) -> Iterator[Step]:
             inputs=[study.surgery.tokens, ranks],
         )
     yield step("report", REPORT, needs=list(made))
+
+
+def _absolute(directory: str) -> str:
+    if buckets.is_address(directory):
+        return directory
+    return str(pathlib.Path(directory).expanduser().absolute())
 
 
 def _round(rate: float) -> float:

@@ -9,6 +9,7 @@ from qkjax import errors, model
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import manifest as manifest_lib
+from qkjax.data import mirror
 from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.runs import checkpoint
 from qkjax.runs.directory import RunDirectory
@@ -108,12 +109,14 @@ def _open_dataset(
     if not directory:
         # The embedded corpus, made where it is missing.
         return dataset_lib.open_dataset(config, trained_on)
-    if not pathlib.Path(directory, manifest_lib.FILE_NAME).is_file():
+    field = "data.dir" if data_dir is None else data_flag
+    place = mirror.local_directory(field, directory)
+    if not (place / manifest_lib.FILE_NAME).is_file():
         raise errors.UsageError(
             f"{directory}: no dataset.json there, expected the dataset of {workdir}. "
             f"If it was moved, give {data_flag}=DIR."
         )
-    return dataset_lib.Dataset(pathlib.Path(directory), manifest_lib.load(directory))
+    return dataset_lib.Dataset(place, manifest_lib.load(place))
 
 
 def _restore(
