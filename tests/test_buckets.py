@@ -513,13 +513,16 @@ class Line:
                     ).start()
 
     def _pass_on(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:
-        with contextlib.suppress(OSError), source, sink:
+        with contextlib.suppress(OSError):
             while block := source.recv(1 << 12):
                 if counted:
                     self.budget -= len(block)
                     if self.budget < 0:
-                        return
+                        break
                 sink.sendall(block)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 @needs_servers
