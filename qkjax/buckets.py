@@ -25,12 +25,13 @@ _BLOCK_BYTES = 16 << 20
 _COPIES = 8  # files at a time
 _RETRY = datetime.timedelta(seconds=30)  # of gs://, which else retries for 15 minutes
 _CONNECT_SECONDS = 10
-# How the two libraries say that nobody, or somebody else, is logged in; each seen.
+# How the two libraries say that the store refuses us, and that they found no credentials at all.
 _DENIED = re.compile(
     "ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|EXPIRED_?TOKEN"
-    "|HTTP status 40[013]|OAuth2 access token|PERMISSION_DENIED|UNAUTHENTICATED",
+    "|HTTP status 40[013]|PERMISSION_DENIED|UNAUTHENTICATED",
     re.IGNORECASE,
 )
+_NO_LOGIN = "Could not create a OAuth2 access token"
 _ABSENT = re.compile("NO_SUCH_BUCKET|NO_SUCH_KEY|NOT_FOUND|not found")
 _LOGIN = {
     "gs": "Log in (gcloud auth application-default login), or name a key file in "
@@ -40,7 +41,7 @@ _LOGIN = {
 
 
 class _Denied(errors.UsageError):
-    """The store answers, and does not let us in."""
+    """The store answers, and refuses."""
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
@@ -240,8 +241,12 @@ def _explained(address: str) -> Iterator[None]:
                 f"{address}: there is no such object or bucket. Check the name, and that the copy "
                 "to it has ended."
             ) from error
+        login = _LOGIN[address[:2]]
+        if _NO_LOGIN in text:
+            raise errors.UsageError(
+                f"{address}: no access token to be had ({reason}). {login}"
+            ) from error
         if _DENIED.search(text):
-            login = _LOGIN[address[:2]]
             raise _Denied(f"{address}: access is denied ({reason}). {login}") from error
         raise errors.StorageError(
             f"{address}: cannot be reached ({reason}). Check the network, then run the same "
