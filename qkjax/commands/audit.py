@@ -30,7 +30,7 @@ _RECIPE = flags.DEFINE_string(
 
 def main() -> None:
     """Reads the command line and does the work; ends the process."""
-    command_line.run(_audit, FLAGS, __doc__, parse=config_flag.parse)
+    command_line.run(_audit, FLAGS, __doc__, parse=config_flag.parse, buckets=["config.data.dir"])
 
 
 def _audit() -> None:

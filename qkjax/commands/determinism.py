@@ -24,7 +24,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the three runs.", 
 
 def main() -> None:
     """Reads the command line and does the work; ends the process."""
-    command_line.run(_check, FLAGS, __doc__, parse=config_flag.parse)
+    command_line.run(_check, FLAGS, __doc__, parse=config_flag.parse, buckets=["config.data.dir"])
 
 
 def _check() -> None:
