@@ -58,6 +58,12 @@ _INIT_FROM = flags.DEFINE_string(
     "Start from the parameters of this Llama or Qwen3 directory, public or exported.",
     flag_values=FLAGS,
 )
+_WANDB = flags.DEFINE_bool(
+    "wandb",
+    False,
+    "Send the metrics to Weights & Biases too; with WANDB_MODE=offline, keep them for later.",
+    flag_values=FLAGS,
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
@@ -128,16 +134,22 @@ def _train() -> None:
     dataset_lib.require_directory(config)
     startup.check_memory_limit()
 
-    from qkjax import train  # jax and all: only once the command line is known to be sound
+    from qkjax import (
+        processes,
+        train,
+    )  # jax and all: only once the command line is known to be sound
     from qkjax.export import hf
 
     with _processes():
+        if _WANDB.value and processes.is_first():
+            startup.check_wandb()
         train.train_and_evaluate(
             config,
             _WORKDIR.value,
             restore_step=_RESTORE_STEP.value,
             allow_config_change=tuple(_ALLOW_CONFIG_CHANGE.value),
             origin=hf.read_origin(_INIT_FROM.value, config.model) if _INIT_FROM.value else None,
+            wandb=_WANDB.value,
         )
 
 

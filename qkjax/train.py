@@ -42,6 +42,7 @@ def train_and_evaluate(
     restore_step: int | None = None,
     allow_config_change: tuple[str, ...] = (),
     origin: checkpoint.Origin | None = None,
+    wandb: bool = False,
 ) -> dict[str, Any]:
     """Trains one arm in `workdir`, or resumes what an earlier call left.
 
@@ -54,6 +55,7 @@ def train_and_evaluate(
         restore_step: resume from this checkpoint instead of the latest.
         allow_config_change: fields that may differ from the directory's config.json.
         origin: what a new run starts from; None: random parameters of its seed.
+        wandb: send the metrics to Weights & Biases too.
     Returns:
         The summary, as summary.json holds it; the same in every process.
     Raises:
@@ -69,7 +71,7 @@ def train_and_evaluate(
     lock = directory.lock() if processes.is_first() else contextlib.nullcontext()
     with lock, signals.StopRequest() as stop:
         dataset = _open_dataset(config, directory)
-        run = _Run(config, directory, dataset, stop, origin)
+        run = _Run(config, directory, dataset, stop, origin, wandb)
         _check_processes(config, dataset, origin)
 
         def changes_or_summary() -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
@@ -243,6 +245,7 @@ class _Run:
         dataset: dataset_lib.Dataset,
         stop: signals.StopRequest,
         origin: checkpoint.Origin | None,
+        wandb: bool,
     ) -> None:
         self.config = config
         self.origin = origin
@@ -266,7 +269,7 @@ class _Run:
             dataset.manifest, seed=config.seed, sequences_per_step=config.train.sequences_per_step
         )
         facts = recorder.Facts(
-            config, directory, dataset.manifest, origin, self.transformation, data_order
+            config, directory, dataset.manifest, origin, self.transformation, data_order, wandb
         )
         self.recorder = recorder.of_this_process(facts, self.progress)
         self.saved: set[int] = set()  # steps

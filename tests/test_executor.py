@@ -188,6 +188,24 @@ def test_every_step_is_done_once_and_in_order(world, capsys):
     assert recorded["fingerprint"] == study.fingerprint
 
 
+def test_wandb_is_asked_for_by_every_training_and_by_nothing_else(world, monkeypatch):
+    study, workdir, machine = world()
+    commands = {}
+    started = _Process.__init__
+
+    def note(process, *arguments):
+        started(process, *arguments)
+        commands[process.name] = "--wandb" in process.command
+
+    monkeypatch.setattr(_Process, "__init__", note)
+    run.execute(study, workdir, wandb=True)
+    assert set(commands) == set(machine.started)
+    assert {name for name, asked in commands.items() if asked} == {
+        step.name for step in study.steps if step.kind in plan.TRAINING and step.name in commands
+    }
+    assert len({name.partition("/")[0] for name, asked in commands.items() if asked}) == 2
+
+
 def test_final_runs_take_the_chosen_rate_and_controls_that_of_their_parent(world):
     study, workdir, machine = world(controls=("muon_qk_frozen",))
     machine.losses = {0.024: 2.5}

@@ -71,6 +71,7 @@ ONLY_IN = {
     },
     "tensorflow": set(),
     "transformers": {"export.verify", "observatory.capture", "observatory.loading"},
+    "wandb": {"cli.startup", "runs.wandb_writer"},
     "lm_eval": {"tasks.benchmarks", "tasks.stock_model", "tasks.scorer", "tasks.downstream"},
 }
 

@@ -458,6 +458,7 @@ def test_the_command_line_shows_the_plan_and_its_mistakes():
         "--config.extra_seeds={'muon_qk': (8, 9), 'adamw_qk': 8}",
         "--workdir=w",
         "--print_commands",
+        "--wandb",
         "--config.overrides=('eval.tokens=4096',)",
     )
     again = printed.stdout.splitlines()[0].partition(" && ")[2].partition(" --only")[0]
@@ -465,6 +466,7 @@ def test_the_command_line_shows_the_plan_and_its_mistakes():
         ["bash", "-c", f"{again} --print_commands"], cwd=ROOT, capture_output=True, text=True
     )
     assert repeated.stdout == printed.stdout and "seed_3" in printed.stdout
+    assert all(" --wandb --only=" in line for line in printed.stdout.splitlines())
     assert "runs/muon_qk/seed_9" in printed.stdout
     for arguments, expected in (
         (("--config=configs/study.py:tinny", "--dry_run"), "Did you mean 'tiny'?"),

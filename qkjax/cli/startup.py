@@ -120,6 +120,34 @@ def check_memory_limit(more: int = 0) -> None:
             )
 
 
+def check_wandb() -> None:
+    """Refuses --wandb where it is certain that wandb would take nothing.
+
+    Raises:
+        UsageError: wandb is not installed, or nobody is logged in and it is not offline.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise errors.UsageError(
+            f"--wandb: {error.name} is not installed. Run pip install -e '.[wandb]'."
+        ) from error
+    try:
+        settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+        here = settings.mode in ("disabled", "dryrun", "offline")
+        ready = here or wandb.login(prompt=False, verify=False)
+    except (wandb.errors.Error, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise errors.UsageError(
+            f"--wandb: {said}. Correct wandb's settings, or leave the flag out."
+        ) from error
+    if not ready:
+        raise errors.UsageError(
+            "--wandb: nobody is logged in to wandb here. Run `wandb login`, or set "
+            "WANDB_MODE=offline and run `wandb sync` later."
+        )
+
+
 def cpu_count() -> int:
     """How many CPUs this process may use; all of the machine where the system cannot say."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS

@@ -14,7 +14,7 @@ import sys
 from absl import flags
 
 from qkjax import errors
-from qkjax.cli import command_line, config_flag
+from qkjax.cli import command_line, config_flag, startup
 from qkjax.study import plan, plan_cost, run, states, table
 from qkjax.targets import target
 from qkjax.verdicts import power, results
@@ -76,6 +76,12 @@ _POWER_FROM = flags.DEFINE_string(
     "For the power of --dry_run: a finished study whose spreads replace the assumed ones.",
     flag_values=FLAGS,
 )
+_WANDB = flags.DEFINE_bool(
+    "wandb",
+    False,
+    "Every run sends its metrics to Weights & Biases too; with WANDB_MODE=offline, later.",
+    flag_values=FLAGS,
+)
 _PRINT_COMMANDS = flags.DEFINE_bool(
     "print_commands",
     False,
@@ -121,10 +127,14 @@ def _study() -> None:
             "study",
             *config_flag.as_flags(FLAGS),
             f"--workdir={workdir}",
+            *(["--wandb"] if _WANDB.value else []),
         ]
         print("\n".join(plan.shell_lines(study, command, os.getcwd())))
         return
     if _STATUS.value:
         table.print_status(states.StudyFiles(study, workdir))
         return
-    run.execute(study, workdir, _ONLY.value, run.places_of(_JOBS.value, _DEVICES.value))
+    if _WANDB.value:
+        startup.check_wandb()
+    places = run.places_of(_JOBS.value, _DEVICES.value)
+    run.execute(study, workdir, _ONLY.value, places, _WANDB.value)

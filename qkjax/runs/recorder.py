@@ -31,6 +31,7 @@ class Facts:
     origin: checkpoint.Origin | None
     transformation: optax.GradientTransformation
     data_order: dict[str, Any]  # of `pipeline.fingerprint`
+    wandb: bool  # rows go to Weights & Biases too
 
 
 class Silent:
@@ -180,7 +181,9 @@ class Recorder(Silent):
             yield
 
     def _open_writer(self, resume_step: int) -> None:
-        writer = writers.create_run_writer(self._directory.path, resume_step=resume_step)
+        writer = writers.create_run_writer(
+            self._directory.path, resume_step, wandb=self._facts.wandb
+        )
         self._writer = self._open.enter_context(contextlib.closing(writer))
 
     def check_disk(self) -> None:

@@ -1,7 +1,8 @@
 """What a run writes while it trains: metrics.jsonl and TensorBoard event files.
 
 The writers have the interface of CLU's `metric_writers.MetricWriter`. metrics.jsonl is the record
-of truth: an error there stops the run. TensorBoard is a convenience: an error is a warning.
+of truth: an error there stops the run. TensorBoard, and Weights & Biases where --wandb asks for it,
+are a convenience: an error is a warning.
 """
 
 import json
@@ -14,7 +15,7 @@ from absl import logging
 
 from qkjax import files
 from qkjax.runs import directory as run_directory
-from qkjax.runs import tensorboard
+from qkjax.runs import tensorboard, wandb_writer
 from qkjax.runs.tensorboard import MetricWriter, ScalarsOnly
 
 
@@ -250,18 +251,22 @@ class CompositeWriter(ScalarsOnly, MetricWriter):
         self._call(lambda writer: writer.close())
 
 
-def create_run_writer(workdir: str | os.PathLike[str], resume_step: int = -1) -> CompositeWriter:
+def create_run_writer(
+    workdir: str | os.PathLike[str], resume_step: int = -1, *, wandb: bool = False
+) -> CompositeWriter:
     """The writer of a run directory: metrics.jsonl, and TensorBoard where it can be had.
 
     Args:
         resume_step: step of the restored checkpoint, what follows it is removed; -1 for none.
+        wandb: Weights & Biases as well; the directory then has its config.json.
     Raises:
         UsageError: metrics.jsonl is damaged.
         StorageError: metrics.jsonl cannot be read or written.
     """
     jsonl = JsonlWriter(run_directory.RunDirectory(workdir).metrics, resume_step)
+    others: list[MetricWriter] = []
     try:
-        return CompositeWriter(jsonl, [tensorboard.SummaryWriter(workdir, resume_step)])
+        others.append(tensorboard.SummaryWriter(workdir, resume_step))
     except ImportError as error:
         logging.warning(
             "no TensorBoard files (%s); metrics.jsonl has everything. "
@@ -270,4 +275,10 @@ def create_run_writer(workdir: str | os.PathLike[str], resume_step: int = -1) ->
         )
     except OSError as error:
         logging.warning("no TensorBoard files (%s); metrics.jsonl has everything", error)
-    return CompositeWriter(jsonl)
+    if wandb:
+        try:
+            others.append(wandb_writer.WandbWriter(workdir, resume_step))
+        except Exception as error:  # any of wandb's: it is no part of the run
+            said = str(error).partition("\n")[0]
+            logging.warning("nothing is sent to wandb (%s); metrics.jsonl has everything", said)
+    return CompositeWriter(jsonl, others)

@@ -58,6 +58,7 @@ def execute(
     workdir: str | os.PathLike[str],
     only: Sequence[str] = (),
     places: Sequence[Mapping[str, str]] = ({},),
+    wandb: bool = False,
 ) -> None:
     """Runs what is left of the plan, or of the steps that `only` names.
 
@@ -65,6 +66,7 @@ def execute(
 
     Args:
         places: environment variables of each process that runs side by side (`places_of`).
+        wandb: every run is trained with --wandb.
     Raises:
         UsageError: another plan, dataset or config in the directory, or another process.
         Incomplete: steps failed, or wait for such; names them.
@@ -75,7 +77,7 @@ def execute(
     with RunDirectory(directory).lock(shared=bool(only)), signals.StopRequest() as stop:
         _settle(plan, directory, steps)
         with View(directory) as view:
-            executor = _Executor(plan, directory, steps, places, view, stop)
+            executor = _Executor(plan, directory, steps, places, view, stop, wandb)
             executor.work()
         executor.conclude()
 
@@ -134,6 +136,7 @@ class _Executor:
         places: Sequence[Mapping[str, str]],
         view: View,
         stop: signals.StopRequest,
+        wandb: bool,
     ) -> None:
         self.plan = plan
         self.files = states.StudyFiles(plan, directory)
@@ -141,6 +144,7 @@ class _Executor:
         self.places = places
         self.view = view
         self.stop = stop
+        self.wandb = wandb
         self.tried: set[Step] = set()
         self.exit_codes: set[int] = set()  # of what failed in this start
         self.children: list[_Child] = []
@@ -257,7 +261,8 @@ class _Executor:
         """The verb of the step's command, and what follows it."""
         workdir = self.files.workdir
         if step.kind in TRAINING:
-            return self.plan.arguments(step, result, self.files.learning_rate(step))
+            train = self.plan.arguments(step, result, self.files.learning_rate(step))
+            return [*train, "--wandb"] if self.wandb else train
         if step.kind == REPORT:
             return ["report", f"--workdir={workdir}"]
         run = f"--workdir={workdir / step.needs[0]}"
