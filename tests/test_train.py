@@ -387,7 +387,9 @@ def test_tensorboard_reads_every_scalar_of_a_stopped_run(datasets, tmp_path, mon
     config = arm_config(datasets, "muon_noqk_accumulated")
     workdir = tmp_path / "run"
     small_run.run_with_signals(config, workdir, monkeypatch, (5, 11))
-    events = event_accumulator.EventAccumulator(str(workdir), size_guidance={"scalars": 0})
+    events = event_accumulator.EventAccumulator(
+        str(workdir), size_guidance={"scalars": 0, "images": 0}
+    )
     events.Reload()
     found = {
         (event.step, tag): event.value
@@ -403,6 +405,17 @@ def test_tensorboard_reads_every_scalar_of_a_stopped_run(datasets, tmp_path, mon
         if tag != "step" and value is not None
     }
     assert found.keys() == expected.keys()
+    evaluated = [row["step"] for row in rows if "val/loss" in row]
+    images = {tag: [image.step for image in events.Images(tag)] for tag in events.Tags()["images"]}
+    assert images == {
+        f"spectra/{name}": evaluated
+        for name in (
+            "key/pre_rope/centred",
+            "key/post_rope/raw",
+            "query/pre_rope/centred",
+            "query/post_rope/raw",
+        )
+    }
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-6)
 

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from qkjax import errors, files
-from qkjax.runs import tensorboard, writers
+from qkjax.runs import spectra_images, tensorboard, writers
 from qkjax.runs.directory import RunDirectory
 
 FULL = pathlib.Path("/dev/full")
+STAGES = ("pre_rope_centred", "post_rope_raw")
 needs_dev_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this machine")
 
 
@@ -517,6 +518,25 @@ def decode_png(data):
     lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, -1)
     assert not lines[:, 0].any()
     return lines[:, 1:].reshape(height, width, channels)
+
+
+def test_images_of_spectra_show_each_head_by_the_logarithm():
+    sigma = np.zeros((2, 3, 4), np.float32)  # layers, heads, directions
+    sigma[0, 0] = 50, 5, 0.5, 0.005  # 0, 1, 2 and 4 decades below the first
+    sigma[0, 1] = 2
+    sigma[1, 2] = np.nan
+    arrays = {f"{side}_{name}": sigma for side in ("key", "query") for name in STAGES}
+    images = spectra_images.of_evaluation(arrays)
+    assert sorted(images) == [
+        f"spectra/{side}/{name}"
+        for side in ("key", "query")
+        for name in ("post_rope/raw", "pre_rope/centred")
+    ]
+    image = images["spectra/query/post_rope/raw"]
+    assert image.shape == (2 * 3 * 8 + 2, 4 * 4, 1) and image.dtype == np.uint8
+    cells = np.concatenate([image[:24], image[26:]])[4::8, 2::4, 0]
+    assert cells[0].tolist() == [255, 170, 85, 0] and cells[1].tolist() == [255] * 4
+    assert (cells[2:] == 0).all() and (image[24:26] == 255).all()
 
 
 def test_what_is_no_image_is_refused(tmp_path):

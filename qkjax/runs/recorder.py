@@ -17,7 +17,7 @@ from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import pipeline
-from qkjax.runs import checkpoint, progress, resources, writers
+from qkjax.runs import checkpoint, progress, resources, spectra_images, writers
 from qkjax.runs.directory import FINAL, RunDirectory, final_name, flatten
 
 
@@ -286,6 +286,7 @@ class Recorder(Silent):
         self, step: int, measured: evaluation.Evaluation, row: dict[str, Any]
     ) -> None:
         self._directory.write_evaluation(step, measured.spectra, measured.validation)
+        self._writer.write_images(step, spectra_images.of_evaluation(measured.spectra))
         self._progress.show_evaluation(step, row)
 
     def write_final(self, step: int, measured: evaluation.Evaluation) -> None:
