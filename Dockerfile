@@ -18,7 +18,7 @@ COPY configs configs
 RUN python -m pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]"
 
 RUN useradd --create-home --uid 1000 qkjax && install -d -o qkjax /data
-USER qkjax
+USER 1000
 WORKDIR /data
 ENTRYPOINT ["qkjax"]
 CMD ["--help"]

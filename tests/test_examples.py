@@ -4,6 +4,8 @@ import json
 import pathlib
 import re
 import runpy
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -84,6 +86,16 @@ def test_the_dockerfile_installs_the_package_and_runs_as_a_user():
     for kind, rest in found:
         if kind in ("ENTRYPOINT", "CMD"):
             assert isinstance(json.loads(rest), list), "the exec form: signals reach the run"
+
+
+@pytest.mark.process
+def test_hadolint_finds_nothing_in_the_dockerfile():
+    """It reads the shell of RUN lines as well (ShellCheck)."""
+    hadolint = pathlib.Path(sys.executable).with_name("hadolint")
+    if not hadolint.exists():
+        pytest.skip("no hadolint for this platform")
+    found = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, ""), found.stdout + found.stderr
 
 
 def test_a_command_in_the_dockerfile_is_one_that_exists():
