@@ -138,7 +138,7 @@ class _Record:
         return text.ljust(_RECORD_BYTES - 1).encode() + b"\n"
 
     def write(self, step: int) -> None:
-        """In place and without a sync, as often as there is a row: a killed process loses none."""
+        """In place and without a sync, as there is one for every row."""
         self.step = step
         with open(self._path, "r+b", buffering=0) as file:
             file.write(self._bytes())
