@@ -1,4 +1,4 @@
-"""The only door to buckets: folders at gs:// and s3://, read and written through pyarrow.
+"""The only access to buckets: folders at gs:// and s3://, read and written through pyarrow.
 
 A bucket keeps whole objects. It has no locks, no renames and no appended rows, so nothing works
 inside one: files are copied out of it and into it, each whole and compared with its sha256 or its
@@ -168,7 +168,7 @@ class Folder:
         last: pathlib.Path,
         progress: Callable[[str], None],
     ) -> None:
-        """Copies local files into the folder under their own names, `last` behind all others.
+        """Copies local files into the folder under their own names, `last` after all others.
 
         Raises:
             UsageError: access is denied.
@@ -181,7 +181,7 @@ class Folder:
         return f"{self.address}/{name}"
 
     def _blocks(self, name: str, sha256: str) -> Iterator[bytes]:
-        """An object's bytes; raises behind the last one where they are others."""
+        """An object's bytes; raises after the last one if its sha256 differs."""
         digest = hashlib.sha256()
         with _explained(self._where(name)):
             with self.system.open_input_stream(f"{self.path}/{name}") as stream:
@@ -244,7 +244,7 @@ def _explained(address: str) -> Iterator[None]:
         login = _LOGIN[address[:2]]
         if _NO_LOGIN in text:
             raise errors.UsageError(
-                f"{address}: no access token to be had ({reason}). {login}"
+                f"{address}: no access token was obtained ({reason}). {login}"
             ) from error
         if _DENIED.search(text):
             raise _Denied(f"{address}: access is denied ({reason}). {login}") from error

@@ -495,7 +495,7 @@ def test_commands_work_on_a_server_of_the_protocol(server, made, run, tmp_path):
 
 
 class Line:
-    """Passes bytes on to a server, and is cut behind a number of its answers' bytes."""
+    """Passes bytes on to a server, and is cut after a number of bytes of its answers."""
 
     def __init__(self, port: int, budget: int) -> None:
         self.target, self.budget = port, budget

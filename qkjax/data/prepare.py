@@ -92,7 +92,7 @@ def _prepare_in_bucket(
     local = places.cache() / "prepared" / key / target.address.rpartition("/")[2]
     finished = target.read(manifest_lib.FILE_NAME)
     if finished is None:
-        # Before hours of work, by their names; behind them, by the manifest.
+        # By their names before hours of work, and by the manifest after it.
         _refuse_objects(target, [n for n in target.names() if not shards.FILE_NAMES.fullmatch(n)])
     elif not _holds(local, finished):
         local = mirror.local_directory("--out", address, progress)
