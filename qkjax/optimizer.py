@@ -104,7 +104,7 @@ def make_optimizer(config: Config, params_shapes: Any) -> optax.GradientTransfor
         config: with its dtypes settled (`Config.for_platform`).
         params_shapes: the parameter tree, as arrays or jax.ShapeDtypeStruct.
     Raises:
-        UsageError: as `routing_table`.
+        UsageError: as `routing_table`; an optimiser's factory cannot be imported.
     """
     routes = routing_table(params_shapes, config)
     rules: dict[str, optax.GradientTransformation] = {}
@@ -112,8 +112,7 @@ def make_optimizer(config: Config, params_shapes: Any) -> optax.GradientTransfor
         if name == "frozen":
             rules[name] = optax.set_to_zero()
         else:
-            factory = pkgutil.resolve_name(presets.OPTIMIZERS[name].factory)
-            rules[name] = factory(config, routes)
+            rules[name] = _factory(name)(config, routes)
     structure = jax.tree.structure(params_shapes)
     by_rule = optax.partition(rules, jax.tree.unflatten(structure, [r.rule for r in routes]))
     if not config.optimizer.clip_norm:
@@ -124,6 +123,23 @@ def make_optimizer(config: Config, params_shapes: Any) -> optax.GradientTransfor
             clip, jax.tree.unflatten(structure, [r.rule != "frozen" for r in routes])
         )
     return optax.chain(clip, by_rule)
+
+
+def _factory(name: str) -> Callable[[Config, list[Route]], optax.GradientTransformation]:
+    """The function that makes the optimiser of this name.
+
+    Raises:
+        UsageError: its module or the function is not there.
+    """
+    named = presets.OPTIMIZERS[name].factory
+    try:
+        found: Callable[..., Any] = pkgutil.resolve_name(named)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise errors.UsageError(
+            f"presets.OPTIMIZERS[{name!r}].factory is {named!r}: {error}. Name a function as "
+            "module:function; put the module into qkjax/, or its folder on PYTHONPATH."
+        ) from error
+    return found
 
 
 def _group_of(name: str) -> str:

@@ -561,6 +561,22 @@ def test_one_more_optimiser_is_one_entry(monkeypatch):
     assert rules[KEY] == ("lion", 1e-4) and rules["embedding"] == ("adamw", 3e-3)
 
 
+@pytest.mark.parametrize(
+    ("factory", "found"),
+    [
+        ("my_optimizers:lion", "No module named 'my_optimizers'"),
+        ("qkjax.optimizer:lion", "module 'qkjax.optimizer' has no attribute 'lion'"),
+    ],
+)
+def test_a_factory_that_is_not_there_is_one_line(monkeypatch, factory, found):
+    entry = presets.Optimizer(factory=factory, rate=1e-4, decay=0.0)
+    monkeypatch.setitem(presets.OPTIMIZERS, "lion", entry)
+    c = small("lion", "none")
+    where = re.escape(f"OPTIMIZERS['lion'].factory is '{factory}': {found}. Name a function")
+    with pytest.raises(errors.UsageError, match=where):
+        optimizer.make_optimizer(c, model.parameter_shapes(c.model))
+
+
 def lion(config, routes):
     peak = config.optimizer.learning_rate
     return optax.chain(
