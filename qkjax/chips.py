@@ -79,12 +79,16 @@ def named(name: str, flag: str) -> Chip:
 
 
 def hours_table(flop: float) -> list[str]:
-    """Lines for people: hours that one device of each chip takes for `flop`, at `USUAL_MFU`."""
+    """Lines for people: the time that one device of each chip takes for `flop`, at `USUAL_MFU`."""
     low, high = USUAL_MFU
     lines = [f"{'one device':<12} {'memory':>8} {f'at {high:.0%} MFU':>14} {f'at {low:.0%}':>12}"]
     for chip in table().values():
         fast, slow = (flop / (mfu * chip.bfloat16) / 3600 for mfu in (high, low))
         lines.append(
-            f"{chip.name:<12} {chip.memory / 1e9:>5.0f} GB {fast:>12,.2f} h {slow:>10,.2f} h"
+            f"{chip.name:<12} {chip.memory / 1e9:>5.0f} GB {_time(fast):>14} {_time(slow):>12}"
         )
     return lines
+
+
+def _time(hours: float) -> str:
+    return f"{hours:,.2f} h" if hours >= 0.1 else f"{3600 * hours:,.2f} s"

@@ -119,6 +119,7 @@ def _train() -> None:
     if _PRINT_CONFIG.value:
         print(json.dumps(config.to_dict(), indent=2))
         return
+    target.check_price(_PRICE.value, _AOT.value)
     if _DRY_RUN.value:
         _show_costs(config, None if _AOT.value is None else target.parse(_AOT.value))
         return

@@ -472,6 +472,10 @@ def test_the_command_line_shows_the_plan_and_its_mistakes():
         (("--config=configs/study.py:tinny", "--dry_run"), "Did you mean 'tiny'?"),
         (("--config=configs/muon_qk.py", "--dry_run"), "not the config of a study"),
         (("--config=configs/study.py:tiny", "--config.arm=x"), "Did you mean 'arms'?"),
+        (
+            ("--config=configs/study.py:tiny", "--dry_run", "--price_per_hour=2"),
+            "--price_per_hour: is the price of a target's hours",
+        ),
         (("--dry_run",), "--config: missing. Pass a config file, such as --config=configs/study"),
         (("--config=configs/study.py:tiny",), "--workdir: missing"),
     ):

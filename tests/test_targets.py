@@ -304,6 +304,9 @@ def test_chips_are_known_by_the_names_that_jax_gives_them():
     lines = chips.hours_table(3600 * 989e12)  # an hour of an H100 at its peak
     h100 = next(line.split() for line in lines if line.startswith("h100 "))
     assert h100 == ["h100", "80", "GB", "2.50", "h", "5.00", "h"]
+    lines = chips.hours_table(36 * 989e12)  # of a run at tiny: not 0.03 h
+    h100 = next(line.split() for line in lines if line.startswith("h100 "))
+    assert h100 == ["h100", "80", "GB", "90.00", "s", "180.00", "s"]
 
 
 def small(**fields) -> config_lib.Config:

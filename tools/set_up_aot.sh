@@ -39,3 +39,4 @@ if [ "$_wanted" != "$(cat ".venv-aot/installed-$_kind" 2>/dev/null)" ]; then
   .venv/bin/python -m pip --python .venv-aot/bin/python install --quiet --disable-pip-version-check --no-deps $_wanted
   echo "$_wanted" >".venv-aot/installed-$_kind"
 fi
+echo "the compiler is there: add --dry_run --aot=TARGET to a command (docs/targets.md)"

@@ -107,6 +107,7 @@ def _costs(study: plan.Plan, workdir: pathlib.Path | None) -> str:
 def _study() -> None:
     study = plan.make_plan(config_flag.given(_CONFIG, _EXAMPLE))
     workdir = None if not _WORKDIR.value else pathlib.Path(_WORKDIR.value).absolute()
+    target.check_price(_PRICE.value, _AOT.value)
     if _DRY_RUN.value:
         print(_costs(study, workdir))
         finished = results.load_study(_POWER_FROM.value) if _POWER_FROM.value else None

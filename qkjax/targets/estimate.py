@@ -1,6 +1,7 @@
 """What a run takes on a target, from its compiled programs: numbers, and text for people."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,7 +60,13 @@ def make(config: Config, target: Target) -> Estimate:
         UsageError: no compiler here, or the target's devices do not fit the config.
         OutOfMemoryError: the target's devices do not hold a program.
     """
+    # A minute or two of one core, in a process that says nothing.
+    what = f"{config.arm}, scale {config.scale}"
+    print(f"compiling {what}, for {target}", file=sys.stderr, flush=True)
     answers = launch.ask(config, target, PROGRAMS)
+    most = max(answer["device_bytes"] for answer in answers) / 1e9
+    memory = f"{most:.2f} of {target.chip.memory / 1e9:.0f} GB a device"
+    print(f"compiled {what}: {memory}", file=sys.stderr, flush=True)
     train, evaluate, decompose = answers
     step = of_step(config, target, train)
     rows = config.eval.batch_sequences * target.num_devices * config.model.sequence_length

@@ -30,6 +30,19 @@ class Target:
         return f"{self.chip.name}:{'x'.join(map(str, self.topology))}"
 
 
+def check_price(price: float | None, aot: str | None) -> None:
+    """Refuses a price of hours that nothing estimates.
+
+    Raises:
+        UsageError: --price_per_hour without --aot.
+    """
+    if price is not None and aot is None:
+        raise errors.UsageError(
+            "--price_per_hour: is the price of a target's hours, and no target is named. Add "
+            "--aot=h100, or multiply the hours that --dry_run shows."
+        )
+
+
 def parse(text: str) -> Target:
     """A target by name: h100, h100:8, v5e:2x4.
 
