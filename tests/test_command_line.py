@@ -49,11 +49,17 @@ def test_a_sound_command_line_would_import_jax(call, tmp_path):
 MISTAKES = {
     "unknown field": (
         (CONFIG, "--config.optimizer.learing_rate=0.1"),
-        "--config.optimizer.learing_rate: no such field. Did you mean 'learning_rate'? Known: ",
+        "--config.optimizer.learing_rate: no such field. "
+        "Did you mean 'optimizer.learning_rate'? Known: ",
     ),
     "unknown section": (
         (CONFIG, "--config.optimiser.learning_rate=0.1"),
-        "--config.optimiser.learning_rate: no such field.",
+        "--config.optimiser.learning_rate: no such field. "
+        "Did you mean 'optimizer.learning_rate'? Known: ",
+    ),
+    "field without its section": (
+        (CONFIG, "--config.tokens=4e3"),
+        "--config.tokens: no such field. Did you mean 'eval.tokens' or 'train.tokens'? Known: ",
     ),
     "unknown word": (
         ("--config=configs/muon_noqk.py:tiny,orignal",),
@@ -127,6 +133,10 @@ MISTAKES = {
     "no get_config behind a space": (
         ("-config", "{tmp}/empty.py"),
         "{tmp}/empty.py: no function get_config. A config file defines",
+    ),
+    "a price of no hours": (
+        (CONFIG, "--dry_run", "--price_per_hour=2.5"),
+        "--price_per_hour: is the price of a target's hours, and no target is named. Add --aot=",
     ),
     "unknown flag": ((CONFIG, "--wrokdir=x"), "Unknown command line flag 'wrokdir'. Did you mean"),
     "no config": (("--workdir=x",), "--config: missing. Pass a config file"),

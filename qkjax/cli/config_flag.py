@@ -3,6 +3,7 @@
 FILE may be the config.json of a run as well: its fields, to which overrides apply.
 """
 
+import difflib
 import importlib.machinery
 import importlib.util
 import itertools
@@ -193,10 +194,13 @@ def _check_overrides(argv: list[str], known: list[str]) -> None:
         if override and override[1] not in known:
             section, _, leaf = override[1].rpartition(".")
             siblings = [name for name in known if not section or name.startswith(section + ".")]
-            hint = presets.suggest(leaf, tuple(name.rpartition(".")[2] for name in siblings))
-            listed = ", ".join(siblings or known)
+            listed = siblings or known
+            leaves = [name.rpartition(".")[2] for name in listed]
+            close = difflib.get_close_matches(leaf, leaves, n=1)
+            meant = [repr(name) for name, of in zip(listed, leaves, strict=True) if of in close]
+            hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
             raise errors.UsageError(
-                f"--config.{override[1]}: no such field.{hint} Known: {listed}."
+                f"--config.{override[1]}: no such field.{hint} Known: {', '.join(listed)}."
             )
 
 
