@@ -62,6 +62,20 @@ def test_a_dataset_or_a_study_becomes_no_run(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_make_refuses_a_folder_of_other_files_and_takes_one_of_logs(tmp_path):
+    """A run among somebody's texts, or around other runs, could not be told from them."""
+    for name in ("texts.jsonl", "first"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(errors.UsageError, match=r"other files \(first, texts\.jsonl\), expected a"):
+        RunDirectory.make(tmp_path)
+    logs = tmp_path / "first"
+    for name in ("slurm-1.out", "train.log", ".nfs0", "run.lock", "events.out.tfevents.1"):
+        (logs / name).touch()
+    assert RunDirectory.make(logs).path == logs
+    (tmp_path / "config.json").touch()
+    assert RunDirectory.make(tmp_path).path == tmp_path
+
+
 @needs_dev_full
 def test_make_workdir_notices_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: FULL.open("wb"))

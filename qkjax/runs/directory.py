@@ -37,6 +37,8 @@ RESTORE = "Restore it from a copy, or use another --workdir."
 _ARRAYS = re.compile(r"step_(\d{8,})\.npz")
 _NONE = type(None)
 _OF_OTHERS = ("study.json", "dataset.json")  # of no run
+# Hidden files, TensorBoard's, and what a shell or a scheduler wrote of the command itself.
+_MAY_LIE_THERE = re.compile(r"\.|events\.out\.|.*\.(log|out|err)$")
 _FILES = "files"  # by name their sha256
 _FOLDERS = ("spectra", "validation")
 _SUMMARY: dict[str, files.Types] = {
@@ -126,7 +128,8 @@ class RunDirectory:
         """Creates the directory where it is missing; its path is absolute.
 
         Raises:
-            UsageError: the path is empty, remote or holds a NUL; a dataset or a study lies there.
+            UsageError: the path is empty, remote or holds a NUL; something else than a run, its
+                logs or a measured model lies there.
             StorageError: it is a file, or cannot be created or written.
         """
         directory = cls(make_workdir(path))
@@ -136,7 +139,24 @@ class RunDirectory:
                 f"{directory.path}: holds {other[0]}, expected a new directory or one of a run. "
                 "Give another --workdir."
             )
+        if foreign := directory._foreign():
+            raise errors.UsageError(
+                f"{directory.path}: holds other files ({', '.join(foreign[:5])}), expected a new "
+                "directory or one of a run. Name a folder inside it, as "
+                f"{directory.path / 'run'}; nothing was written."
+            )
         return directory
+
+    def _foreign(self) -> list[str]:
+        """What no run has left here, where there is no run and no model; logs may lie there."""
+        if self.config.exists() or self.model.exists():
+            return []
+        own = {path.name for path in vars(self).values()} | {*_FOLDERS, "figures"}
+        return sorted(
+            entry.name
+            for entry in self.path.iterdir()
+            if entry.name not in own and not _MAY_LIE_THERE.match(entry.name)
+        )
 
     @contextlib.contextmanager
     def lock(self, *, shared: bool = False) -> Iterator[None]:
