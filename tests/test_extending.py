@@ -18,6 +18,7 @@ WHERE = {
     "file": r"new file\s`(?P<file>configs/\w+\.py)`:$",
     "entry": r"entry of\s`(?P<name>\w+)` in\s`(?P<file>[\w/]+\.py)`",
     "function": r"function in\s`(?P<file>[\w/]+\.py)`(, above\s`(?P<name>\w+)`)?:$",
+    "lines": r"lines of\s`(?P<name>\w+)` in\s`(?P<file>[\w/]+\.py)`, above its last `return`:$",
     "field": r"field of\s`(?P<name>\w+)` in\s`(?P<file>[\w/]+\.py)`",
 }
 
@@ -60,6 +61,10 @@ def put(block: Block, root: pathlib.Path) -> None:
     if block.kind == "field":  # before the first one
         [start] = re.finditer(rf'^class {block.name}:\n    """.*"""\n\n', source, re.MULTILINE)
         at, text = start.end(), re.sub("^", "    ", block.text, flags=re.MULTILINE).rstrip() + "\n"
+    elif block.kind == "lines":
+        [body] = re.finditer(rf"^def {block.name}\(.*?(?=\n\n\n)", source, re.MULTILINE | re.DOTALL)
+        at = source.rindex("\n    return ", *body.span()) + 1
+        text = re.sub("^", "    ", block.text, flags=re.MULTILINE).rstrip() + "\n"
     elif block.kind == "entry":
         [start] = re.finditer(rf"^{block.name}\b.*= \{{", source, re.MULTILINE)
         at, text = start.end(), "\n" + re.sub("^", "    ", block.text, flags=re.MULTILINE).rstrip()
@@ -100,7 +105,7 @@ def python(root: pathlib.Path, *arguments: str) -> str:
 
 def test_the_page_has_every_kind_of_block():
     kinds = [block.kind for block in blocks()]
-    assert [kinds.count(kind) for kind in (*WHERE, "command")] == [2, 4, 3, 1, 3]
+    assert [kinds.count(kind) for kind in (*WHERE, "command")] == [2, 5, 3, 1, 1, 4]
 
 
 ARMS = """
@@ -111,7 +116,8 @@ from qkjax.report import quantities
 files = [pathlib.Path("configs") / f"{name}.py" for name in ("muon_noqk_mup", "lion_noqk")]
 arms = [config.resolve(config_flag.load(file, "tiny")) for file in files]
 print(json.dumps([[arm.arm for arm in arms], arms[0].muon.scale, arms[1].optimizer.learning_rate,
-                  arms[1].optimizer.embedding_clip, "nrank" in quantities.NAMES,
+                  arms[1].optimizer.embedding_clip,
+                  [name in quantities.NAMES for name in ("nrank", "key_mean_length")],
                   "jax" in sys.modules]))
 """
 
@@ -119,7 +125,7 @@ print(json.dumps([[arm.arm for arm in arms], arms[0].muon.scale, arms[1].optimiz
 @pytest.mark.process
 def test_arms_optimiser_field_and_metric_are_known(extended):
     found = json.loads(python(extended, "-c", ARMS))
-    assert found == [["muon_noqk_mup", "lion_noqk"], "mup", 2.4e-4, 0.0, True, False]
+    assert found == [["muon_noqk_mup", "lion_noqk"], "mup", 2.4e-4, 0.0, [True, True], False]
 
 
 RUN = """
@@ -142,6 +148,8 @@ def test_a_run_and_the_commands_of_the_page_work_as_written(extended):
     python(extended, "-c", RUN)
     rows = [json.loads(line) for line in (extended / "run" / "metrics.jsonl").open()]
     assert all(1 <= row["nrank/key/post_rope/raw"] <= 16 for row in (rows[0], rows[3]))
+    for row in (rows[0], rows[3]):  # a mean is no longer than the mean length
+        assert 0 < row["norm/mean_key"] < row["norm/key"]
     assert all(row["train/longest_row"] > 0.1 for row in rows[1:])
     table = (extended / "run" / "parameters.txt").read_text()
     assert re.search(r"attention/key/kernel .* lion +0\.00024 +0\.5\n", table)
