@@ -419,7 +419,7 @@ def comparison(folder: pathlib.Path, name: str) -> list[dict[str, str]]:
 @pytest.mark.process
 def test_comparison_holds_values_and_differences(run, copy, call, tmp_path):
     other = copy("other/run", halved, seed=7, arm="muon_qk")
-    third = copy("third/run")
+    third = copy("third/run", optimizer__beta2=0.5, data__dir="elsewhere")
     done = call("compare_spectra", run, other, third, f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     rows = comparison(tmp_path, "pr_key_post_rope_raw")
@@ -459,6 +459,17 @@ def test_comparison_holds_values_and_differences(run, copy, call, tmp_path):
         np.testing.assert_allclose(found, values.ravel(), rtol=1e-8)
         found = [float(r["difference"]) for r in mine]
         np.testing.assert_allclose(found, (values - first).ravel(), rtol=1e-8, atol=1e-12)
+    _, *lines = done.stdout.splitlines()
+    measured = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    loss = next(row["val/loss"] for row in measured if row["step"] == 20)
+    for line, name, of in zip(lines, (label, "other/run", "third/run"), (0, 4, 8), strict=False):
+        mean = np.mean([float(r["value"]) for r in rows[of : of + 4]])
+        assert line.split() == [
+            *(name, rows[of]["arm"], rows[of]["seed"], "20", "2,560"),
+            *(f"{loss:.4f}", f"{mean:.4g}"),
+        ]
+    assert lines[3] == f"third/run has optimizer.beta2 0.5, in {label} 0.95"
+    assert lines[4] == str(tmp_path / "compare_pr_key_post_rope_raw.csv")
     found = texts(tmp_path / "compare_pr_key_post_rope_raw.svg")
     assert {
         "other/run (muon_qk, seed 7)",
@@ -679,7 +690,10 @@ MISTAKES = {
             ("--workdir={run}", "--format=svg,gif"),
             "--format: 'gif' is unknown. Known: svg, png.",
         ),
-        (("{run}",), "{run}: an unexpected argument, which nothing reads."),
+        (
+            ("{run}",),
+            "{run}: an unexpected argument, which nothing reads. Did you mean --workdir={run}?",
+        ),
     ),
     "compare_spectra": (
         ((), "RUN...: missing, expected RUN... on the command line. See --help."),

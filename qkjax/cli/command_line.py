@@ -110,9 +110,12 @@ class _Command:
     def _check_number(self, found: Sequence[str]) -> None:
         repeated = bool(self.positionals) and self.positionals[-1].endswith("...")
         if len(found) > len(self.positionals) and not repeated:
+            stray = found[len(self.positionals)]
+            is_workdir = "workdir" in self.values and os.path.isdir(stray)
             raise errors.UsageError(
-                f"{found[len(self.positionals)]}: an unexpected argument, which nothing reads. "
-                "Write options as --name=value, with '=' and without spaces."
+                f"{stray}: an unexpected argument, which nothing reads. "
+                + (f"Did you mean --workdir={stray}? " if is_workdir else "")
+                + "Write options as --name=value, with '=' and without spaces."
             )
         if len(found) < len(self.positionals):
             raise errors.UsageError(

@@ -2,9 +2,10 @@
 
 Writes a CSV (run, arm, seed, step, tokens, layer, head, value, difference to the first run) and a
 figure of one measure, per layer and head, after the same number of training tokens; and a figure of
-the measure over training. The runs must share dataset, validation tokens and shapes. Directories of
-qkjax measure may be among them: then each has its own text and shape, and the figure shows the
-share of head_dim against depth, without differences.
+the measure over training. Prints losses, means and the settings in which a run differs from the
+first. The runs must share dataset, validation tokens and shapes. Directories of qkjax measure may
+be among them: then each has its own text and shape, and the figure shows the share of head_dim
+against depth, without differences.
 """
 
 import pathlib
@@ -73,6 +74,7 @@ def _compare(*workdirs: str) -> None:
     quantity = quantities.quantity(_MEASURE.value, _VECTORS.value, _STAGE.value, _CENTRING.value)
     runs = run_spectra.load_runs(workdirs)
     compared = run_spectra.compare(runs, quantity, _STEP.value)
+    print(*run_spectra.comparison_lines(compared, quantity), sep="\n")
     out = pathlib.Path(_OUT.value) if _OUT.value else runs[0].workdir / "figures"
     stem = out / f"compare_{quantity.name}"
     path = stem.with_suffix(".csv")

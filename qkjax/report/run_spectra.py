@@ -7,15 +7,17 @@ import csv
 import io
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from qkjax import config as config_lib
 from qkjax import errors
 from qkjax.report.quantities import Quantity
-from qkjax.runs.directory import RunDirectory
+from qkjax.runs.directory import RunDirectory, flatten
 
+_MOST_SETTINGS = 8  # named of a run that differs from the first one
 _CLIPS = ("train/max_logit", "train/clipped_heads")
 
 
@@ -25,6 +27,7 @@ class Evaluation(NamedTuple):
     step: int
     tokens: int  # trained on before it; 0 too where nobody says how many (RunSpectra.ages_known)
     arrays: dict[str, np.ndarray]  # of docs/run_directory.md
+    loss: float | None  # val/loss, nats
 
 
 class RunSpectra(NamedTuple):
@@ -41,6 +44,7 @@ class RunSpectra(NamedTuple):
     evaluations: tuple[Evaluation, ...]
     notes: tuple[str, ...]  # what was left out, for people
     clips: np.ndarray  # [steps, 3] of QK-Clip: tokens, largest logit, heads clipped; else [0, 3]
+    settings: Mapping[str, object] = {}  # by dotted name, what a config sets; {}: a public model
     ages_known: bool = True  # False: a public model, and nobody says how long it was trained
 
     @property
@@ -92,13 +96,16 @@ def load_run(workdir: str | pathlib.Path, label: str = "") -> RunSpectra:
     directory.check_files()
     rows = directory.read_metrics()
     tokens = {row["step"]: row["tokens"] or 0 for row in rows if "tokens" in row}
+    losses = {row["step"]: row.get("val/loss") for row in rows}
     evaluations, notes = [], []
     for step in directory.spectra_steps():
         if step not in tokens:  # the run trains, or was killed, between the two files
             file = directory.spectra(step)
             notes.append(f"{file}: left out, metrics.jsonl has no row of step {step}")
             continue
-        evaluations.append(Evaluation(step, tokens[step], directory.read_spectra(step)))
+        evaluations.append(
+            Evaluation(step, tokens[step], directory.read_spectra(step), losses[step])
+        )
     if not evaluations:
         raise errors.UsageError(
             f"{directory.path / 'spectra'}: no evaluation in it, expected step_*.npz. "
@@ -125,6 +132,11 @@ def load_run(workdir: str | pathlib.Path, label: str = "") -> RunSpectra:
             qk_norm=config.model.qk_norm,
             head_dim=config.model.head_dim,
             sequence_length=config.model.sequence_length,
+            settings={
+                name: value
+                for name, value in flatten(config.to_dict()).items()
+                if name in config_lib.OPTIONS and name not in config_lib.FREE_FIELDS
+            },
             notes=tuple(notes),
             **facts,
         )
@@ -277,6 +289,36 @@ def comparison_csv(compared: Sequence[Compared]) -> str:
             run_is = (run.label, run.arm, run.seed, evaluation.step, tokens)
             writer.writerow((*run_is, layer, head, *cells))
     return text.getvalue()
+
+
+def comparison_lines(compared: Sequence[Compared], quantity: Quantity) -> Iterator[str]:
+    """The comparison for people: a line a run, its mean over heads and layers, and its settings.
+
+    Named are the settings in which a run differs from the first one; the seed has a column.
+    """
+    first = compared[0].run
+    rows = [("run", "arm", "seed", "step", "tokens", "val/loss", quantity.name)]
+    for run, evaluation, values, _ in compared:
+        seed = "-" if run.seed is None else str(run.seed)
+        tokens = f"{evaluation.tokens:,}" if run.ages_known else "-"
+        loss = "-" if evaluation.loss is None else f"{evaluation.loss:.4f}"
+        mean = f"{float(values.mean()):.4g}"
+        rows.append((run.label, run.arm, seed, str(evaluation.step), tokens, loss, mean))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, arm, *cells in rows:
+        numbers = (f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=True))
+        yield "  ".join([f"{name:<{widths[0]}}", f"{arm:<{widths[1]}}", *numbers])
+    for run in [each.run for each in compared[1:]]:
+        others = [
+            f"{name} {value}, in {first.label} {first.settings[name]}"
+            for name, value in run.settings.items()
+            if name != "seed" and first.settings.get(name, value) != value
+        ]
+        if others:
+            left = len(others) - _MOST_SETTINGS
+            yield f"{run.label} has {'; '.join(others[:_MOST_SETTINGS])}" + (
+                f"; and {left} more" if left > 0 else ""
+            )
 
 
 def _cell(value: float) -> str:
