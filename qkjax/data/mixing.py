@@ -183,7 +183,7 @@ def _fill_quota(
             raise errors.UsageError(
                 f"--validation_tokens: {reader.source.name} has to give {quota}, its validation "
                 f"pool ({holdout.POOL_FRACTION:.0%} of the documents, chosen by hash) holds "
-                f"{tokens}. Ask for fewer, or add more text."
+                f"{tokens}. Ask for fewer with --validation_tokens=N, or add more text."
             )
         if item.kind == encoding.POOL and item.document_hash not in seen:
             seen.add(item.document_hash)

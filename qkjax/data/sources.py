@@ -251,7 +251,10 @@ class _JsonLines(_LineSource):
             raise ValueError(f"expected a JSON object, found {type(value).__name__}")
         if self.field not in value:
             known = ", ".join(sorted(value)[:8]) or "none"
-            raise ValueError(f"no field {self.field!r}, found {known}")
+            raise ValueError(
+                f"no field {self.field!r}, found {known} (the field is named behind the files: "
+                "jsonl:GLOB:FIELD)"
+            )
         text = value[self.field]
         if not isinstance(text, str):
             raise ValueError(f"field {self.field!r}: expected text, found {type(text).__name__}")
