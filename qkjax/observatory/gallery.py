@@ -200,9 +200,12 @@ def _csv(rows: Sequence[Sequence[Row]]) -> str:
 def _report(runs: Sequence[RunSpectra], rows: Sequence[Sequence[Row]]) -> Report:
     last = [of_one[-1] for of_one in rows]
     texts = {row.facts["text"] for row in last}
-    lead = (
-        "All rows are of one text." if len(texts) == 1 else f"The rows are of {len(texts)} texts."
-    )
+    lead = "All rows are of one text."
+    if len(texts) > 1:
+        lead = (
+            f"The rows are of {len(texts)} texts, named under What was measured; another text "
+            "moves every number."
+        )
     sections = [
         Section("numbers", "The numbers", (Lead(lead), _keys(last), _others(last))),
         Section("depth", "Over depth", (_over_depth(runs),)),

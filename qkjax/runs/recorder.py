@@ -256,7 +256,8 @@ class Recorder(Silent):
             self._directory.path,
             start,
         )
-        self.show(f"{shown}\n\n{self._table}\n")
+        # Behind it the compiler takes its time, and nothing else is printed.
+        self.show(f"{shown}\n\n{self._table}\n\ncompiling  the step and the evaluation")
 
     def profile(self, step: int) -> None:
         if not self._facts.config.profile.steps:
