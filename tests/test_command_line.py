@@ -271,6 +271,20 @@ def test_paths_are_checked_and_completed_at_the_door(call):
     assert done.stderr.startswith("ERROR: --workdir: caf\\xe9 holds bytes that are not UTF-8.")
 
 
+def test_a_pipe_has_every_line_at_once(call):
+    """What is still in a buffer at os._exit is lost."""
+    source = """
+import os
+from absl import flags
+from qkjax.cli import command_line
+def work():
+    print("preparing")
+    os._exit(0)
+command_line.run(work, flags.FlagValues(), "")
+"""
+    assert call(start=("-c", source)).stdout == "preparing\n"
+
+
 @pytest.mark.skipif(pathlib.Path("/dev/nvidia0").exists(), reason="here is a GPU")
 @pytest.mark.parametrize("platform", ["rocm", "cuda"])
 def test_a_platform_that_is_not_here_is_one_line(platform, tmp_path):

@@ -57,7 +57,8 @@ def run(
     startup.keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not if a notebook replaces it
-            stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
+            # For terminals that are not UTF-8, and so that a pipe or file has each line at once.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     command = _Command(work, values, doc or "", parse, positionals, texts, buckets)
     if not exit_at_once:
         sys.exit(command.run())

@@ -151,7 +151,7 @@ class RunDirectory:
         """What no run has left here, where there is no run and no model; logs may lie there."""
         if self.config.exists() or self.model.exists():
             return []
-        own = {path.name for path in vars(self).values()} | {*_FOLDERS, "figures"}
+        own = {path.name for path in vars(self).values()} | {*_FOLDERS, "figures", "wandb", "wandb.json"}
         return sorted(
             entry.name
             for entry in self.path.iterdir()
