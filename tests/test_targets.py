@@ -383,7 +383,7 @@ def described(name: str, seconds: float, **fields) -> dict:
     }
 
 
-def test_hours_and_cost_of_a_run_are_those_of_its_programs(monkeypatch):
+def test_hours_and_cost_of_a_run_are_those_of_its_programs(monkeypatch, capsys):
     config = small(eval__tokens=16 * 256, eval__at_tokens=())
     sums = {"all-reduce f32": {"times": 3, "bytes": 6_000_000}}
     answers = [
@@ -393,6 +393,10 @@ def test_hours_and_cost_of_a_run_are_those_of_its_programs(monkeypatch):
     ]
     monkeypatch.setattr(launch, "ask", lambda *arguments: answers)
     found = estimate.make(config, target.parse("h100:2"))
+    assert capsys.readouterr().err == (
+        "compiling muon_qk, scale tiny, for h100:2\n"
+        "compiled muon_qk, scale tiny: 2.00 of 80 GB a device\n"
+    )
     # 10 steps; evaluations before the first and after the last, each of one batch of 2 x 8 rows.
     assert found.hours == pytest.approx((10 * 0.5 + 2 * 7 + 2 * 11) / 3600)
     assert found.step.tokens_per_second == 8 * 256 / 0.5
