@@ -391,6 +391,7 @@ def test_hours_and_cost_of_a_run_are_those_of_its_programs(monkeypatch, capsys):
         described("evaluate", 7.0),
         described("decompose", 11.0, decompositions=1584),
     ]
+    answers[2]["device_bytes"] = 1e9  # the others take 2
     monkeypatch.setattr(launch, "ask", lambda *arguments: answers)
     found = estimate.make(config, target.parse("h100:2"))
     assert capsys.readouterr().err == (
