@@ -37,6 +37,7 @@ RESTORE = "Restore it from a copy, or use another --workdir."
 _ARRAYS = re.compile(r"step_(\d{8,})\.npz")
 _NONE = type(None)
 _OF_OTHERS = ("study.json", "dataset.json")  # of no run
+_BESIDE = ("figures", "rank_surgery", "wandb", "wandb.json")
 # Hidden files, TensorBoard's, and what a shell or a scheduler wrote of the command itself.
 _MAY_LIE_THERE = re.compile(r"\.|events\.out\.|.*\.(log|out|err)$")
 _FILES = "files"  # by name their sha256
@@ -151,7 +152,7 @@ class RunDirectory:
         """What no run has left here, where there is no run and no model; logs may lie there."""
         if self.config.exists() or self.model.exists():
             return []
-        own = {path.name for path in vars(self).values()} | {*_FOLDERS, "figures", "wandb", "wandb.json"}
+        own = {path.name for path in vars(self).values()} | {*_FOLDERS, *_BESIDE}
         return sorted(
             entry.name
             for entry in self.path.iterdir()
