@@ -135,10 +135,8 @@ def _train() -> None:
     dataset_lib.require_directory(config)
     startup.check_memory_limit()
 
-    from qkjax import (
-        processes,
-        train,
-    )  # jax and all: only once the command line is known to be sound
+    # jax and all: only once the command line is known to be sound.
+    from qkjax import processes, train
     from qkjax.export import hf
 
     with _processes():
