@@ -45,13 +45,12 @@ def make_eval_step(config: Config, mesh: Mesh) -> EvalStep:
     loss_sum is the float32 sum over the T predicted positions of each row, in nats.
     """
 
-    chip = chips.of_kind(mesh.devices.flat[0].device_kind)
-    by_digits = chip is not None and chip.has_slow_float64
-
     def step(
         params: model.Params, statistics: probes.Statistics, tokens: jax.Array, valid: jax.Array
     ) -> tuple[probes.Statistics, jax.Array]:
         exact = not isinstance(statistics.vectors, spectral.Factor)
+        chip = chips.of_kind(mesh.devices.flat[0].device_kind)
+        by_digits = chip is not None and chip.has_slow_float64
         sequences_seen = statistics.vectors.count[0, 0] // config.model.sequence_length
         rows = probes.rows_of(valid, sequences_seen)
 
