@@ -1,5 +1,6 @@
 """Several processes on this machine, through the command: the same run, and one end for all."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -15,11 +16,15 @@ import pytest
 import small_run
 
 from qkjax import train
+from qkjax.runs import checkpoint
 
 pytestmark = [pytest.mark.process, pytest.mark.long]
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 50
 TOKENS = f"--config.train.tokens={STEPS * small_run.TOKENS_PER_STEP}"
+# Cut arrays are summed in other orders, and a rounding grows: 4e-7 of the loss after 20 steps, 1e-5
+# after 28.
+MESH_STEPS = 20
 # What is seen of a peer that was killed comes from the heartbeat, after 20 s; the rest is a guard.
 END_SECONDS = 1200
 
@@ -32,8 +37,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def alone(dataset, tmp_path_factory) -> pathlib.Path:
     """The run of one process, of `STEPS` steps."""
-    workdir = tmp_path_factory.mktemp("alone") / "run"
-    tokens = STEPS * small_run.TOKENS_PER_STEP
+    return run_of_one(dataset, tmp_path_factory.mktemp("alone") / "run", STEPS)
+
+
+@pytest.fixture(scope="module")
+def alone_for_less(dataset, tmp_path_factory) -> pathlib.Path:
+    """The same of `MESH_STEPS`."""
+    return run_of_one(dataset, tmp_path_factory.mktemp("alone") / "run", MESH_STEPS)
+
+
+def run_of_one(dataset: pathlib.Path, workdir: pathlib.Path, steps: int) -> pathlib.Path:
+    tokens = steps * small_run.TOKENS_PER_STEP
     config = small_run.make_config(dataset, "muon", "learned", train__tokens=tokens)
     train.train_and_evaluate(config, workdir)
     return workdir
@@ -45,8 +59,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(count: int, command: list[str], own: dict[int, list[str]] | None = None) -> list:
-    """The processes of one command; `own` has more flags of some of them."""
+def start(
+    count: int, command: list[str], own: dict[int, list[str]] | None = None, devices: int = 1
+) -> list:
+    """The processes of one command on `devices` each; `own` has more flags of some of them."""
+    forced = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     port = free_port()
     return [
         subprocess.Popen(
@@ -58,6 +75,7 @@ def start(count: int, command: list[str], own: dict[int, list[str]] | None = Non
                 *(own or {}).get(index, []),
             ],
             cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": forced},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -108,10 +126,10 @@ def error_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("ERROR: ")]
 
 
-def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
+def assert_same_run(workdir: pathlib.Path, other: pathlib.Path, steps: int = STEPS) -> None:
     """One row a step with the same names, losses to 1e-5, and one set of files."""
     ours, theirs = small_run.rows(workdir), small_run.rows(other)
-    assert [row["step"] for row in ours] == list(range(STEPS + 1))
+    assert [row["step"] for row in ours] == list(range(steps + 1))
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for name in ("train/loss", "val/loss"):
         pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) if name in a]
@@ -131,6 +149,52 @@ def test_two_processes_train_the_run_of_one(dataset, alone, tmp_path):
     found = ends(start_in_slurm(2, small_run.command(dataset, tmp_path / "run", TOKENS)))
     assert [code for code, _ in found] == [0, 0], found
     assert_same_run(tmp_path / "run", alone)
+
+
+RESTORED = """
+import runpy, sys
+from qkjax import processes, train
+from qkjax.runs import checkpoint
+original = train._Run._train
+def say(run, state):
+    trees = processes.whole((state.params, state.opt_state))
+    print("RESTORED", *(checkpoint.digests(tree)[1] for tree in trees), file=sys.stderr)
+    return original(run, state)
+train._Run._train = say
+sys.argv = ["qkjax.main", *sys.argv[1:]]
+runpy.run_module("qkjax.main", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("mesh", "other", "count", "devices"), [("zero1", "fsdp", 2, 1), ("fsdp", "zero1", 1, 4)]
+)
+def test_a_mesh_over_two_processes_is_the_run_of_one_and_resumes_elsewhere(
+    dataset, alone_for_less, tmp_path, mesh, other, count, devices
+):
+    """Two processes of two devices each; then another mesh on other processes and devices."""
+    workdir = tmp_path / "run"
+    command = small_run.command(
+        dataset, workdir, f"--config.train.tokens={MESH_STEPS * small_run.TOKENS_PER_STEP}"
+    )
+    cut = ends(start(2, [*command, f"--config.mesh={mesh}"], devices=2))
+    assert [code for code, _ in cut] == [0, 0], cut
+    assert_same_run(workdir, alone_for_less, MESH_STEPS)
+
+    with contextlib.closing(
+        checkpoint.Checkpoints(workdir / "checkpoints", read_only=True)
+    ) as checkpoints:
+        step = checkpoints.steps()[-2]
+        meta = checkpoints.meta(step)
+    assert 0 < step < MESH_STEPS
+    changed = (f"--config.mesh={other}", "--allow_config_change=mesh")
+    flags = [*command[3:], *changed, f"--restore_step={step}"]
+    elsewhere = ends(start(count, [sys.executable, "-c", RESTORED, *flags], devices=devices))
+    for code, text in elsewhere:
+        assert code == 0, text
+        words = f"RESTORED {meta['params_sha256']} {meta['opt_state_sha256']}"
+        assert words in text.splitlines()
+    assert_same_run(workdir, alone_for_less, MESH_STEPS)
 
 
 def test_a_run_survives_a_signal_and_a_kill_on_two_and_four_and_one(dataset, alone, tmp_path):
