@@ -1,5 +1,6 @@
 """The package as others install it, and the environment that the scripts make."""
 
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -8,6 +9,7 @@ import sys
 import zipfile
 
 import pytest
+from packaging import specifiers
 
 pytestmark = pytest.mark.process
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -100,3 +102,21 @@ def test_a_copied_checkout_is_installed_again_for_its_own_place(tmp_path):
         file.write("\n")
     assert [set_up(checkout), set_up(checkout)] == [5, 5]
     assert f"{copy} -m pip install" in log.read_text()
+
+
+def test_every_pinned_version_installs_on_the_oldest_python():
+    """README promises Python 3.11: Debian's 3.11.2 and Ubuntu's 3.11.0 too."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    lines = (root / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    looked_at, refused = 0, {}
+    for name, version in pinned.items():
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of an extra that is not installed here
+        looked_at += 1
+        needed = distribution.metadata["Requires-Python"] or ""
+        if not specifiers.SpecifierSet(needed).contains("3.11.0"):
+            refused[f"{name}=={version}"] = needed
+    assert looked_at > 100 and not refused
