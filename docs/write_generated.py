@@ -145,7 +145,8 @@ def answer(runs: dict[str, list[Run]]) -> str:
         if ends:
             said.append(f"{optimizer}'s keys end at {', '.join(ends)}")
     missing = [arms_lib.label(arm) for arm in ARMS if arm not in runs]
-    fewest = min(len(of_arm) for of_arm in runs.values())
+    named = {arm for words in WORDS.values() for arm in words} | set(ARMS)
+    fewest = min(len(of_arm) for arm, of_arm in runs.items() if arm in named)
     tokens = drawing.count(max(int(run.tokens[-1]) for of in runs.values() for run in of))
     if missing or fewest < SEEDS:
         scope = f"{fewest} seed{'s' * (fewest > 1)} of {SEEDS}, so nothing is decided"

@@ -108,12 +108,15 @@ def test_the_first_screen_names_seeds_and_what_is_missing(generated):
     runs = generated.read_all()
     first = runs["adamw_qk"][0]
     other = first._replace(seed=137, values={k: v + 1 for k, v in first.values.items()})
-    two = {arm: [first, other] if arm == "adamw_qk" else of_arm for arm, of_arm in runs.items()}
+    two = {arm: [first, other] if arm == "adamw_qk" else of[:1] for arm, of in runs.items()}
     two.pop("muon_qk", None)
     assert "1 seed of 3, so nothing is decided; not run yet: Muon + QK-Norm" in " ".join(
         generated.block(two).split()
     )
     assert "| AdamW + QK-Norm | 42, 137 | 4.815 (4.315 to 5.315) |" in generated.block(two)
+    named = ("adamw_qk", "adamw_noqk")  # one seed of a control that is not named counts for nothing
+    both = {arm: [first, other] for arm in named} | {"adamw_qk_frozen": [first]}
+    assert "2 seeds of 3, so nothing is decided" in " ".join(generated.block(both).split())
     three = {arm: [first, other, other._replace(seed=256)] for arm in generated.ARMS}
     assert "3 seeds." in " ".join(generated.block(three).split())
 
