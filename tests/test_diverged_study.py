@@ -79,7 +79,7 @@ def test_the_report_names_it_and_shows_the_rest(studies):
     first = text.partition("## Warnings")[0]
     assert f"AdamW, no QK-Norm: {count} of 2 runs diverged.**" in first
     assert f"| AdamW, no QK-Norm ({count} of 2 diverged) |" in first
-    assert text.count("diverged at step 2: This is an outcome: the run enters no mean") == count
+    assert text.count("diverged at step 2. This is an outcome: the run enters no mean") == count
     assert "undecidable" not in text
     shown = clauses(studies[name])["H4 loss against AdamW+QK"]
     assert shown.said in text and re.search(r"nat, 95% [-+.\d]+ to [-+.\d]+$", shown.said)
