@@ -71,7 +71,7 @@ def test_the_field_follows_the_last_colon_without_a_slash_after_it(tmp_path):
     (folder / "plain").write_bytes(b'{"text": "y"}')
     assert _texts(f"jsonl:{folder}/plain") == ["y"]
     refused = _refusal(f"jsonl:{folder}/*.jsonl")
-    assert "no field 'text', found body, id (the field is named behind the files: jsonl:" in refused
+    assert "no field 'text', found body, id (the field is named after the files: jsonl:" in refused
 
 
 def test_byte_order_marks_and_blank_lines_are_no_text(tmp_path):

@@ -252,7 +252,7 @@ class _JsonLines(_LineSource):
         if self.field not in value:
             known = ", ".join(sorted(value)[:8]) or "none"
             raise ValueError(
-                f"no field {self.field!r}, found {known} (the field is named behind the files: "
+                f"no field {self.field!r}, found {known} (the field is named after the files: "
                 "jsonl:GLOB:FIELD)"
             )
         text = value[self.field]

@@ -256,7 +256,7 @@ class Recorder(Silent):
             self._directory.path,
             start,
         )
-        # Behind it the compiler takes its time, and nothing else is printed.
+        # The compiler follows, and for a minute nothing else is printed.
         self.show(f"{shown}\n\n{self._table}\n\ncompiling  the step and the evaluation")
 
     def profile(self, step: int) -> None:
