@@ -140,7 +140,8 @@ def test_a_part_of_the_pilot_runs_and_comes_home(data, tmp_path):
     assert [path.name for path in archives] == ["fixed_merged-0.tar.gz"]
     with tarfile.open(archives[0]) as archive:
         assert {"report/index.html", "report/results.csv"} <= set(archive.getnames())
-        archive.extractall(tmp_path / "home", filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 on
+        archive.extractall(tmp_path / "home")
     study = results.load_study(tmp_path / "home")
     arms = ("muon_noqk", "muon_noqk_merged")
     assert sorted(study.runs) == [(arm, seed) for arm in arms for seed in (42, 137)]

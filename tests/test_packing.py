@@ -33,7 +33,8 @@ def study(tmp_path) -> pathlib.Path:
 def unpack(paths: list[pathlib.Path], into: pathlib.Path) -> pathlib.Path:
     for path in paths:
         with tarfile.open(path) as archive:
-            archive.extractall(into, filter="data")
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 on
+            archive.extractall(into)
     return into
 
 
