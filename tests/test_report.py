@@ -323,6 +323,9 @@ def test_a_study_that_has_not_begun(write: Callable[..., pathlib.Path]):
     assert page["missing"].count("not started") == 8
     assert "No run has finished yet" in page["loss"] and "No run has finished" in page["keys"]
     assert "no run has been scored" in page["downstream"]
+    text = (report.make_report(study).parent / "report.md").read_text()
+    assert text.count("H3(a), H3(b), H3(c): no seed has every arm") == 1
+    assert "Without data: H3" not in text  # its reason has said so
 
 
 def test_a_deleted_seed(write: Callable[..., pathlib.Path]):

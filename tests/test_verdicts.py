@@ -360,11 +360,16 @@ def test_extra_seeds_enter_the_families_that_have_them_whole(judge: Judge):
 
 
 def test_an_arm_without_any_run(judge: Judge):
-    missing = [("muon_noqk", seed) for seed in (42, 43, 44)]
-    judged = judge(CLAIMED, missing=missing, **LONG)
+    """The runs that there are are counted once; an extra seed of some arms completes nothing."""
+    missing = [("adamw_qk", 44), *(("muon_noqk", seed) for seed in (42, 43, 44))]
+    extra = {"adamw_qk": [7001], "adamw_noqk": [7001]}
+    judged = judge(CLAIMED, missing=missing, extra_seeds=extra, **LONG)
     assert statuses(judged) == [INCONCLUSIVE] * 4 and judged.seeds_used == ()
+    counts = "runs of 3 seeds: adamw_qk 2, adamw_noqk 3, muon_qk 3, muon_noqk 0"
     for verdict in judged.verdicts[:4]:
-        assert "muon_noqk seed 42 (not started)" in verdict.reason
+        assert verdict.reason.count(f"no seed has every arm; {counts}") == 1
+    assert judged.verdicts[2].reason.startswith("H3(a), H3(b), H3(c): no seed")
+    assert "missing: muon_noqk seed 42 (not started)" in judged.verdicts[3].reason
     assert clause(judged, "H4 finishes").status == INCONCLUSIVE
 
 
@@ -443,7 +448,7 @@ def test_a_number_that_is_not_finite_leaves_the_family_not_the_contrast(
 def test_muon_that_diverges_refutes_its_alternative(judge: Judge):
     judged = judge(CLAIMED, diverged={("muon_noqk", 43): 300}, **LONG)
     assert judged.verdict("H4").status == REFUTED
-    assert "H4 finishes: broken by seed 43" in judged.verdict("H4").reason
+    assert "H4 finishes, H4 spikes: broken by seed 43" in judged.verdict("H4").reason
     assert clause(judged, "H4 finishes").p is None
     assert judged.verdict("H4").word == judgement.BY_RULE
 

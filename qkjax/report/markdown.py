@@ -109,6 +109,7 @@ def _(block: Box) -> str:
         return _escape(words)
     facts = f"p {p_value(verdict.p)}, {verdict.correction}"
     tested = f" {facts}." if verdict.p is not None else ""
+    clauses = (*verdict.clauses, *verdict.shown)
     head = [
         f"### {_escape(verdict.name)}. {_escape(verdict.title)}: {_escape(verdict.headline)}",
         _escape(verdict.question),
@@ -116,7 +117,7 @@ def _(block: Box) -> str:
         _block(_clauses("Clauses.", verdict, verdict.clauses))
         if any(map(has_data, verdict.clauses))
         else "",
-        _escape(without_data((*verdict.clauses, *verdict.shown))),
+        _escape(without_data([c for c in clauses if c.name not in verdict.reason])),
     ]
     if any(map(has_data, verdict.shown)):
         head.append(

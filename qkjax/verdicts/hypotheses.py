@@ -128,7 +128,11 @@ def _reason(word: str, clauses: Sequence[Clause]) -> str:
 
 
 def _said(clauses: Sequence[Clause]) -> str:
-    return "; ".join(dict.fromkeys(f"{clause.name}: {clause.reason}" for clause in clauses))
+    """Every reason once, after the clauses that have it."""
+    names: dict[str, list[str]] = {}
+    for clause in clauses:
+        names.setdefault(clause.reason, []).append(clause.name)
+    return "; ".join(f"{', '.join(dict.fromkeys(of))}: {why}" for why, of in names.items())
 
 
 # --------------------------------------------------------------------------------------------
