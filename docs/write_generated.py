@@ -4,16 +4,21 @@
 
 reads docs/results/small_original/runs/ARM_seed_N.tar.gz (`tools/airgapped/pack_results.py` made
 them), writes docs/figures/results.svg, and replaces the text between the two marks in README.md:
-the answer so far, the figure and the table. The table of docs/deviations.md comes from the configs.
-Run it again when archives or configs change. Equal archives give equal bytes. Needs matplotlib.
+the answer so far, the figure and the table. In every folder of docs/results it writes the report
+of the study as it stands there (report.md, results.csv, figures/) and the table of its runs. The
+table of docs/deviations.md comes from the configs. Run it again when archives or configs change.
+Equal archives give equal bytes. Needs matplotlib.
 """
 
 import json
 import pathlib
 import re
+import shutil
 import sys
 import tarfile
+import tempfile
 import textwrap
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -22,10 +27,11 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from qkjax.report import arms as arms_lib  # noqa: E402
-from qkjax.report import drawing  # noqa: E402
+from qkjax.report import drawing, report  # noqa: E402
 from qkjax.study import plan_config, plan_cost  # noqa: E402
 
-ARCHIVES = ROOT / "docs" / "results" / "small_original" / "runs"
+RESULTS = ROOT / "docs" / "results"
+ARCHIVES = RESULTS / "small_original" / "runs"
 FIGURE = ROOT / "docs" / "figures" / "results.svg"
 README = ROOT / "README.md"
 DEVIATIONS = ROOT / "docs" / "deviations.md"
@@ -233,6 +239,70 @@ def svg(runs: dict[str, list[Run]]) -> str:
     return re.sub(r"<defs>", lambda _: themed, drawn, count=1)
 
 
+def studies() -> list[pathlib.Path]:
+    """The folders of docs/results, one a study."""
+    return sorted(path.parent for path in RESULTS.glob("*/study.json"))
+
+
+def unpack(folder: pathlib.Path, workdir: pathlib.Path) -> None:
+    """Makes a study directory, without checkpoints, of a folder of docs/results."""
+    for name in ("study.json", "dataset.json"):
+        shutil.copy(folder / name, workdir / name)
+    shutil.copytree(folder / "surgery", workdir / "surgery")
+    for archive in sorted((folder / "runs").glob("*.tar.gz")):
+        arm = archive.name.partition("_seed_")[0]
+        with tarfile.open(archive) as tar:
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 on
+            tar.extractall(workdir / "runs" / arm)
+
+
+def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
+    """report.md, results.csv and figures/ of a folder of docs/results, as its archives stand."""
+    with tempfile.TemporaryDirectory() as workdir:
+        unpack(folder, pathlib.Path(workdir))
+        page = report.make_report(workdir, out)
+    page.unlink()  # report.md and the figures say the same, and can be read where they lie
+
+
+def run_table(folder: pathlib.Path) -> str:
+    """The runs of a folder of docs/results at their last step."""
+    columns = {
+        LOSS: ("validation loss, nat", ".3f"),
+        "pr/key/pre_norm/raw": ("pre_norm raw", ".1f"),
+        "pr/key/post_norm/raw": ("post_norm raw", ".1f"),
+        "pr/key/pre_rope/raw": ("pre_rope raw", ".1f"),
+        "pr/key/pre_rope/centred": ("pre_rope centred", ".1f"),
+        "pr/key/post_rope/raw": ("post_rope raw", ".1f"),
+        "gamma/key_pr": ("gamma's own PR", ".1f"),
+    }
+    heads = " | ".join(title for title, _ in columns.values())
+    lines = [f"| arm | seed | {heads} | params_sha256 |", "|---" * (len(columns) + 3) + "|"]
+    for arm, seed, summary in sorted(_summaries(folder), key=lambda run: _place(folder, *run[:2])):
+        cells = [
+            f"{summary[name]:{form}}" if summary.get(name) is not None else "-"
+            for name, (_, form) in columns.items()
+        ]
+        digest = summary["params_sha256"][:12]
+        lines.append(f"| {arm} | {seed} | {' | '.join(cells)} | {digest} |")
+    return "\n".join(lines)
+
+
+def _summaries(folder: pathlib.Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    for archive in (folder / "runs").glob("*.tar.gz"):
+        arm, _, seed = archive.name.removesuffix(".tar.gz").partition("_seed_")
+        with tarfile.open(archive) as tar:
+            member = tar.extractfile(f"seed_{seed}/summary.json")
+            assert member is not None, archive
+            yield arm, int(seed), json.load(member)
+
+
+def _place(folder: pathlib.Path, arm: str, seed: int) -> tuple[int, int]:
+    """Arms and seeds in the order of the plan."""
+    plan = json.loads((folder / "study.json").read_text())
+    names = [*plan["arms"], *plan["controls"]]
+    return names.index(arm), [*plan["seeds"], seed].index(seed)
+
+
 def recipes() -> str:
     """The settings in which the recipes differ at full scale, as the plan of a study has them."""
     from configs import study
@@ -256,6 +326,10 @@ def main() -> None:
     runs = read_all()
     FIGURE.write_text(svg(runs))
     README.write_text(with_block(README.read_text(), "results", block(runs)))
+    for folder in studies():
+        write_report(folder, folder)
+        page = folder / "README.md"
+        page.write_text(with_block(page.read_text(), "runs", run_table(folder)))
     DEVIATIONS.write_text(with_block(DEVIATIONS.read_text(), "recipes", "\n" + recipes() + "\n"))
     print(table(runs))
 

@@ -1,6 +1,7 @@
 """README and docs name what exists: links, headings, files of the repository, modules."""
 
 import ast
+import csv
 import importlib.util
 import json
 import pathlib
@@ -13,7 +14,10 @@ import qkjax
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import origins
 from qkjax.data import tokenizer as tokenizer_lib
+from qkjax.report import csv as report_csv
+from qkjax.report import material
 from qkjax.runs.directory import RunDirectory
+from qkjax.verdicts import results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -119,6 +123,38 @@ def test_the_first_screen_names_seeds_and_what_is_missing(generated):
     assert "2 seeds of 3, so nothing is decided" in " ".join(generated.block(both).split())
     three = {arm: [first, other, other._replace(seed=256)] for arm in generated.ARMS}
     assert "3 seeds." in " ".join(generated.block(three).split())
+
+
+def test_published_numbers_are_those_of_the_archives(generated, tmp_path):
+    """results.csv and the table of runs of every folder of docs/results."""
+    assert generated.studies()
+    for folder in generated.studies():
+        page = folder / "README.md"
+        written = generated.with_block(page.read_text(), "runs", generated.run_table(folder))
+        assert written == page.read_text(), "Run python docs/write_generated.py."
+        workdir = tmp_path / folder.name
+        workdir.mkdir()
+        generated.unpack(folder, workdir)
+        numbers = report_csv.results_csv(material.gather(results.load_study(workdir)))
+        made, published = (
+            {tuple(row[:-1]): row[-1] for row in csv.reader(text.splitlines())}
+            for text in (numbers, (folder / "results.csv").read_text())
+        )
+        assert made.keys() == published.keys()
+        for name, value in published.items():
+            try:
+                assert float(made[name]) == pytest.approx(float(value), rel=1e-9, nan_ok=True), name
+            except ValueError:  # a word or a digest
+                assert made[name] == value, name
+
+
+@pytest.mark.long
+def test_published_reports_are_those_of_the_archives(generated, tmp_path):
+    for folder in generated.studies():
+        generated.write_report(folder, tmp_path)
+        made = {path.name for path in (tmp_path / "figures").glob("*.svg")}
+        assert made == {path.name for path in (folder / "figures").glob("*.svg")}
+        assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()
 
 
 def test_the_deviations_are_those_of_the_configs(generated):

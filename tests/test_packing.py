@@ -13,6 +13,8 @@ import pytest
 import synthetic_study
 
 from qkjax import errors, files
+from qkjax.report import report
+from qkjax.runs.directory import RunDirectory
 from qkjax.runs.results import PR, RunResult, load_run
 from qkjax.verdicts import results
 
@@ -101,6 +103,20 @@ def test_spectra_are_float16_where_that_is_harmless(study, tmp_path):
         assert packed["key_norm_max"].dtype == packed["value_mean"].dtype == np.float32
         for name, array in arrays.items():
             np.testing.assert_allclose(packed[name], array, rtol=2**-10)
+
+
+def test_the_last_spectra_alone_are_a_run_that_the_report_reads(study, tmp_path, stub_charts):
+    """Digests list what is there; the report says the same."""
+    everything = unpack(packing.pack(study, tmp_path / "all"), tmp_path / "whole")
+    home = unpack(packing.pack(study, tmp_path / "packed", spectra="last"), tmp_path / "home")
+    for key, run in results.load_study(home).runs.items():
+        kept = RunDirectory(run.workdir).spectra_steps()
+        known = RunDirectory(results.load_study(study).runs[key].workdir).spectra_steps()
+        assert len(known) > 1 and kept == known[-1:]
+        RunDirectory(run.workdir).check_files()
+    pages = [report.make_report(folder) for folder in (everything, home)]
+    said = [(page.parent / "report.md").read_text() for page in pages]
+    assert said[0] == said[1]
 
 
 def test_checkpoints_only_where_asked_and_only_the_latest(study, tmp_path):

@@ -518,8 +518,8 @@ class RunDirectory:
         digests = self._digests([*recorded, *self._arrays()])
         files.write_sealed(self.summary, {**summary, _FILES: digests})
 
-    def summary_with(self, digests: Mapping[str, str]) -> bytes:
-        """summary.json with these sha256 of files, by name, instead of those that it lists.
+    def summary_with(self, digests: Mapping[str, str | None]) -> bytes:
+        """summary.json with these sha256 of files, by name; None for a file that it shall not list.
 
         Raises:
             UsageError: a file is not the one that summary.json lists.
@@ -531,7 +531,8 @@ class RunDirectory:
         changed = {name: sha256 for name, sha256 in digests.items() if name in listed}
         if not changed:
             return self.summary.read_bytes()
-        return files.sealed_bytes({**summary, _FILES: {**listed, **changed}})
+        kept = {name: sha256 for name, sha256 in {**listed, **changed}.items() if sha256}
+        return files.sealed_bytes({**summary, _FILES: kept})
 
     def check_files(self) -> None:
         """Refuses a run whose files are not those that it ended with.

@@ -20,6 +20,9 @@ _OUT = flags.DEFINE_string(
 _CHECKPOINTS = flags.DEFINE_bool(
     "checkpoints", False, "Pack each run's latest checkpoint too.", flag_values=FLAGS
 )
+_SPECTRA = flags.DEFINE_enum(
+    "spectra", "all", ["all", "last"], "Of every evaluation, or the last.", flag_values=FLAGS
+)
 _ARCHIVES = flags.DEFINE_integer(
     "max_archives", 8, "Refuse to write more.", lower_bound=1, flag_values=FLAGS
 )
@@ -39,6 +42,7 @@ def main() -> None:
         pathlib.Path(workdir),
         pathlib.Path(out),
         checkpoints=_CHECKPOINTS.value,
+        spectra=_SPECTRA.value,
         limits=packing.Limits(_ARCHIVES.value, int(_MEBIBYTES.value * packing.MEBIBYTE)),
     )
     for path in paths:

@@ -60,6 +60,7 @@ def pack(
     out: pathlib.Path,
     *,
     checkpoints: bool = False,
+    spectra: str = "all",
     limits: Limits | None = None,
 ) -> list[pathlib.Path]:
     """Writes every run below `workdir`, finished or not, to archives `NAME-<i>.tar.gz` in `out`.
@@ -70,6 +71,7 @@ def pack(
     Args:
         workdir: a run directory, or one that holds some, such as a study.
         checkpoints: the latest checkpoint of each run too.
+        spectra: "all"; "last" for those of the last evaluation alone, which the report draws.
     Returns:
         The archives, at most `limits.archives` of `limits.bytes_each`.
     Raises:
@@ -89,6 +91,10 @@ def pack(
         units += [list(_matching(arm, _SCORE_FILES)) for arm in workdir.glob("downstream/*/")]
     for run in runs:
         kept = list(_matching(run, _RUN_FILES))
+        if spectra == "last":
+            earlier = RunDirectory(run).spectra_steps()[:-1]
+            left_out = {RunDirectory(run).spectra(step) for step in earlier}
+            kept = [path for path in kept if path not in left_out]
         units.append([*kept, *_latest_checkpoint(run)] if checkpoints else kept)
     try:
         packed = [_archive(workdir, group) for group in _groups(workdir, units, limits)]
@@ -147,7 +153,7 @@ def _archive(workdir: pathlib.Path, paths: Sequence[pathlib.Path]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT) as archive:
         for path in paths:
-            data = _content(path)
+            data = _content(path, paths)
             member = tarfile.TarInfo(str(path.relative_to(base)))
             member.size, member.mode = len(data), 0o644
             archive.addfile(member, io.BytesIO(data))
@@ -155,7 +161,7 @@ def _archive(workdir: pathlib.Path, paths: Sequence[pathlib.Path]) -> bytes:
     return packed[:4] + bytes(4) + packed[8:]  # without the time in gzip's header
 
 
-def _content(path: pathlib.Path) -> bytes:
+def _content(path: pathlib.Path, packed: Sequence[pathlib.Path]) -> bytes:
     if path.parent.name == "spectra":
         return _as_float16(path)
     if path.name == "environment.json":
@@ -164,7 +170,11 @@ def _content(path: pathlib.Path) -> bytes:
         changed = [*path.parent.glob("spectra/*.npz"), *path.parent.glob("environment.json")]
         return RunDirectory(path.parent).summary_with(
             {
-                p.relative_to(path.parent).as_posix(): hashlib.sha256(_content(p)).hexdigest()
+                p.relative_to(path.parent).as_posix(): hashlib.sha256(
+                    _content(p, packed)
+                ).hexdigest()
+                if p in packed
+                else None
                 for p in changed
             }
         )
