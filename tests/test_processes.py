@@ -271,26 +271,50 @@ def test_a_process_that_is_not_there_is_named(dataset, tmp_path, index):
     assert not (tmp_path / "run").exists()
 
 
-RAISES = """
-import runpy, sys
+DOES = """
+import os, runpy, signal, sys
 from qkjax.data import pipeline
 original = pipeline.TrainLoader.__next__
-def raise_here(loader):
-    if loader.step == 7 and "--process_id=1" in sys.argv:
-        raise ValueError("of a test")
+def do(loader):
+    if loader.step == 7 and "--process_id={index}" in sys.argv:
+        {what}
     return original(loader)
-pipeline.TrainLoader.__next__ = raise_here
+pipeline.TrainLoader.__next__ = do
 sys.argv = ["qkjax.main", *sys.argv[1:]]
 runpy.run_module("qkjax.main", run_name="__main__")
 """
 
 
+def start_two_of_which_one(index: int, what: str, command: list[str]) -> list:
+    """Two processes; before its eighth step one of them executes a statement."""
+    program = DOES.format(index=index, what=what)
+    return start(2, [sys.executable, "-c", program, *command[3:]])
+
+
 def test_one_that_raises_ends_the_other_with_the_cause(dataset, tmp_path):
-    flags = small_run.command(dataset, tmp_path / "run")[3:]
-    (first, text), (second, own) = ends(start(2, [sys.executable, "-c", RAISES, *flags]))
+    command = small_run.command(dataset, tmp_path / "run")
+    two = start_two_of_which_one(1, "raise ValueError('of a test')", command)
+    (first, text), (second, own) = ends(two)
     assert first == second == 1
     assert error_lines(text) == ["ERROR: process 1: ValueError: of a test"]
     assert "Traceback" in own
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("what", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)"])
+def test_one_that_is_gone_ends_the_other_with_the_cause(dataset, alone, tmp_path, index, what):
+    """Also process 0, with whom the others meet and who writes the run; it can be resumed."""
+    workdir = tmp_path / "run"
+    command = small_run.command(dataset, workdir, TOKENS)
+    code, text = ends(start_two_of_which_one(index, what, command))[1 - index]
+    if index == 0:  # jaxlib ends a process whose coordinator is gone, before any code of ours runs
+        assert code == -signal.SIGABRT and "Either the leader task was preempted/died" in text
+    else:
+        assert code == 1 and len(error_lines(text)) == 1, text
+        assert "Usually one of them was killed: look at the last line of each" in text
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(workdir, alone)
 
 
 @pytest.mark.parametrize(
