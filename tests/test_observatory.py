@@ -420,6 +420,7 @@ def test_three_revisions_are_a_trajectory(measured, place):
     lines: list[str] = []
     directory.measure_directory(request(place, measured), report=lines.append)
     assert sum("has step" in line for line in lines) == 3  # and nothing is measured twice
+    assert sum("loading the model" in line for line in lines) == 3  # said before the wait
 
 
 def test_another_text_is_refused_in_the_same_directory(measured, place):

@@ -792,7 +792,7 @@ def test_extra_seeds_are_named_and_counted(write: Callable[..., pathlib.Path]):
     extra = {"muon_qk": [7, 8], "muon_qk_frozen": [7]}
     path = write(arms, seeds=(42, 43), extra_seeds=extra, missing=[("muon_qk", 8)])
     found = material.load(path)
-    assert "5 configurations, seeds 42 and 43 (some have 2 more), " in report.subtitle(found)
+    assert "5 arms, seeds 42 and 43 (some have 2 more), " in report.subtitle(found)
     blocks = (sections_result.result, sections_verdicts.verdicts, sections_verdicts.missing)
     text = markdown(Report("", "", tuple(section(found) for section in blocks)))
     assert "12 of 13 runs finished." in text
@@ -833,7 +833,7 @@ def test_no_word_of_a_rehearsal_stands_alone(write: Callable[..., pathlib.Path])
 def test_one_of_a_kind_is_not_plural(write: Callable[..., pathlib.Path]):
     arms = {"muon_qk": synthetic_study.arms()["muon_qk"]}
     found = material.load(write(arms, seeds=(42,)))
-    assert ": 1 configuration, seed 42, " in report.subtitle(found)
+    assert ": 1 arm, seed 42, " in report.subtitle(found)
     verdicts = markdown(Report("", "", (sections_verdicts.verdicts(found),)))
     assert "1 of 1 run finished." in verdicts
 

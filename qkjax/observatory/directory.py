@@ -121,6 +121,8 @@ def _measure(
     is_done = any(each["step"] == revision.step for each in done)
     curve = projected.path_of(directory, revision.step)
     wants_curve = request.rank_curves and not curve.exists()
+    of = f", {revision.name}" if revision.name else ""
+    report(f"{request.source.name}{of}: loading the model, then the text")
     model = loading.load_model(request.source, revision.name, request.dtype)
     records = _records(request, revision, model)
     facts = _facts(request, model, records)

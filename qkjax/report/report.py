@@ -74,7 +74,7 @@ def subtitle(material: Material) -> str:
     quick = ", quick" if plan.get("quick") else ""
     return (
         f"Report of a study at scale {plan['scale']}, recipe {plan['recipe']}{quick}: "
-        f"{counted(len(material.study.arms), 'configuration')}, {seeds_named(plan['seeds'])}{more}"
+        f"{counted(len(material.study.arms), 'arm')}, {seeds_named(plan['seeds'])}{more}"
         f"{budget}."
     )
 

@@ -81,7 +81,7 @@ def _rank_table(material: Material) -> Table:
         )
     return Table(
         f"Directions within {TOLERANCE:g} nat, of {material.head_dim}: mean over seeds.",
-        ("Configuration", "Directions", "95% over seeds", "By seed"),
+        ("Arm", "Directions", "95% over seeds", "By seed"),
         tuple(rows),
     )
 
@@ -178,7 +178,7 @@ def _exposure(material: Material) -> Iterator[Table]:
             Table(
                 "The gammas of QK-Norm: how fast they move and how strongly they are decayed.",
                 (
-                    "Configuration",
+                    "Arm",
                     "Gamma",
                     "Rate",
                     "Force W",
@@ -232,7 +232,7 @@ def _over_rate(material: Material) -> Iterator[Block]:
     )
     yield Table(
         "PR of every sweep run.",
-        ("Configuration", "Learning rate", f"PR after RoPE, of {material.head_dim}", ""),
+        ("Arm", "Learning rate", f"PR after RoPE, of {material.head_dim}", ""),
         tuple(rows),
     )
 

@@ -48,7 +48,7 @@ def downstream(material: Material) -> Section:
                     if byte_exact
                     else "Scores of every run; a sample decides nothing.",
                     (
-                        "Configuration",
+                        "Arm",
                         "Seed",
                         *(heading for _, _, heading, _, _ in _SCORES),
                         "Items",

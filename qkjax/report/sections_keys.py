@@ -74,7 +74,7 @@ def _key_table(material: Material) -> Table:
             rows.append((arms.label(arm), f"mean of {len(runs)}", *cells))
     return Table(
         f"Keys at the end; PR of {material.head_dim}.",
-        ("Configuration", "Seed", *(heading for _, heading, _ in _COLUMNS)),
+        ("Arm", "Seed", *(heading for _, heading, _ in _COLUMNS)),
         tuple(rows),
         words=2,
         strong=tuple(strong),

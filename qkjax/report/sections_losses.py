@@ -151,7 +151,7 @@ def _loss_table(study: Study) -> Table:
         Table(
             "Validation loss at the end (nat per token).",
             (
-                "Configuration",
+                "Arm",
                 "Seed",
                 "Val loss",
                 "first half",
@@ -253,9 +253,9 @@ def _best(study: Study, rates: Mapping[str, Any]) -> Table:
             )
         )
     return Table(
-        "Best learning rate of every configuration.",
+        "Best learning rate of every arm.",
         (
-            "Configuration",
+            "Arm",
             "Best LR",
             "Sweep val loss, first half (nat)",
             "whole split (nat)",
@@ -341,7 +341,7 @@ def _every_run(study: Study, rates: Mapping[str, Any]) -> Table:
     ]
     return Table(
         "Every run of the sweep.",
-        ("Configuration", "Learning rate", "Val loss, first half (nat)", "whole split (nat)", ""),
+        ("Arm", "Learning rate", "Val loss, first half (nat)", "whole split (nat)", ""),
         tuple(rows),
     )
 
@@ -370,7 +370,7 @@ def _used_rates(study: Study) -> Iterator[Table]:
         yield Table(
             "Rates and budgets of the reported runs.",
             (
-                "Configuration",
+                "Arm",
                 "Learning rate",
                 "Auxiliary AdamW",
                 "Steps",

@@ -88,7 +88,7 @@ def _table(
     *notes: str,
 ) -> Iterator[Table]:
     if rows := _rows(material, columns):
-        headings = ("Configuration", *(heading for _, heading, *_ in columns))
+        headings = ("Arm", *(heading for _, heading, *_ in columns))
         yield without_empty(Table(caption, headings, tuple(map(tuple, rows)), notes=notes))
 
 
@@ -131,7 +131,7 @@ def _stages(material: Material) -> Iterator[Block]:
     )
     yield Table(
         f"PR by stage at the end, raw / centred; of {material.head_dim}, mean over seeds.",
-        ("Configuration", "Vectors", *(words[0].upper() + words[1:] for words in STAGES.values())),
+        ("Arm", "Vectors", *(words[0].upper() + words[1:] for words in STAGES.values())),
         tuple(rows),
         words=2,
         notes=(
@@ -232,7 +232,7 @@ def _beside(material: Material) -> Iterator[Block]:
             "Shown beside the PR of keys: the PR of all products q·k before RoPE, which no "
             "exchange of scale between γ_q and γ_k changes; the energy of the mean key; attention "
             "on the first position; the kernels' own PR, by head, without γ. The arms alone; the "
-            f"table has every configuration. {charts.BANDS}",
+            f"table has every arm. {charts.BANDS}",
             tuple(shown),
             columns=3,
         )
@@ -327,7 +327,7 @@ def _clips(material: Material) -> Iterator[Block]:
     yield Table(
         "QK-Clip over all steps and seeds.",
         (
-            "Configuration",
+            "Arm",
             "Limit",
             "Largest logit",
             "Steps that clipped (%)",

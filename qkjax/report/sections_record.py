@@ -162,7 +162,7 @@ def _runs(study: Study) -> Iterator[Block]:
         yield Table(
             "Runs.",
             (
-                "Configuration",
+                "Arm",
                 "Seed",
                 "Status",
                 "Directory",

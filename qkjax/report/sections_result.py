@@ -97,7 +97,7 @@ def _table(material: Material) -> Table:
         Table(
             f"At the end of training; PR of {material.head_dim} directions"
             + (", mean ± standard deviation over seeds." if several else "."),
-            ("Configuration", *(heading for _, heading, _ in _COLUMNS), "HellaSwag (%)"),
+            ("Arm", *(heading for _, heading, _ in _COLUMNS), "HellaSwag (%)"),
             tuple(rows),
             notes=(material.passes,) if material.passes else (),
         )
