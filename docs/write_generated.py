@@ -5,7 +5,7 @@
 reads docs/results/small_original/runs/ARM_seed_N.tar.gz (`tools/airgapped/pack_results.py` made
 them), writes docs/figures/results.svg, and replaces the text between the two marks in README.md:
 the answer so far, the figure and the table. In every folder of docs/results it writes the report
-of the study as it stands there (report.md, results.csv, figures/) and the table of its runs. The
+of the study as it stands there (report.md, results.csv, figures/) and the tables of its page. The
 table of docs/deviations.md comes from the configs. Run it again when archives or configs change.
 Equal archives give equal bytes. Needs matplotlib.
 """
@@ -22,13 +22,15 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
+import contrasts  # noqa: E402
 import numpy as np  # noqa: E402
 
 from qkjax.report import arms as arms_lib  # noqa: E402
 from qkjax.report import drawing, report  # noqa: E402
 from qkjax.study import plan_config, plan_cost  # noqa: E402
+from qkjax.verdicts import results  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 ARCHIVES = RESULTS / "small_original" / "runs"
@@ -264,6 +266,18 @@ def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
     page.unlink()  # report.md and the figures say the same, and can be read where they lie
 
 
+def with_tables(page: str, folder: pathlib.Path) -> str:
+    """The page of a study with its tables: runs, contrasts, and what became of predictions."""
+    with tempfile.TemporaryDirectory() as workdir:
+        unpack(folder, pathlib.Path(workdir))
+        study = results.load_study(workdir)
+        page = with_block(page, "runs", run_table(folder))
+        page = with_block(page, "contrasts", contrasts.contrasts(study))
+        if MARK.format("predictions") in page:
+            page = with_block(page, "predictions", contrasts.predictions(study))
+    return page
+
+
 def run_table(folder: pathlib.Path) -> str:
     """The runs of a folder of docs/results at their last step."""
     columns = {
@@ -329,7 +343,7 @@ def main() -> None:
     for folder in studies():
         write_report(folder, folder)
         page = folder / "README.md"
-        page.write_text(with_block(page.read_text(), "runs", run_table(folder)))
+        page.write_text(with_tables(page.read_text(), folder))
     DEVIATIONS.write_text(with_block(DEVIATIONS.read_text(), "recipes", "\n" + recipes() + "\n"))
     print(table(runs))
 

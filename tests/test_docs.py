@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -9,6 +10,8 @@ import re
 import tarfile
 
 import pytest
+import synthetic_study
+from synthetic_study import LOSS, PR, PR_BEFORE
 
 import qkjax
 from qkjax.data import manifest as manifest_lib
@@ -126,11 +129,11 @@ def test_the_first_screen_names_seeds_and_what_is_missing(generated):
 
 
 def test_published_numbers_are_those_of_the_archives(generated, tmp_path):
-    """results.csv and the table of runs of every folder of docs/results."""
+    """results.csv and the tables of the page of every folder of docs/results."""
     assert generated.studies()
     for folder in generated.studies():
         page = folder / "README.md"
-        written = generated.with_block(page.read_text(), "runs", generated.run_table(folder))
+        written = generated.with_tables(page.read_text(), folder)
         assert written == page.read_text(), "Run python docs/write_generated.py."
         workdir = tmp_path / folder.name
         workdir.mkdir()
@@ -146,6 +149,29 @@ def test_published_numbers_are_those_of_the_archives(generated, tmp_path):
                 assert float(made[name]) == pytest.approx(float(value), rel=1e-9, nan_ok=True), name
             except ValueError:  # a word or a digest
                 assert made[name] == value, name
+
+
+def test_contrasts_and_predictions_of_a_study(generated, tmp_path):
+    """Differences of the means that were put in; words by where the intervals lie."""
+    prs = {"noqk": 30.0, "qk": 19.0, "qk_undecayed": 30.4, "qk_frozen": 36.0, "qk_to_one": 41.0}
+    changed = {f"adamw_{name}": {PR: pr, PR_BEFORE: 20.0} for name, pr in prs.items()}
+    changed["adamw_qk"] |= {PR_BEFORE: 11.0, LOSS: 3.6}
+    arms = synthetic_study.arms(64, **changed, muon_noqk={PR: 45.0})
+    options = {"seeds": (42, 137, 256), "scale": "small", "recipe": "original"}
+    noise = {PR: 0.1, PR_BEFORE: 0.1}
+    synthetic_study.write(tmp_path, arms, noise=noise, **options)
+    study = results.load_study(tmp_path)
+    tables = generated.contrasts
+    table = tables.contrasts(study)
+    frozen, *_, parent, decay = table.split("\n\n")[0].splitlines()[2:]
+    assert re.search(r"frozen - none .*\| \+[56]\.\d \(\+5\.\d to \+6\.\d\) \|", frozen)
+    assert re.search(r"parent - none .*\| -1[01]\.\d \(-11\.\d to -10\.\d\) \|", parent)
+    assert re.search(r"parent - undecayed .*\| -11\.\d \(", decay)
+    found = [line.rsplit("| ", 1)[1][:-2] for line in tables.predictions(study).splitlines()[2:]]
+    assert found[1:5] == ["refuted", "held", "held", "refuted"]  # frozen; parent; decay; to_one
+    assert found[6] == "refuted"  # 9 lower in centred, 11 in raw
+    without = dataclasses.replace(study, runs={})
+    assert tables.contrasts(without) == ""
 
 
 @pytest.mark.long

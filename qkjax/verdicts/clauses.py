@@ -5,7 +5,7 @@ The rules are those of docs/statistics.md and the same for every hypothesis.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -112,9 +112,15 @@ def spoken(estimate: float, interval: Interval | None, unit: str) -> str:
 # By contrast.
 
 
-def by_contrast(panel: Panel, prediction: Prediction) -> Clause:
-    """A clause decided by the interval of sum weights x quantity over the panel's seeds."""
-    quantity = QUANTITIES[prediction.quantity]
+def by_contrast(
+    panel: Panel, prediction: Prediction, quantities: Mapping[str, Quantity] = QUANTITIES
+) -> Clause:
+    """A clause decided by the interval of sum weights x quantity over the panel's seeds.
+
+    Args:
+        quantities: by the name that the prediction uses; of H1 to H4 unless given.
+    """
+    quantity = quantities[prediction.quantity]
     limit = quantity.limit(panel.head_dim) if prediction.limit is None else prediction.limit
     per_seed = _per_seed(panel.study, prediction, quantity)
     clause = Clause(
