@@ -99,7 +99,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Repor
     synthetic_study.write(folder, given, seeds=SEEDS, noise=noise, scale="tiny", spectra=True)
     prs = {arm: {0.3: 20.0, 0.6: 18.0, 1.2: 14.0} for arm in synthetic_study.ARMS}
     synthetic_study.write_sweep(folder, RATES, prs=prs)
-    synthetic_study.write_surgery(folder, {"adamw_qk": (8, 12), "muon_noqk": (20, 24)}, SEEDS)
+    used = {"adamw_qk": (8, 12), "muon_noqk": (20, 24), "muon_qk": (16, 16)}
+    synthetic_study.write_surgery(folder, used, SEEDS)
     change_plan(folder, surgery={"tokens": 65_536, "ranks": []})
     right = {"muon_noqk": 0.4, "adamw_qk": 0.3}
     synthetic_study.write_downstream(folder, right, seeds=SEEDS, items=100)
@@ -879,6 +880,7 @@ def test_directions_that_the_loss_needs(whole: pathlib.Path):
     said = page.sections["rank"].replace("−", "-")
     half = 12.706 * 2 / 1  # t of one degree of freedom; sd 2.83 over sqrt(2)
     assert f"AdamW + QK-Norm10.0{10 - half:.1f} to {10 + half:.1f}42: 8, 43: 12" in said
+    assert "Muon + QK-Norm16.0–42: 16, 43: 16" in said  # no spread is no interval of width 0
     assert "AdamW, no QK-Norm–––" in said and "65,536 validation tokens" in said
     assert "rank_arms-title" in page.ids
     assert "rank surgery of AdamW, no QK-Norm, seeds 42 and 43" in page.sections["missing"]

@@ -69,7 +69,7 @@ def _rank_table(material: Material) -> Table:
         }
         ranks = [float(rank) for rank in found.values() if rank is not None]
         whole = bool(ranks) and len(ranks) == len(found)
-        ends = _mean_interval(ranks) if whole and len(ranks) > 1 else None
+        ends = _mean_interval(ranks) if whole and len(set(ranks)) > 1 else None
         by_seed = ", ".join(f"{seed}: {rank or 'more'}" for seed, rank in found.items())
         rows.append(
             (
@@ -83,6 +83,7 @@ def _rank_table(material: Material) -> Table:
         f"Directions within {TOLERANCE:g} nat, of {material.head_dim}: mean over seeds.",
         ("Arm", "Directions", "95% over seeds", "By seed"),
         tuple(rows),
+        notes=("No interval where the seeds agree: the ranks are too few to show their spread.",),
     )
 
 
