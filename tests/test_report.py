@@ -31,7 +31,7 @@ from qkjax.report import (
     sections_result,
     sections_verdicts,
 )
-from qkjax.report.blocks import Box, Charts, Lead, Report, Section, Table
+from qkjax.report.blocks import Box, Charts, Lead, Report, Section, Table, number
 from qkjax.report.csv import COLUMNS, results_csv
 from qkjax.report.markdown import markdown
 from qkjax.runs import environment
@@ -321,7 +321,7 @@ def test_a_study_that_has_not_begun(write: Callable[..., pathlib.Path]):
     page = sections(study)
     assert tuple(page) == SECTIONS
     assert "0 of 8 runs finished" in page["verdicts"]
-    assert page["missing"].count("not started") == 8
+    assert page["missing"].count("seeds 42 and 43: not started") == 4  # a line for each arm
     assert "No run has finished yet" in page["loss"] and "No run has finished" in page["keys"]
     assert "no run has been scored" in page["downstream"]
     text = (report.make_report(study).parent / "report.md").read_text()
@@ -924,6 +924,12 @@ def test_confounds_are_named_with_their_numbers(tmp_path: pathlib.Path):
     assert {"pr_over_rate_adamw-title", "pr_against_loss-title"} <= set(page.ids)
     assert page.sections["sweep"].count("TIE: 0.6 and 1.2 are within 0.01 nat") == 1
     assert "TIE" not in page.sections["sweep"].split("Muon + QK-Norm")[1].split("Every run")[0]
+
+
+def test_huge_numbers_have_two_digits():
+    """A gamma that decay has brought to 0 has a quantile of 0, and a ratio without end."""
+    assert number(1_826_598_409.12) == "1.8e+09" and number(-2e6, signed=True) == "-2.0e+06"
+    assert number(999_999.994) == "999,999.99" and number(float("inf")) == "–"
 
 
 def test_code_in_the_text_has_no_escapes(whole: pathlib.Path):

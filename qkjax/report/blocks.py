@@ -128,10 +128,11 @@ class Report:
 
 
 def number(value: float | None, digits: int = 2, *, signed: bool = False) -> str:
-    """`digits` digits after the point; ABSENT where it was not measured."""
+    """`digits` digits after the point, of a million and more two; ABSENT where not measured."""
     if value is None or not math.isfinite(value):
         return ABSENT
-    return f"{value:{'+' if signed else ''},.{digits}f}"
+    form = ".1e" if abs(value) >= 1e6 else f",.{digits}f"
+    return f"{value:{'+' if signed else ''}{form}}"
 
 
 def short(value: float | None, *, signed: bool = False) -> str:

@@ -109,9 +109,12 @@ def missing(material: Material) -> Section:
 
 def _missing(material: Material) -> Iterator[str]:
     study = material.study
+    seeds: dict[tuple[str, str], list[int]] = {}
     for run in study.missing:
         noted = _in_brackets(*material.noted(f"runs/{run.arm}/seed_{run.seed}"))
-        yield f"{arms.label(run.arm)}, seed {run.seed}: {run.why}{noted}"
+        seeds.setdefault((run.arm, f"{run.why}{noted}"), []).append(run.seed)
+    for (arm, why), some in seeds.items():
+        yield f"{arms.label(arm)}, {seeds_named(some)}: {why}"
     if study.plan.get("sweep"):
         for arm in study.plan["arms"]:
             if arm not in (study.learning_rates or {}):
