@@ -678,8 +678,8 @@ def test_the_record_names_the_source_commit(write: Callable[..., pathlib.Path]):
     (source / "change").touch()
     recorded = environment.git_state(source)
     assert recorded["sha"] and recorded["dirty"]
-    for number, path in enumerate(sorted(study.glob("runs/*/*/environment.json"))):
-        git = environment.git_state(study) if number else recorded
+    for index, path in enumerate(sorted(study.glob("runs/*/*/environment.json"))):
+        git = environment.git_state(study) if index else recorded
         path.write_text(json.dumps({**json.loads(path.read_text()), "git": git}))
     synthetic_study.seal(study)
     said = sections(study)["record"]
