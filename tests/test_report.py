@@ -721,6 +721,17 @@ def test_the_originals_numbers_are_marked_as_what_they_are(
     assert f"recipe {recipe}" in sections_record.deviations(material.load(tmp_path)).blocks[0].text
 
 
+def test_recipe_original_stands_beside_the_original_by_steps(tmp_path: pathlib.Path):
+    """A step is what its rates and decays act by: 25M of its tokens are 6,103 steps."""
+    given = {"adamw_qk": {**synthetic_study.arms()["adamw_qk"], PR: 18.0}}
+    options = {"scale": "small", "recipe": "original"}
+    synthetic_study.write(tmp_path, given, seeds=(42,), **options)
+    _, table, _ = sections_record.comparison(material.load(tmp_path)).blocks
+    assert table.columns[0] == "Steps"
+    assert [row[0] for row in table.rows] == ["0", "244", "976", "1,953", "6,103"]
+    assert [row[2] for row in table.rows][3:] == ["–", "18.0"]  # 6,100 steps; none near 1,953
+
+
 @pytest.mark.parametrize(
     ("scale", "plan", "words"),
     [

@@ -37,19 +37,22 @@ def comparison(material: Material) -> Section:
     study = material.study
     blocks: list[Block] = [Text(_setting(material))]
     comparable = material.head_dim == original.HEAD_DIM
+    by_steps = study.plan["recipe"] == "original"  # its rates and decays act by step
     names = list(original.PUBLISHED_PR[0])
     rows = []
     for tokens, published in original.PUBLISHED_PR.items():
-        cells = [drawing.count(tokens)]
+        step = tokens // original.TOKENS_PER_STEP
+        cells = [f"{step:,}" if by_steps else drawing.count(tokens)]
         for arm in names:
-            ours = _at_tokens(study.of_arm(arm), tokens) if comparable else None
+            runs = study.of_arm(arm) if comparable else []
+            ours = _at_step(runs, step) if by_steps else _at_tokens(runs, tokens)
             cells += [number(published[arm], 1), number(ours, 1)]
         rows.append(tuple(cells))
     columns = (head for arm in names for head in (f"{arms.short(arm)}: original", "this study"))
     table = Table(
-        "Post-RoPE raw PR of keys by training tokens: the original's pilot (one seed, read off its "
-        "plot, ±0.3) and the mean over seeds of this study.",
-        ("Tokens", *columns),
+        f"Post-RoPE raw PR of keys by training {'steps' if by_steps else 'tokens'}: the original's "
+        "pilot (one seed, read off its plot, ±0.3) and the mean over seeds of this study.",
+        ("Steps" if by_steps else "Tokens", *columns),
         tuple(rows),
     )
     blocks += [without_empty(table), Notes(original.OTHER_RESULTS)]
@@ -83,6 +86,16 @@ def _setting(material: Material) -> str:
 def _at_tokens(runs: list[RunResult], tokens: int) -> float | None:
     values = [run.at_step(PR, tokens // run.config.train.tokens_per_step) for run in runs]
     return mean(values) if values else None
+
+
+def _at_step(runs: list[RunResult], step: int) -> float | None:
+    """At the evaluation nearest to the step, if that is within 1%: budgets are rounded."""
+    if not runs:
+        return None
+    nearest = min((probe.step for probe in runs[0].probes), key=lambda found: abs(found - step))
+    if abs(nearest - step) > 0.01 * step:
+        return None
+    return mean([run.at_step(PR, nearest) for run in runs])
 
 
 def deviations(material: Material) -> Section:
