@@ -7,7 +7,6 @@ Smaller shapes keep these proportions.
 
 import dataclasses
 import gc
-import json
 import pathlib
 import tempfile
 from typing import Any
@@ -20,6 +19,7 @@ from qkjax import model, train
 from qkjax.config import Config
 from qkjax.data import dataset as dataset_lib
 from qkjax.data import pipeline
+from qkjax.runs.directory import RunDirectory
 
 STEPS = 153
 _EVALUATED = 0.1  # tokens, of those trained in between
@@ -57,13 +57,12 @@ class Run(jax_work.JaxWork):
     def repeat(self, times: int) -> None:
         self.train(times)
 
-    def train(self, intervals: int) -> list[dict[str, float]]:
+    def train(self, intervals: int) -> list[dict[str, Any]]:
         """Rows of a run of one step more than the intervals have, so that 0 is the start alone."""
         with tempfile.TemporaryDirectory(dir=self._folder) as workdir:
             train.train_and_evaluate(lengthen(self._settings, intervals), workdir)
             gc.collect()  # the device's memory, before the next run wants it
-            lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+            return RunDirectory(workdir).read_metrics()
 
 
 class Start(Run):

@@ -10,7 +10,6 @@ table of docs/deviations.md comes from the configs. Run it again when archives o
 Equal archives give equal bytes. Needs matplotlib.
 """
 
-import json
 import pathlib
 import re
 import shutil
@@ -18,7 +17,6 @@ import sys
 import tarfile
 import tempfile
 import textwrap
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -29,11 +27,11 @@ import numpy as np  # noqa: E402
 
 from qkjax.report import arms as arms_lib  # noqa: E402
 from qkjax.report import drawing, report  # noqa: E402
+from qkjax.report.blocks import number  # noqa: E402
 from qkjax.study import plan_config, plan_cost  # noqa: E402
 from qkjax.verdicts import results  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
-ARCHIVES = RESULTS / "small_original" / "runs"
 FIGURE = ROOT / "docs" / "figures" / "results.svg"
 README = ROOT / "README.md"
 DEVIATIONS = ROOT / "docs" / "deviations.md"
@@ -90,35 +88,17 @@ class Run(NamedTuple):
     values: dict[str, np.ndarray]  # by metric, [evaluations]
 
 
-def read(archive: pathlib.Path) -> Run:
-    """The evaluations of an archived run; nothing is unpacked."""
-    with tarfile.open(archive) as tar:
-        members = {pathlib.PurePath(name).name: name for name in tar.getnames()}
-
-        def text(name: str) -> str:
-            member = tar.extractfile(members[name])
-            assert member is not None, name
-            return member.read().decode()
-
-        rows = [json.loads(line) for line in text("metrics.jsonl").splitlines()]
-        summary: dict[str, Any] = json.loads(text("summary.json"))
-        commit = json.loads(text("environment.json"))["git"]["sha"]
-    shown = [row for row in rows if LOSS in row]
-    return Run(
-        summary["arm"],
-        summary["seed"],
-        commit[:7],
-        np.array([row["tokens"] for row in shown]),
-        {name: np.array([row[name] for row in shown], float) for name in (LOSS, *MEASURES)},
-    )
-
-
-def read_all(folder: pathlib.Path = ARCHIVES) -> dict[str, list[Run]]:
-    """By arm, the runs by seed."""
+def read_all(folder: pathlib.Path = RESULTS / "small_original") -> dict[str, list[Run]]:
+    """By arm, the runs of a folder of docs/results by seed."""
     found: dict[str, list[Run]] = {}
-    for archive in sorted(folder.glob("*.tar.gz")):
-        run = read(archive)
-        found.setdefault(run.arm, []).append(run)
+    for (arm, seed), run in load(folder).runs.items():
+        values = {
+            name: np.array([probe.metrics[name] for probe in run.probes], float)
+            for name in (LOSS, *MEASURES)
+        }
+        tokens = np.array([probe.tokens for probe in run.probes])
+        commit = run.environment["git"]["sha"][:7]
+        found.setdefault(arm, []).append(Run(arm, seed, commit, tokens, values))
     return {arm: sorted(runs, key=lambda run: run.seed) for arm, runs in sorted(found.items())}
 
 
@@ -266,55 +246,41 @@ def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
     page.unlink()  # report.md and the figures say the same, and can be read where they lie
 
 
-def with_tables(page: str, folder: pathlib.Path) -> str:
-    """The page of a study with its tables: runs, contrasts, and what became of predictions."""
+def load(folder: pathlib.Path) -> results.Study:
+    """The numbers of a folder of docs/results; files of its runs are not kept."""
     with tempfile.TemporaryDirectory() as workdir:
         unpack(folder, pathlib.Path(workdir))
-        study = results.load_study(workdir)
-        page = with_block(page, "runs", run_table(folder))
-        page = with_block(page, "contrasts", contrasts.contrasts(study))
-        if MARK.format("predictions") in page:
-            page = with_block(page, "predictions", contrasts.predictions(study))
+        return results.load_study(workdir)
+
+
+def with_tables(page: str, folder: pathlib.Path) -> str:
+    """The page of a study with its tables: runs, contrasts, and what became of predictions."""
+    study = load(folder)
+    page = with_block(page, "runs", run_table(study))
+    page = with_block(page, "contrasts", contrasts.contrasts(study))
+    if MARK.format("predictions") in page:
+        page = with_block(page, "predictions", contrasts.predictions(study))
     return page
 
 
-def run_table(folder: pathlib.Path) -> str:
-    """The runs of a folder of docs/results at their last step."""
+def run_table(study: results.Study) -> str:
+    """The runs of a study at their last step."""
     columns = {
-        LOSS: ("validation loss, nat", ".3f"),
-        "pr/key/pre_norm/raw": ("pre_norm raw", ".1f"),
-        "pr/key/post_norm/raw": ("post_norm raw", ".1f"),
-        "pr/key/pre_rope/raw": ("pre_rope raw", ".1f"),
-        "pr/key/pre_rope/centred": ("pre_rope centred", ".1f"),
-        "pr/key/post_rope/raw": ("post_rope raw", ".1f"),
-        "gamma/key_pr": ("gamma's own PR", ".1f"),
+        LOSS: ("validation loss, nat", 3),
+        "pr/key/pre_norm/raw": ("pre_norm raw", 1),
+        "pr/key/post_norm/raw": ("post_norm raw", 1),
+        "pr/key/pre_rope/raw": ("pre_rope raw", 1),
+        "pr/key/pre_rope/centred": ("pre_rope centred", 1),
+        "pr/key/post_rope/raw": ("post_rope raw", 1),
+        "gamma/key_pr": ("gamma's own PR", 1),
     }
     heads = " | ".join(title for title, _ in columns.values())
     lines = [f"| arm | seed | {heads} | params_sha256 |", "|---" * (len(columns) + 3) + "|"]
-    for arm, seed, summary in sorted(_summaries(folder), key=lambda run: _place(folder, *run[:2])):
-        cells = [
-            f"{summary[name]:{form}}" if summary.get(name) is not None else "-"
-            for name, (_, form) in columns.items()
-        ]
-        digest = summary["params_sha256"][:12]
+    for (arm, seed), run in study.runs.items():
+        cells = [number(run.value(name), digits) for name, (_, digits) in columns.items()]
+        digest = run.summary["params_sha256"][:12]
         lines.append(f"| {arm} | {seed} | {' | '.join(cells)} | {digest} |")
     return "\n".join(lines)
-
-
-def _summaries(folder: pathlib.Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    for archive in (folder / "runs").glob("*.tar.gz"):
-        arm, _, seed = archive.name.removesuffix(".tar.gz").partition("_seed_")
-        with tarfile.open(archive) as tar:
-            member = tar.extractfile(f"seed_{seed}/summary.json")
-            assert member is not None, archive
-            yield arm, int(seed), json.load(member)
-
-
-def _place(folder: pathlib.Path, arm: str, seed: int) -> tuple[int, int]:
-    """Arms and seeds in the order of the plan."""
-    plan = json.loads((folder / "study.json").read_text())
-    names = [*plan["arms"], *plan["controls"]]
-    return names.index(arm), [*plan["seeds"], seed].index(seed)
 
 
 def recipes() -> str:
