@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from qkjax.report.blocks import short
+from qkjax.config import gamma_exposure
 from qkjax.runs.results import LOSS, PR, RunResult
+from qkjax.study.questions import ARMS
 from qkjax.verdicts import predictions as rules
 from qkjax.verdicts.clauses import Panel, by_contrast
 from qkjax.verdicts.judgement import LABELS, Clause
@@ -22,20 +23,25 @@ from qkjax.verdicts.predictions import Prediction, Quantity
 from qkjax.verdicts.results import Study
 
 BEFORE, CENTRED, QK = "pr/key/pre_rope/raw", "pr/key/pre_rope/centred", "pr/qk/pre_rope/raw"
-ROLES = {  # of an arm beside the parent, which decays gamma: what it is called
+ROLES = {  # the arms of an optimiser
     "none": "{}_noqk",
     "frozen": "{}_qk_frozen",
     "to_one": "{}_qk_to_one",
     "undecayed": "{}_qk_undecayed",
+    "decayed": "{}_qk_decayed",
     "parent": "{}_qk",
 }
 PAIRS = (
-    ("frozen", "none", "QK-Norm, gamma stays 1"),
-    ("to_one", "none", "QK-Norm, gamma decays to 1"),
-    ("undecayed", "none", "QK-Norm, gamma does not decay"),
-    ("parent", "none", "QK-Norm, gamma decays to 0"),
-    ("parent", "undecayed", "the decay of gamma alone"),
+    ("frozen", "none"),
+    ("to_one", "none"),
+    ("undecayed", "none"),
+    ("decayed", "none"),
+    ("parent", "none"),
+    ("parent", "undecayed"),
+    ("decayed", "parent"),
 )
+SEEDS = 3  # from these on a word is not "so far"
+SMALLEST = 1.6  # PR: a smaller difference is none, in the predictions
 
 
 def _of(metric: str) -> Quantity:
@@ -59,45 +65,64 @@ MEASURES: dict[str, Quantity] = {  # the columns of the table
     "pre-RoPE raw": _of(BEFORE),
     "pre-RoPE centred": _of(CENTRED),
     "post-RoPE raw": _of(PR),
-    "queries with keys": _of(QK),
+    "q·k, raw": _of(QK),
     "directions used": rules.QUANTITIES["functional rank"],
     "loss, nat": rules.QUANTITIES["loss"],
 }
 QUANTITIES: dict[str, Quantity] = {
     **MEASURES,
     "post-norm": _of("pr/key/post_norm/raw"),
+    "gamma's own": _of("gamma/key_pr"),
     "ln PR": rules.QUANTITIES["ln PR"],
     "centred - half of post-RoPE": _minus_half(CENTRED, PR),
-    "queries with keys - half of keys": _minus_half(QK, BEFORE),
+    "q·k - half of keys": _minus_half(QK, BEFORE),
 }
 
 
 def contrasts(study: Study) -> str:
-    """A table for each optimiser: arms minus arms, with intervals where there are two seeds."""
-    tables = []
+    """Arms minus arms of each optimiser, with intervals where there are two seeds."""
+    heads = ["", "seeds", *MEASURES]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for optimizer, label in LABELS.items():
-        panel, arms = _panel(study, optimizer)
-        if not (panel.family and panel.seeds):
-            continue
-        seeds = f"seed{'s' * (len(panel.seeds) > 1)} {', '.join(map(str, panel.seeds))}"
-        lines = [
-            f"| {label}, {seeds} | {' | '.join(MEASURES)} |",
-            "|---" * (len(MEASURES) + 1) + "|",
-        ]
-        for first, second, words in PAIRS:
+        arms = _arms(optimizer)
+        for first, second in PAIRS:
+            panel = _panel(study, optimizer, arms[first], arms[second])
+            if not panel.seeds:
+                continue
             weights = {arms[first]: 1.0, arms[second]: -1.0}
-            if set(weights) <= set(panel.family):
-                cells = [_cell(_clause(panel, name, weights)) for name in MEASURES]
-                lines.append(f"| {first} - {second} ({words}) | {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+            cells = [_cell(_clause(panel, name, weights)) for name in MEASURES]
+            seeds = ", ".join(map(str, panel.seeds))
+            words = f"{label}: {_spelled(study, arms[first])} - {_spelled(study, arms[second])}"
+            lines.append(f"| {words} | {seeds} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def _panel(study: Study, optimizer: str) -> tuple[Panel, dict[str, str]]:
-    """Of the arms that have runs: a family is what was run."""
-    arms = {role: name.format(optimizer) for role, name in ROLES.items()}
-    made = {arm for arm, _ in study.runs}
-    return Panel.of(study, [arm for arm in arms.values() if arm in made]), arms
+def _arms(optimizer: str) -> dict[str, str]:
+    return {role: name.format(optimizer) for role, name in ROLES.items()}
+
+
+def _spelled(study: Study, arm: str) -> str:
+    """What the runs of an arm do with gamma."""
+    run = study.of_arm(arm)[0]
+    if run.config.model.qk_norm == "none":
+        return "no QK-Norm"
+    found = gamma_exposure(run.config)
+    if found is None:
+        return "gamma stays 1"
+    return f"gamma decays to {found.target:g}" if found.weight_decay else "gamma does not decay"
+
+
+def _panel(study: Study, optimizer: str, *needed: str) -> Panel:
+    """The seeds that have the arms needed; in its family are all arms that have these seeds."""
+    seeds = [seed for seed in study.seeds if all((arm, seed) in study.runs for arm in needed)]
+    family = [
+        arm
+        for arm in (*_arms(optimizer).values(), *needed)
+        if seeds and all((arm, seed) in study.runs for seed in seeds)
+    ]
+    return dataclasses.replace(
+        Panel.of(study, list(dict.fromkeys(family))), seeds=tuple(seeds), left_out=()
+    )
 
 
 def _clause(panel: Panel, quantity: str, weights: Mapping[str, float]) -> Clause:
@@ -106,7 +131,7 @@ def _clause(panel: Panel, quantity: str, weights: Mapping[str, float]) -> Clause
 
 def _cell(clause: Clause) -> str:
     if clause.estimate is None:
-        return "-"
+        return clause.reason if "diverged" in clause.reason else "-"
     digits = 3 if clause.unit == "nat" else 1
     said = f"{clause.estimate:+.{digits}f}"
     if clause.deciding is None:
@@ -119,42 +144,71 @@ class _Found(NamedTuple):
     """What became of one prediction."""
 
     said: str
-    refuted: bool
-    held: bool  # wholly: no value that would refute it is left in the interval
+    refuted: bool | None  # None: nothing can be said
+    held: bool  # no value that would refute it is left in the interval
+    seeds: int = 0
 
 
 def predictions(study: Study) -> str:
     """P1 to P10: what was found, and whether it refutes them."""
-    lines = ["| nr | prediction | found | so |", "|---|---|---|---|"]
-    for number, (words, found) in enumerate(_predictions(study).items(), 1):
-        so = "needs two seeds of every arm"
-        if found is not None:
-            so = "refuted" if found.refuted else "held" if found.held else "not refuted"
-        lines.append(f"| P{number} | {words} | {found.said if found else '-'} | {so} |")
-    return "\n".join(lines)
+    found = _predictions(study)
+    lines = ["| | prediction | seeds | found | |", "|---|---|---|---|---|"]
+    for number, (words, each) in enumerate(found.items(), 1):
+        so = "not refuted"
+        if each.refuted is None:
+            so = "needs two seeds"
+        elif each.refuted or each.held:
+            so = "refuted" if each.refuted else "held"
+        if each.seeds < SEEDS and each.refuted is not None:
+            so = f"so far {so}"
+        lines.append(f"| P{number} | {words} | {each.seeds} | {each.said} | {so} |")
+    table = "\n".join(lines)
+    return f"{_not_the_cause(study)}{table}"
 
 
-def _predictions(study: Study) -> dict[str, _Found | None]:
-    adamw, arm = _panel(study, "adamw")
-    four = Panel.of(study)
+def _not_the_cause(study: Study) -> str:
+    """The sentence that was promised for the case that decay does not explain the fall."""
+    clause = _gap_of_decay(study)
+    if clause.deciding is None:
+        return ""
+    low, high = clause.deciding
+    if high < 0 or (-SMALLEST < low and high < SMALLEST):
+        return "**Decay of gamma is not the cause of the fall at this scale.**\n\n"
+    return ""
+
+
+def _gap_of_decay(study: Study) -> Clause:
+    arm = _arms("adamw")
+    needed = (arm["undecayed"], arm["parent"])
+    panel = _panel(study, "adamw", *needed)
+    return _clause(panel, "post-RoPE raw", {needed[0]: 1.0, needed[1]: -1.0})
+
+
+def _predictions(study: Study) -> dict[str, _Found]:
+    arm = _arms("adamw")
 
     def gap(
         first: str, second: str, low: float, high: float, quantity: str = "post-RoPE raw"
-    ) -> _Found | None:
-        clause = _clause(adamw, quantity, {arm[first]: 1.0, arm[second]: -1.0})
+    ) -> _Found:
+        panel = _panel(study, "adamw", arm[first], arm[second])
+        clause = _clause(panel, quantity, {arm[first]: 1.0, arm[second]: -1.0})
         return _within(clause, low, high)
 
-    def both(*found: _Found | None) -> _Found | None:
-        known = [each for each in found if each is not None]
-        if len(known) < len(found):
-            return None
+    def both(*found: _Found) -> _Found:
+        known = [each.refuted for each in found]
         return _Found(
-            "; ".join(each.said for each in known),
-            any(each.refuted for each in known),
-            all(each.held for each in known),
+            "; ".join(each.said for each in found),
+            None if None in known else any(known),
+            all(each.held for each in found),
+            min(each.seeds for each in found),
         )
 
-    ratio = _clause(four, "ln PR", {"muon_noqk": 1.0, "adamw_qk": -1.0})
+    four = _panel(study, "adamw", *ARMS)
+    ratio = _clause(
+        dataclasses.replace(four, family=ARMS if four.seeds else ()),
+        "ln PR",
+        {"muon_noqk": 1.0, "adamw_qk": -1.0},
+    )
     return {
         "step 0, every arm: post-RoPE raw 59 to 62, pre-RoPE centred 50 to 55": _at_the_start(
             study
@@ -163,65 +217,67 @@ def _predictions(study: Study) -> dict[str, _Found | None]:
             gap("undecayed", "none", -3.2, 3.2), gap("frozen", "none", -3.2, 3.2)
         ),
         "the parent 3 to 17 below none": gap("none", "parent", 3, 17),
-        "parent < undecayed": gap("undecayed", "parent", 0, math.inf),
-        "to_one within 1.6 of frozen": gap("to_one", "frozen", -1.6, 1.6),
+        "parent < undecayed": _within(_gap_of_decay(study), 0, math.inf),
+        "to_one within 1.6 of frozen": gap("to_one", "frozen", -SMALLEST, SMALLEST),
         "post-norm of parent and undecayed within 3.2, gamma's own PR lower in the parent": both(
-            gap("undecayed", "parent", -3.2, 3.2, "post-norm"), _gammas(study, arm)
+            gap("undecayed", "parent", -3.2, 3.2, "post-norm"),
+            gap("undecayed", "parent", 0, math.inf, "gamma's own"),
         ),
-        "none - parent in centred pre-RoPE less than half of it in post-RoPE raw": gap(
+        "(!) none - parent in centred pre-RoPE less than half of it in post-RoPE raw": gap(
             "none", "parent", -math.inf, 0, "centred - half of post-RoPE"
         ),
-        "none - parent in queries with keys less than half of it in keys (pre-RoPE raw)": gap(
-            "none", "parent", -math.inf, 0, "queries with keys - half of keys"
+        "none - parent in q·k less than half of it in keys (pre-RoPE raw)": gap(
+            "none", "parent", -math.inf, 0, "q·k - half of keys"
         ),
-        "Muon without QK-Norm 1.1 to 1.8 times AdamW with it": _within(
+        "(!) Muon without QK-Norm 1.1 to 1.8 times AdamW with it": _within(
             ratio, math.log(1.1), math.log(1.8)
         ),
         "rank correlation of PR and loss over the arms between -0.8 and 0.8": _correlation(study),
     }
 
 
-def _within(clause: Clause, low: float, high: float) -> _Found | None:
+def _within(clause: Clause, low: float, high: float) -> _Found:
     """Refuted where the interval lies wholly outside; held where it lies wholly inside."""
+    seeds = len(clause.seeds)
     if clause.deciding is None:
-        return None
+        return _Found(_cell(clause) if seeds else "-", None, False, seeds)
     first, last = clause.deciding
     said = clause.said if clause.unit == "ln PR" else _cell(clause)
-    return _Found(said, last < low or first > high, low < first and last < high)
+    return _Found(said, last < low or first > high, low < first and last < high, seeds)
 
 
-def _at_the_start(study: Study) -> _Found | None:
+def _at_the_start(study: Study) -> _Found:
     inside, said = True, []
     for metric, low, high in ((PR, 59, 62), (CENTRED, 50, 55)):
         values = [run.at_step(metric, 0) for run in study.runs.values()]
         if not values:
-            return None
+            return _Found("-", None, False)
         inside = inside and low <= min(values) and max(values) <= high
         said.append(f"{min(values):.1f} to {max(values):.1f}")
-    return _Found(" and ".join(said), not inside, inside)
-
-
-def _gammas(study: Study, arm: Mapping[str, str]) -> _Found | None:
-    means = []
-    for role in ("parent", "undecayed"):
-        values = [run.value("gamma/key_pr") for run in study.of_arm(arm[role])]
-        if not values:
-            return None
-        means.append(float(np.mean(values)))
-    said = f"gamma's own PR {means[0]:.1f} and {means[1]:.1f}"
-    return _Found(said, means[0] >= means[1], means[0] < means[1])
-
-
-def _correlation(study: Study) -> _Found | None:
     made = {arm for arm, _ in study.runs}
+    words = f"{' and '.join(said)} in {len(made)} arms"
+    return _Found(words, not inside, inside, _fewest(study))
+
+
+def _correlation(study: Study) -> _Found:
+    """Of the arms that have a run, over the seeds that all of them have."""
+    made = {arm for arm, _ in study.runs}
+    seeds = [seed for seed in study.seeds if all((arm, seed) in study.runs for arm in made)]
     means = np.array(
         [
-            [np.mean([run.value(metric) for run in study.of_arm(arm)]) for metric in (PR, LOSS)]
+            [np.mean([study.runs[arm, seed].value(metric) for seed in seeds] or [math.nan])]
+            for metric in (PR, LOSS)
             for arm in sorted(made)
         ]
-    )
-    if len(means) < 3:
-        return None
-    found = float(stats.spearmanr(*means.T).statistic)
-    said = f"{short(found, signed=True)} over {len(means)} arms"
-    return _Found(said, abs(found) > 0.8, abs(found) < 0.8)
+    ).reshape(2, -1)
+    differ = np.ptp(means, axis=1).all() if means.size else False
+    if means.shape[1] < 3 or not np.isfinite(means).all() or not differ:
+        return _Found("-", None, False, len(seeds))
+    found = float(stats.spearmanr(*means).statistic)
+    words = f"{found:+.2f} over {len(made)} arms"
+    return _Found(words, abs(found) > 0.8, abs(found) < 0.8, min(len(seeds), _fewest(study)))
+
+
+def _fewest(study: Study) -> int:
+    """The seeds of the arm that has fewest, of those that ran and of the four."""
+    return min(len(study.of_arm(arm)) for arm in {*ARMS, *(arm for arm, _ in study.runs)})

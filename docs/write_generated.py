@@ -43,6 +43,7 @@ ARMS = ("adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk")
 DRAWN = (
     "adamw_qk",
     "adamw_qk_undecayed",
+    "adamw_qk_frozen",
     "adamw_noqk",
     "muon_qk",
     "muon_qk_undecayed",
@@ -59,11 +60,13 @@ WORDS = {
     "AdamW": {
         "adamw_qk": "with QK-Norm whose gammas decay as in the original",
         "adamw_qk_undecayed": "with gammas that do not decay",
+        "adamw_qk_frozen": "with gammas that stay 1",
         "adamw_noqk": "without QK-Norm",
     },
     "Muon": {
         "muon_qk": "with QK-Norm whose gammas decay",
         "muon_qk_undecayed": "with gammas that do not decay",
+        "muon_qk_frozen": "with gammas that stay 1",
         "muon_noqk": "without QK-Norm",
     },
 }
@@ -153,7 +156,7 @@ def block(runs: dict[str, list[Run]]) -> str:
     picture = f"![{ALT}](docs/figures/{FIGURE.name})"
     note = (
         "Values are means over the seeds at the last step, with their range in brackets. In this "
-        "recipe the gammas of an arm decay; the figure also shows the controls without that decay."
+        "recipe the gammas of an arm decay; the figure also shows controls without that decay."
     )
     said, below = (textwrap.fill(words, 112) for words in (answer(runs), note))
     return "\n\n".join((said, picture, table(runs), below))
@@ -230,7 +233,8 @@ def unpack(folder: pathlib.Path, workdir: pathlib.Path) -> None:
     """Makes a study directory, without checkpoints, of a folder of docs/results."""
     for name in ("study.json", "dataset.json"):
         shutil.copy(folder / name, workdir / name)
-    shutil.copytree(folder / "surgery", workdir / "surgery")
+    if (folder / "surgery").exists():
+        shutil.copytree(folder / "surgery", workdir / "surgery")
     for archive in sorted((folder / "runs").glob("*.tar.gz")):
         arm = archive.name.partition("_seed_")[0]
         with tarfile.open(archive) as tar:
@@ -275,11 +279,15 @@ def run_table(study: results.Study) -> str:
         "gamma/key_pr": ("gamma's own PR", 1),
     }
     heads = " | ".join(title for title, _ in columns.values())
-    lines = [f"| arm | seed | {heads} | params_sha256 |", "|---" * (len(columns) + 3) + "|"]
+    lines = [
+        f"| arm | seed | {heads} | starts | params_sha256 |",
+        "|---" * (len(columns) + 4) + "|",
+    ]
     for (arm, seed), run in study.runs.items():
         cells = [number(run.value(name), digits) for name, (_, digits) in columns.items()]
+        starts = len(run.environment["starts"])
         digest = run.summary["params_sha256"][:12]
-        lines.append(f"| {arm} | {seed} | {' | '.join(cells)} | {digest} |")
+        lines.append(f"| {arm} | {seed} | {' | '.join(cells)} | {starts} | {digest} |")
     return "\n".join(lines)
 
 

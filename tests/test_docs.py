@@ -162,16 +162,60 @@ def test_contrasts_and_predictions_of_a_study(generated, tmp_path):
     synthetic_study.write(tmp_path, arms, noise=noise, **options)
     study = results.load_study(tmp_path)
     tables = generated.contrasts
-    table = tables.contrasts(study)
-    frozen, *_, parent, decay = table.split("\n\n")[0].splitlines()[2:]
-    assert re.search(r"frozen - none .*\| \+[56]\.\d \(\+5\.\d to \+6\.\d\) \|", frozen)
-    assert re.search(r"parent - none .*\| -1[01]\.\d \(-11\.\d to -10\.\d\) \|", parent)
-    assert re.search(r"parent - undecayed .*\| -11\.\d \(", decay)
-    found = [line.rsplit("| ", 1)[1][:-2] for line in tables.predictions(study).splitlines()[2:]]
-    assert found[1:5] == ["refuted", "held", "held", "refuted"]  # frozen; parent; decay; to_one
-    assert found[6] == "refuted"  # 9 lower in centred, 11 in raw
+    rows = dict(_cells(tables.contrasts(study)))
+    assert rows["AdamW: gamma stays 1 - no QK-Norm"][0] == "42, 137, 256"
+    for name, low, high in (
+        ("AdamW: gamma stays 1 - no QK-Norm", 5, 7),
+        ("AdamW: gamma decays to 0 - no QK-Norm", -12, -10),
+        ("AdamW: gamma decays to 0 - gamma does not decay", -12.5, -10.5),
+    ):
+        first, last = map(float, re.search(r"\((.*) to (.*)\)", rows[name][4]).groups())
+        assert low < first < last < high, rows[name]
+    found = [cells for _, cells in _cells(tables.predictions(study))]
+    assert [cells[-1] for cells in found] == [
+        *("refuted", "refuted", "held", "held", "refuted"),  # 58 at the start, 50 to 55 predicted
+        *("needs two seeds", "refuted", "needs two seeds", "refuted", "held"),  # no post-norm, q·k
+    ]
+
+
+def test_contrasts_use_the_seeds_that_their_arms_have(generated, tmp_path):
+    """An arm with fewer seeds takes none from others, and a word of few seeds says so."""
+    changed = {"adamw_qk_frozen": {PR: 36.0}, "adamw_qk": {PR: 19.0}}
+    arms = synthetic_study.arms(64, **changed)
+    missing = [("adamw_qk_frozen", 137), *(("muon_noqk", seed) for seed in (42, 137))]
+    options = {"seeds": (42, 137), "scale": "small", "noise": {PR: 0.1}, "missing": missing}
+    synthetic_study.write(tmp_path, arms, recipe="fixed", **options)
+    study = results.load_study(tmp_path)
+    rows = dict(_cells(generated.contrasts.contrasts(study)))
+    assert rows["AdamW: gamma does not decay - no QK-Norm"][0] == "42, 137"  # recipe fixed
+    assert (
+        rows["AdamW: gamma stays 1 - no QK-Norm"][0] == "42"
+        and "(" not in rows["AdamW: gamma stays 1 - no QK-Norm"][4]
+    )
+    found = [cells for _, cells in _cells(generated.contrasts.predictions(study))]
+    assert [cells[-1] for cells in found[2:5]] == ["so far refuted", "needs two seeds"] * 1 + [
+        "needs two seeds"
+    ]
     without = dataclasses.replace(study, runs={})
-    assert tables.contrasts(without) == ""
+    assert generated.contrasts.contrasts(without) == ""
+    assert all(
+        cells[-1] == "needs two seeds"
+        for _, cells in _cells(generated.contrasts.predictions(without))
+    )
+
+
+def test_the_page_says_where_decay_is_not_the_cause(generated, tmp_path):
+    arms = synthetic_study.arms(64, adamw_qk={PR: 19.0}, adamw_qk_undecayed={PR: 19.2})
+    options = {"seeds": (42, 137, 256), "scale": "small", "recipe": "original"}
+    synthetic_study.write(tmp_path, arms, noise={PR: 0.1}, **options)
+    said = generated.contrasts.predictions(results.load_study(tmp_path))
+    assert said.startswith("**Decay of gamma is not the cause of the fall at this scale.**")
+
+
+def _cells(table: str) -> list[tuple[str, list[str]]]:
+    """The rows of a table by their first cell, or their second after a number."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    return [(row[0], row[1:]) for row in rows]
 
 
 @pytest.mark.long

@@ -10,9 +10,10 @@ import tarfile
 import numpy as np
 import packing
 import pytest
+import small_run
 import synthetic_study
 
-from qkjax import errors, files
+from qkjax import errors, files, train
 from qkjax.report import report
 from qkjax.runs.directory import RunDirectory
 from qkjax.runs.results import PR, RunResult, load_run
@@ -117,6 +118,25 @@ def test_the_last_spectra_alone_are_a_run_that_the_report_reads(study, tmp_path,
     pages = [report.make_report(folder) for folder in (everything, home)]
     said = [(page.parent / "report.md").read_text() for page in pages]
     assert said[0] == said[1]
+
+
+def test_an_unfinished_run_comes_home_whole_and_goes_on(tmp_path):
+    """Its checkpoint lists the spectra, so they are neither narrowed nor left out."""
+    dataset = small_run.make_dataset(tmp_path / "dataset")
+    workdir = tmp_path / "run"
+    config = small_run.make_config(
+        dataset, "adamw", "learned", train__tokens=4 * small_run.TOKENS_PER_STEP
+    )
+    train.train_and_evaluate(config, workdir)
+    digest = json.loads((workdir / "summary.json").read_text())["params_sha256"]
+    (workdir / "summary.json").unlink()
+    packed = packing.pack(workdir, tmp_path / "packed", checkpoints=True, spectra="last")
+    home = unpack(packed, tmp_path / "home") / "run"
+    RunDirectory(home).check_files()
+    names = sorted(path.name for path in (workdir / "spectra").iterdir())
+    assert len(names) > 1 and sorted(path.name for path in (home / "spectra").iterdir()) == names
+    train.train_and_evaluate(config, home)
+    assert json.loads((home / "summary.json").read_text())["params_sha256"] == digest
 
 
 def test_checkpoints_only_where_asked_and_only_the_latest(study, tmp_path):

@@ -1,6 +1,7 @@
 """The report of studies whole, unfinished and damaged: its words, its numbers, its bytes."""
 
 import csv
+import dataclasses
 import functools
 import html.parser
 import json
@@ -552,6 +553,7 @@ def test_a_study_without_sweep_spectra_and_scores_says_so(
     assert "none}, answer." in page["verdicts"]
     assert "Muon, no QK-Norm0.0120.003195" in page["sweep"]  # with an auxiliary AdamW
     assert "This study has no sweep" in page["sweep"] and "0.0012" in page["sweep"]
+    assert "Rates" not in page["confounds"] and "heat maps" in page["confounds"]
     assert "No run has saved spectra" in page["keys"]
     assert "spectra: of every run" in page["missing"]
     assert "downstream scores: of every run" in page["missing"]
@@ -889,12 +891,23 @@ def test_what_stands_beside_the_pr_of_keys(write: Callable[..., pathlib.Path]):
 def test_directions_that_the_loss_needs(whole: pathlib.Path):
     page = Page(whole / "report" / "index.html")
     said = page.sections["rank"].replace("−", "-")
-    half = 12.706 * 2 / 1  # t of one degree of freedom; sd 2.83 over sqrt(2)
-    assert f"AdamW + QK-Norm10.0{10 - half:.1f} to {10 + half:.1f}42: 8, 43: 12" in said
-    assert "Muon + QK-Norm16.0–42: 16, 43: 16" in said  # no spread is no interval of width 0
+    assert "AdamW + QK-Norm10.0–42: 8, 43: 12" in said  # an interval needs three seeds
+    assert "Muon + QK-Norm16.0–42: 16, 43: 16" in said and "at the ranks 1, 2, 4" in said
     assert "AdamW, no QK-Norm–––" in said and "65,536 validation tokens" in said
     assert "rank_arms-title" in page.ids
     assert "rank surgery of AdamW, no QK-Norm, seeds 42 and 43" in page.sections["missing"]
+
+
+def test_directions_of_three_seeds_have_an_interval(write: Callable[..., pathlib.Path]):
+    seeds = (42, 43, 44)
+    study = write(seeds=seeds)
+    change_plan(study, surgery={"tokens": 65_536, "ranks": []})
+    used = {"adamw_qk": (8, 12, 16), "muon_qk": (8, 8, 8)}
+    synthetic_study.write_surgery(study, used, seeds)
+    said = sections(study)["rank"].replace("−", "-")
+    half = 4.3027 * 4 / math.sqrt(3)  # t of two degrees of freedom, sd 4
+    assert f"AdamW + QK-Norm12.0{12 - half:.1f} to {12 + half:.1f}42: 8, 43: 12" in said
+    assert "Muon + QK-Norm8.0–42: 8" in said  # no spread is no interval of width 0
 
 
 def test_a_part_of_rank_surgery_is_called_one(write: Callable[..., pathlib.Path]):
@@ -935,6 +948,20 @@ def test_confounds_are_named_with_their_numbers(tmp_path: pathlib.Path):
     assert {"pr_over_rate_adamw-title", "pr_against_loss-title"} <= set(page.ids)
     assert page.sections["sweep"].count("TIE: 0.6 and 1.2 are within 0.01 nat") == 1
     assert "TIE" not in page.sections["sweep"].split("Muon + QK-Norm")[1].split("Every run")[0]
+
+
+def test_no_arm_is_called_the_best_where_seeds_disagree(write: Callable[..., pathlib.Path]):
+    arms = synthetic_study.arms(32, muon_noqk={LOSS: 3.4}, adamw_qk={LOSS: 3.45})
+    study = write(arms, noise={LOSS: 0.001})
+    lead = sections_result.result(material.load(study)).blocks[0].text
+    assert "is that of Muon, no QK-Norm" in lead
+    rows = study / "runs" / "adamw_qk" / "seed_43" / "summary.json"
+    other = {**json.loads(rows.read_text()), LOSS: 3.3}
+    run = dataclasses.replace(material.load(study).study.runs["adamw_qk", 43], summary=other)
+    found = material.load(study)
+    found.study.runs["adamw_qk", 43] = run
+    lead = sections_result.result(found).blocks[0].text
+    assert "no arm has the lowest validation loss in every seed" in lead
 
 
 def test_huge_numbers_have_two_digits():

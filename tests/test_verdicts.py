@@ -359,6 +359,22 @@ def test_extra_seeds_enter_the_families_that_have_them_whole(judge: Judge):
     assert clause(judged, "H4 finishes").seeds == (42, 43, 44, 7003)  # a rule asks every run
 
 
+def test_seeds_that_an_attribution_leaves_out_are_named(tmp_path: pathlib.Path):
+    """Also where its decayed arm is the parent, and has no run yet that would show it."""
+    arms = CLAIMED | {"adamw_qk_frozen": CLAIMED["adamw_qk"]}
+    missing = [("adamw_qk_frozen", 43), *(("muon_qk", seed) for seed in (42, 43, 44))]
+    synthetic_study.write(tmp_path, arms, noise=QUIET, missing=missing, **LONG)
+    study = results.load_study(tmp_path)
+    twins = {"left_out": {"muon_qk_decayed": "muon_qk"}}
+    judged = verdicts.judge(dataclasses.replace(study, plan={**study.plan, **twins}))
+    assert any(
+        "seed 43 is left out of AdamW's attribution, it lacks adamw_qk_frozen" in warning
+        for warning in judged.warnings
+    )
+    assert judged.attributions[1].roles["decayed"] == "muon_qk"
+    assert "no seed has every arm" in judged.attributions[1].reason
+
+
 def test_an_arm_without_any_run(judge: Judge):
     """The runs that there are are counted once; an extra seed of some arms completes nothing."""
     missing = [("adamw_qk", 44), *(("muon_noqk", seed) for seed in (42, 43, 44))]

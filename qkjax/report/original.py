@@ -51,7 +51,8 @@ DEVIATIONS: tuple[tuple[str, str, str], ...] = (
     (
         "batch, schedule, clipping",
         "4,096 tokens (certain for its AdamW arms only), constant, none",
-        "`fixed`: 65,536 tokens, 2% warm-up, 20% decay, 1.0; `original`: as the original",
+        "`fixed`: 65,536 tokens, 2% warm-up, 20% decay, 1.0; `original`: as the original; at "
+        "`small` 512 tokens in both",
     ),
     (
         "AdamW",
@@ -89,7 +90,8 @@ DEVIATIONS: tuple[tuple[str, str, str], ...] = (
     (
         "text",
         "FineWeb-Edu and Cosmopedia",
-        "the same by `--preset`; embedded docstrings at `tiny`; else what `--source` names",
+        "the same by `--preset`; embedded docstrings at `tiny` and `small`; else what `--source` "
+        "names",
     ),
     ("seeds", "one", "several, in pairs: arms of a seed share data order and initial values"),
 )

@@ -24,6 +24,8 @@ from qkjax.trained import rank_curves
 from qkjax.trained.rank_curves import TOLERANCE
 from qkjax.verdicts import exposure, statistics
 
+_FEWEST = 3  # seeds of an interval over ranks
+
 
 def functional_rank(material: Material) -> Section:
     """Directions of the keys that the loss needs, by arm and seed."""
@@ -31,14 +33,16 @@ def functional_rank(material: Material) -> Section:
     if not material.surgery:
         return Section("rank", title, (Text(_no_surgery(material)),))
     tokens = sorted({row.tokens for rows in material.surgery.values() for row in rows})
+    ranks = sorted({row.rank for rows in material.surgery.values() for row in rows})
     blocks: list[Block] = [
         Text(
             "Rank surgery keeps the strongest r directions of every head's keys, in all layers at "
             "once, around the mean key and before RoPE. The smallest number of directions that "
             "costs at most "
             f"{TOLERANCE:g} nat of validation loss is the number that the model uses. Measured on "
-            f"{' or '.join(f'{n:,}' for n in tokens)} validation tokens, at the ranks shown: the "
-            "true number may be smaller, down to the next smaller rank."
+            f"{' or '.join(f'{n:,}' for n in tokens)} validation tokens, at the ranks "
+            f"{', '.join(map(str, ranks))}: the true number may be smaller, down to the next "
+            "smaller rank."
         ),
         _rank_table(material),
         *_rank_charts(material),
@@ -69,7 +73,8 @@ def _rank_table(material: Material) -> Table:
         }
         ranks = [float(rank) for rank in found.values() if rank is not None]
         whole = bool(ranks) and len(ranks) == len(found)
-        ends = _mean_interval(ranks) if whole and len(set(ranks)) > 1 else None
+        several = len(ranks) >= _FEWEST and len(set(ranks)) > 1
+        ends = _mean_interval(ranks) if whole and several else None
         by_seed = ", ".join(f"{seed}: {rank or 'more'}" for seed, rank in found.items())
         rows.append(
             (
@@ -83,7 +88,10 @@ def _rank_table(material: Material) -> Table:
         f"Directions within {TOLERANCE:g} nat, of {material.head_dim}: mean over seeds.",
         ("Arm", "Directions", "95% over seeds", "By seed"),
         tuple(rows),
-        notes=("No interval where the seeds agree: the ranks are too few to show their spread.",),
+        notes=(
+            f"An interval needs {_FEWEST} seeds that do not all agree: the ranks are too few to "
+            "show a smaller spread.",
+        ),
     )
 
 
@@ -124,11 +132,13 @@ def _rank_charts(material: Material) -> Iterator[Block]:
 # --------------------------------------------------------------------------------------------
 # Confounds.
 
-_NAMED = (
+_OF_SWEEP = (
     "Every arm runs at its own learning rate, and PR depends on the rate: an arm's PR is that of "
     "the arm at its rate. The figure and table of PR against the rate show how much.",
     "The rates were chosen by one tuning seed: the choice itself has the noise of a run. Rates "
     f"whose losses lie within {TOLERANCE:g} nat are flagged as a tie.",
+)
+_NAMED = (
     "Gammas move at the auxiliary rate in Muon arms and at the main rate in AdamW arms; the table "
     "gives rate and decay by arm.",
     "A PR is a mean over heads, then layers: two arms of equal mean may differ in every layer. The "
@@ -141,7 +151,7 @@ def confounds(material: Material) -> Section:
     if not material.study.runs:
         return Section("confounds", "What is confounded", (Text("No run has finished yet."),))
     blocks: list[Block] = [
-        Notes(_NAMED),
+        Notes((*_OF_SWEEP, *_NAMED) if material.study.plan.get("sweep") else _NAMED),
         *_exposure(material),
         *_over_rate(material),
         *_against_loss(material),

@@ -63,9 +63,15 @@ def measures(material: Material) -> Iterator[Block]:
 
 
 def _mean(material: Material, metric: str, arm: str) -> float:
-    """Over the arm's runs that measured it and did not diverge; NaN without any."""
+    """Over the arm's runs that measured it and did not diverge; NaN without any.
+
+    Of a ratio of quantiles, which has no end where a gamma comes near 0, the geometric mean.
+    """
     values = [run.value(metric) for run in material.study.of_arm(arm)]
-    return mean([value for value in values if math.isfinite(value)])
+    known = [value for value in values if math.isfinite(value)]
+    if metric.endswith("_spread") and known:
+        return math.exp(mean([math.log(value) for value in known]))
+    return mean(known)
 
 
 def _rows(material: Material, columns: Sequence[tuple[str, str, int, int]]) -> list[list[str]]:

@@ -13,6 +13,7 @@ from qkjax.report.blocks import (
     Section,
     Table,
     Text,
+    counted,
     mean,
     number,
     without_empty,
@@ -77,9 +78,17 @@ def _setting(material: Material) -> str:
             "below. The original has one seed, so a difference says no more than that both were "
             "measured."
         )
+    layers = counted(run.config.model.num_layers, "layer") if run else ""
+    here = (
+        f" Here a run has {layers} and "
+        f"{run.config.train.tokens_per_step:,} tokens a step, the original's 22 and "
+        f"{original.TOKENS_PER_STEP:,}. – stands where no evaluation is near."
+        if run
+        else ""
+    )
     return (
         "Another recipe, batch size or learning rate than the original's pilot: set beside it for "
-        "orientation, not as a replication."
+        f"orientation, not as a replication.{here}"
     )
 
 

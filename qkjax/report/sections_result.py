@@ -55,6 +55,7 @@ def _prs(material: Material) -> str:
 
 
 def _best_loss(material: Material) -> str:
+    """The arm that is lowest in the mean and in every seed, if there is one."""
     losses = {
         arm: mean
         for arm in material.study.plan["arms"]
@@ -63,6 +64,11 @@ def _best_loss(material: Material) -> str:
     if len(losses) < 2:
         return ""
     best = min(losses, key=losses.__getitem__)
+    runs = material.study.runs
+    for seed in material.study.seeds:
+        in_seed = {arm: runs[arm, seed].value(LOSS) for arm in losses if (arm, seed) in runs}
+        if best in in_seed and min(in_seed.values()) < in_seed[best]:
+            return "no arm has the lowest validation loss in every seed"
     return f"the lowest validation loss, {losses[best]:.3f} nat, is that of {arms.label(best)}"
 
 

@@ -26,8 +26,7 @@ def attribute(study: Study, optimizer: str) -> Attribution:
     makes more than half of A is a contrast of its own: decay - A/2.
     """
     roles = _roles(study, optimizer)
-    family = tuple(dict.fromkeys(arm for arm in roles.values() if arm in study.arms))
-    panel = Panel.of(study, family)
+    panel = panel_of(study, optimizer)
     found = exposure.of_runs(study.of_arm(roles["decayed"]))
     at = f"at {exposure.words(found)}" if found else "at the original's exposure"
 
@@ -85,6 +84,12 @@ def attribute(study: Study, optimizer: str) -> Attribution:
     )
 
 
+def panel_of(study: Study, optimizer: str) -> Panel:
+    """The seeds that have all arms of an attribution, and those that lack one."""
+    roles = _roles(study, optimizer).values()
+    return Panel.of(study, [arm for arm in dict.fromkeys(roles) if arm in study.arms])
+
+
 def _share(total: Clause, decay: Clause, half: Clause, noise: float | None) -> tuple[str, str]:
     """(the words of decay's share, the reason in one line)."""
     if noise is not None and noise > exposure.MOST_NOISE:
@@ -126,7 +131,8 @@ def _roles(study: Study, optimizer: str) -> dict[str, str]:
     if roles["decayed"] not in study.arms:
         earlier = f"{parent}_decayed_1"  # at another force, which the words name
         roles["decayed"] = earlier if earlier in study.arms else roles["decayed"]
-        roles["decayed"] = parent if exposure.is_pilot(own) else roles["decayed"]
+        twin = own is None and study.plan.get("left_out", {}).get(f"{parent}_decayed") == parent
+        roles["decayed"] = parent if twin or exposure.is_pilot(own) else roles["decayed"]
     decayed = exposure.of_runs(study.of_arm(roles["decayed"]))
     undecayed = own is not None and not own.weight_decay and exposure.same_rate(own, decayed)
     if roles["undecayed"] not in study.arms and undecayed:

@@ -78,17 +78,25 @@ def scope(study: Study) -> str:
     )
 
 
+def _left_out(panel: Panel, what: str) -> Iterable[str]:
+    for seed in panel.left_out:
+        lacking = [
+            f"{run.arm} ({run.why})"
+            for run in panel.study.missing
+            if run.seed == seed and run.arm in panel.family
+        ]
+        yield f"seed {seed} is left out of {what}, it lacks {', '.join(lacking)}"
+
+
 def _warnings(panel: Panel, noted: Iterable[tuple[str, Iterable[str]]]) -> Iterable[str]:
     study = panel.study
     if len(panel.seeds) == 1:
         yield f"{ONE_SEED} (seed {panel.seeds[0]})"
-    for seed in panel.left_out:
-        lacking = [
-            f"{run.arm} ({run.why})"
-            for run in study.missing
-            if run.seed == seed and run.arm in panel.family
-        ]
-        yield f"seed {seed} is left out of H1 to H4, it lacks {', '.join(lacking)}"
+    yield from _left_out(panel, "H1 to H4")
+    for optimizer, label in LABELS.items():
+        of_parts = attribution.panel_of(study, optimizer)
+        if any(arm in of_parts.family for arm, _ in study.runs) and len(of_parts.family) > 1:
+            yield from _left_out(of_parts, f"{label}'s attribution")
     for run in study.runs.values():
         if run.diverged:
             yield (

@@ -65,13 +65,14 @@ def pack(
 ) -> list[pathlib.Path]:
     """Writes every run below `workdir`, finished or not, to archives `NAME-<i>.tar.gz` in `out`.
 
-    Spectra become float16 where that costs at most 2^-10 of every value. The same files give the
-    same bytes.
+    Spectra of finished runs become float16 where that costs at most 2^-10 of every value; those of
+    others stay as they are, for a resume. The same files give the same bytes.
 
     Args:
         workdir: a run directory, or one that holds some, such as a study.
         checkpoints: the latest checkpoint of each run too.
-        spectra: "all"; "last" for those of the last evaluation alone, which the report draws.
+        spectra: "all"; "last": of finished runs those of the last evaluation, which the report
+            draws.
     Returns:
         The archives, at most `limits.archives` of `limits.bytes_each`.
     Raises:
@@ -91,7 +92,7 @@ def pack(
         units += [list(_matching(arm, _SCORE_FILES)) for arm in workdir.glob("downstream/*/")]
     for run in runs:
         kept = list(_matching(run, _RUN_FILES))
-        if spectra == "last":
+        if spectra == "last" and _is_finished(run):
             earlier = RunDirectory(run).spectra_steps()[:-1]
             left_out = {RunDirectory(run).spectra(step) for step in earlier}
             kept = [path for path in kept if path not in left_out]
@@ -112,6 +113,11 @@ def pack(
 
 def _is_run(directory: pathlib.Path) -> bool:
     return RunDirectory(directory).metrics.is_file()
+
+
+def _is_finished(run: pathlib.Path) -> bool:
+    """Its summary lists its files; those of another run are listed by its checkpoints, for ever."""
+    return RunDirectory(run).summary.is_file()
 
 
 def _matching(directory: pathlib.Path, patterns: Sequence[str]) -> Iterator[pathlib.Path]:
@@ -162,7 +168,7 @@ def _archive(workdir: pathlib.Path, paths: Sequence[pathlib.Path]) -> bytes:
 
 
 def _content(path: pathlib.Path, packed: Sequence[pathlib.Path]) -> bytes:
-    if path.parent.name == "spectra":
+    if path.parent.name == "spectra" and _is_finished(path.parent.parent):
         return _as_float16(path)
     if path.name == "environment.json":
         return _ABSOLUTE.sub(rb"\1", path.read_bytes())
