@@ -122,7 +122,7 @@ def test_the_first_screen_names_seeds_and_what_is_missing(generated):
     )
     assert "| AdamW + QK-Norm | 42, 137 | 4.815 (4.315 to 5.315) |" in generated.block(two)
     named = ("adamw_qk", "adamw_noqk")  # one seed of a control that is not named counts for nothing
-    both = {arm: [first, other] for arm in named} | {"adamw_qk_frozen": [first]}
+    both = {arm: [first, other] for arm in named} | {"adamw_qk_to_one": [first]}
     assert "2 seeds of 3, so nothing is decided" in " ".join(generated.block(both).split())
     three = {arm: [first, other, other._replace(seed=256)] for arm in generated.ARMS}
     assert "3 seeds." in " ".join(generated.block(three).split())
