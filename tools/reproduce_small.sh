@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Reproduces published runs of laptop size: their commit, its environment, the same commands, and the comparison.
 #
-#   bash tools/reproduce_small.sh original                         # every published run, 27 min each on a core
+#   bash tools/reproduce_small.sh original                         # every published run: AdamW 27 min of a core, Muon 47
 #   bash tools/reproduce_small.sh original adamw_noqk/seed_42 ...  # only these
 #
 # In reproduced/small_RECIPE; the same command, run again, resumes. Exit code 0: equal to the bit (P1), or as close as
