@@ -120,3 +120,13 @@ def test_every_pinned_version_installs_on_the_oldest_python():
         if not specifiers.SpecifierSet(needed).contains("3.11.0"):
             refused[f"{name}=={version}"] = needed
     assert looked_at > 100 and not refused
+
+
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "tools").glob("*.sh")), ids=lambda path: path.name
+)
+def test_a_script_that_makes_an_environment_uses_it(script):
+    """set_up.sh activates nothing: a bare `python` is whatever the machine has."""
+    _, sourced, rest = script.read_text().partition("source tools/set_up.sh")
+    bare = re.findall(r"(?m)^(?:\(.*&& )?python3? .*", rest)
+    assert not (sourced and bare), f"{script.name}: say .venv/bin/python in {bare}"

@@ -58,4 +58,4 @@ words="small$([ "$recipe" = fixed ] || echo ",$recipe")"
 
 # The present code compares.
 source tools/set_up.sh report
-python tools/compare_studies.py "--published=$out/published" "--workdir=$out/study"
+.venv/bin/python tools/compare_studies.py "--published=$out/published" "--workdir=$out/study"
