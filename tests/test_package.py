@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -129,4 +130,4 @@ def test_a_script_that_makes_an_environment_uses_it(script):
     """set_up.sh activates nothing: a bare `python` is whatever the machine has."""
     _, sourced, rest = script.read_text().partition("source tools/set_up.sh")
     bare = re.findall(r"(?m)^(?:\(.*&& )?python3? .*", rest)
-    assert not (sourced and bare), f"{script.name}: say .venv/bin/python in {bare}"
+    assert not (sourced and bare), f"{name}: say .venv/bin/python in {bare}"
