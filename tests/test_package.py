@@ -123,11 +123,9 @@ def test_every_pinned_version_installs_on_the_oldest_python():
     assert looked_at > 100 and not refused
 
 
-@pytest.mark.parametrize(
-    "script", sorted((ROOT / "tools").glob("*.sh")), ids=lambda path: path.name
-)
-def test_a_script_that_makes_an_environment_uses_it(script):
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "tools").glob("*.sh")))
+def test_a_script_that_makes_an_environment_uses_it(name):
     """set_up.sh activates nothing: a bare `python` is whatever the machine has."""
-    _, sourced, rest = script.read_text().partition("source tools/set_up.sh")
+    _, sourced, rest = (ROOT / "tools" / name).read_text().partition("source tools/set_up.sh")
     bare = re.findall(r"(?m)^(?:\(.*&& )?python3? .*", rest)
     assert not (sourced and bare), f"{name}: say .venv/bin/python in {bare}"
