@@ -2,7 +2,8 @@
 
 `contrasts` and `predictions` give the Markdown that docs/write_generated.py writes into the pages
 of docs/results. Intervals are those that decide in docs/statistics.md: 95%, the wider of the pooled
-and the paired one. The predictions stand in docs/log.md, 2026-11-28, with what would refute them.
+and the paired one. The predictions stand in docs/log.md with what would refute them:
+P1 to P10 of recipe original on 2026-11-28, F1 to F8 of recipe fixed on 2026-11-29.
 """
 
 import dataclasses
@@ -150,10 +151,13 @@ class _Found(NamedTuple):
 
 
 def predictions(study: Study) -> str:
-    """P1 to P10: what was found, and whether it refutes them."""
-    found = _predictions(study)
+    """Those of the study's recipe: what was found, and whether it refutes them."""
+    letter, find, before = {
+        "original": ("P", _of_original, _not_the_cause),
+        "fixed": ("F", _of_fixed, lambda study: ""),
+    }[study.plan["recipe"]]
     lines = ["| | prediction | seeds | found | |", "|---|---|---|---|---|"]
-    for number, (words, each) in enumerate(found.items(), 1):
+    for number, (words, each) in enumerate(find(study).items(), 1):
         so = "not refuted"
         if each.refuted is None:
             so = "needs two seeds"
@@ -161,9 +165,9 @@ def predictions(study: Study) -> str:
             so = "refuted" if each.refuted else "held"
         if each.seeds < SEEDS and each.refuted is not None:
             so = f"so far {so}"
-        lines.append(f"| P{number} | {words} | {each.seeds} | {each.said} | {so} |")
+        lines.append(f"| {letter}{number} | {words} | {each.seeds} | {each.said} | {so} |")
     table = "\n".join(lines)
-    return f"{_not_the_cause(study)}{table}"
+    return f"{before(study)}{table}"
 
 
 def _not_the_cause(study: Study) -> str:
@@ -184,56 +188,112 @@ def _gap_of_decay(study: Study) -> Clause:
     return _clause(panel, "post-RoPE raw", {needed[0]: 1.0, needed[1]: -1.0})
 
 
-def _predictions(study: Study) -> dict[str, _Found]:
-    arm = _arms("adamw")
-
-    def gap(
-        first: str, second: str, low: float, high: float, quantity: str = "post-RoPE raw"
-    ) -> _Found:
-        panel = _panel(study, "adamw", arm[first], arm[second])
-        clause = _clause(panel, quantity, {arm[first]: 1.0, arm[second]: -1.0})
-        return _within(clause, low, high)
-
-    def both(*found: _Found) -> _Found:
-        known = [each.refuted for each in found]
-        return _Found(
-            "; ".join(each.said for each in found),
-            None if None in known else any(known),
-            all(each.held for each in found),
-            min(each.seeds for each in found),
-        )
-
-    four = _panel(study, "adamw", *ARMS)
-    ratio = _clause(
-        dataclasses.replace(four, family=ARMS if four.seeds else ()),
-        "ln PR",
-        {"muon_noqk": 1.0, "adamw_qk": -1.0},
-    )
+def _of_original(study: Study) -> dict[str, _Found]:
     return {
         "step 0, every arm: post-RoPE raw 59 to 62, pre-RoPE centred 50 to 55": _at_the_start(
             study
         ),
-        "undecayed and frozen within 3.2 of none": both(
-            gap("undecayed", "none", -3.2, 3.2), gap("frozen", "none", -3.2, 3.2)
+        "undecayed and frozen within 3.2 of none": _both(
+            _gap(study, "undecayed", "none", -3.2, 3.2), _gap(study, "frozen", "none", -3.2, 3.2)
         ),
-        "the parent 3 to 17 below none": gap("none", "parent", 3, 17),
+        "the parent 3 to 17 below none": _gap(study, "none", "parent", 3, 17),
         "parent < undecayed": _within(_gap_of_decay(study), 0, math.inf),
-        "to_one within 1.6 of frozen": gap("to_one", "frozen", -SMALLEST, SMALLEST),
-        "post-norm of parent and undecayed within 3.2, gamma's own PR lower in the parent": both(
-            gap("undecayed", "parent", -3.2, 3.2, "post-norm"),
-            gap("undecayed", "parent", 0, math.inf, "gamma's own"),
+        "to_one within 1.6 of frozen": _gap(study, "to_one", "frozen", -SMALLEST, SMALLEST),
+        "post-norm of parent and undecayed within 3.2, gamma's own PR lower in the parent": _both(
+            _gap(study, "undecayed", "parent", -3.2, 3.2, "post-norm"),
+            _gap(study, "undecayed", "parent", 0, math.inf, "gamma's own"),
         ),
-        "(!) none - parent in centred pre-RoPE less than half of it in post-RoPE raw": gap(
-            "none", "parent", -math.inf, 0, "centred - half of post-RoPE"
+        "(!) none - parent in centred pre-RoPE less than half of it in post-RoPE raw": _gap(
+            study, "none", "parent", -math.inf, 0, "centred - half of post-RoPE"
         ),
-        "none - parent in q·k less than half of it in keys (pre-RoPE raw)": gap(
-            "none", "parent", -math.inf, 0, "q·k - half of keys"
+        "none - parent in q·k less than half of it in keys (pre-RoPE raw)": _gap(
+            study, "none", "parent", -math.inf, 0, "q·k - half of keys"
         ),
-        "(!) Muon without QK-Norm 1.1 to 1.8 times AdamW with it": _within(
-            ratio, math.log(1.1), math.log(1.8)
-        ),
+        "(!) Muon without QK-Norm 1.1 to 1.8 times AdamW with it": _muon_over_adamw_qk(study),
         "rank correlation of PR and loss over the arms between -0.8 and 0.8": _correlation(study),
     }
+
+
+def _of_fixed(study: Study) -> dict[str, _Found]:
+    losses = _of_the_four(study, "loss, nat", {"adamw_noqk": 1.0, "muon_noqk": -1.0})
+    return {
+        "AdamW, with QK-Norm - without: -1.6 to 8": _gap(study, "parent", "none", -SMALLEST, 8),
+        "Muon, with QK-Norm - without: within 3.2": _gap(
+            study, "parent", "none", -3.2, 3.2, optimizer="muon"
+        ),
+        "Muon without QK-Norm 1.1 to 1.8 times AdamW with it": _muon_over_adamw_qk(study),
+        "AdamW without QK-Norm above 35 at step 122": _above(study, PR, 122, 35),
+        "AdamW without QK-Norm ends above 20 pre-RoPE centred": _above(study, CENTRED, None, 20),
+        "AdamW, with QK-Norm - without, loss within 0.03 nat": _gap(
+            study, "parent", "none", -0.03, 0.03, "loss, nat"
+        ),
+        "AdamW - Muon, both without QK-Norm, loss 0.03 to 0.5 nat": _within(losses, 0.03, 0.5),
+        "the best rate with QK-Norm not below the one without": _rates(study),
+    }
+
+
+def _gap(
+    study: Study,
+    first: str,
+    second: str,
+    low: float,
+    high: float,
+    quantity: str = "post-RoPE raw",
+    optimizer: str = "adamw",
+) -> _Found:
+    arm = _arms(optimizer)
+    panel = _panel(study, optimizer, arm[first], arm[second])
+    return _within(_clause(panel, quantity, {arm[first]: 1.0, arm[second]: -1.0}), low, high)
+
+
+def _both(*found: _Found) -> _Found:
+    known = [each.refuted for each in found]
+    return _Found(
+        "; ".join(each.said for each in found),
+        None if None in known else any(known),
+        all(each.held for each in found),
+        min(each.seeds for each in found),
+    )
+
+
+def _of_the_four(study: Study, quantity: str, weights: Mapping[str, float]) -> Clause:
+    """Over both optimisers, with the seeds that all four arms have."""
+    panel = _panel(study, "adamw", *ARMS)
+    family = ARMS if panel.seeds else ()
+    return _clause(dataclasses.replace(panel, family=family), quantity, weights)
+
+
+def _muon_over_adamw_qk(study: Study) -> _Found:
+    ratio = _of_the_four(study, "ln PR", {"muon_noqk": 1.0, "adamw_qk": -1.0})
+    return _within(ratio, math.log(1.1), math.log(1.8))
+
+
+def _above(study: Study, metric: str, step: int | None, limit: float) -> _Found:
+    """Whether the mean of adamw_noqk is above the limit, at a step or at the end."""
+    runs = study.of_arm("adamw_noqk")
+    if not runs:
+        return _Found("-", None, False)
+    values = [run.value(metric) if step is None else run.at_step(metric, step) for run in runs]
+    if not np.isfinite(values).all():
+        return _Found("diverged", None, False, len(runs))
+    above = float(np.mean(values)) > limit
+    words = f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    return _Found(words, not above, above, len(runs))
+
+
+def _rates(study: Study) -> _Found:
+    """What the sweep, of one seed, chose with QK-Norm and without, by optimiser."""
+    rates = study.learning_rates or {}
+    chosen = {arm: rates.get(arm, {}).get("chosen") for arm in ARMS}
+    if None in chosen.values():
+        return _Found("-", None, False)
+    pairs = [(chosen[f"{name}_qk"], chosen[f"{name}_noqk"]) for name in LABELS]
+    lower = any(with_norm < without for with_norm, without in pairs)
+    words = "; ".join(
+        f"{LABELS[name]} {with_norm:g} and {without:g}"
+        for name, (with_norm, without) in zip(LABELS, pairs, strict=True)
+    )
+    return _Found(words, lower, not lower, 1)
 
 
 def _within(clause: Clause, low: float, high: float) -> _Found:

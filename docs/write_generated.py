@@ -4,10 +4,10 @@
 
 reads docs/results/small_original/runs/ARM_seed_N.tar.gz (`tools/airgapped/pack_results.py` made
 them), writes docs/figures/results.svg, and replaces the text between the two marks in README.md:
-the answer so far, the figure and the table. In every folder of docs/results it writes the report
-of the study as it stands there (report.md, results.csv, figures/) and the tables of its page. The
-table of docs/deviations.md comes from the configs. Run it again when archives or configs change.
-Equal archives give equal bytes. Needs matplotlib.
+the answer so far (also that of small_fixed), the figure and the table. In every folder of
+docs/results it writes the report of the study as it stands there (report.md, results.csv, figures/)
+and the tables of its page. The table of docs/deviations.md comes from the configs. Run it again
+when archives or configs change. Equal archives give equal bytes. Needs matplotlib.
 """
 
 import pathlib
@@ -56,19 +56,29 @@ MEASURES = {  # metric -> title of its panel and column of the table
 }
 HEAD_DIM = 64
 SEEDS = 3  # the number that the study needs of every arm
-WORDS = {
-    "AdamW": {
-        "adamw_qk": "with QK-Norm whose gammas decay as in the original",
-        "adamw_qk_undecayed": "with gammas that do not decay",
-        "adamw_qk_frozen": "with gammas that stay 1",
-        "adamw_noqk": "without QK-Norm",
+WORDS = {  # by recipe and optimiser, what the arms that the first screen names do
+    "original": {
+        "AdamW": {
+            "adamw_qk": "with QK-Norm whose gammas decay as in the original",
+            "adamw_qk_undecayed": "with gammas that do not decay",
+            "adamw_qk_frozen": "with gammas that stay 1",
+            "adamw_noqk": "without QK-Norm",
+        },
+        "Muon": {
+            "muon_qk": "with QK-Norm whose gammas decay",
+            "muon_qk_undecayed": "with gammas that do not decay",
+            "muon_qk_frozen": "with gammas that stay 1",
+            "muon_noqk": "without QK-Norm",
+        },
     },
-    "Muon": {
-        "muon_qk": "with QK-Norm whose gammas decay",
-        "muon_qk_undecayed": "with gammas that do not decay",
-        "muon_qk_frozen": "with gammas that stay 1",
-        "muon_noqk": "without QK-Norm",
+    "fixed": {
+        "AdamW": {"adamw_qk": "with QK-Norm", "adamw_noqk": "without"},
+        "Muon": {"muon_qk": "with QK-Norm", "muon_noqk": "without"},
     },
+}
+HOW = {  # by recipe, what its runs are
+    "original": "The model has 4 layers (scale `small`, recipe `original`), and a run trains on",
+    "fixed": "That is recipe `fixed`, with warm-up and a sweep; a run trains on",
 }
 ALT = "Participation Ratio of the keys over training, before and after RoPE, by arm"
 # The dark variant, for readers whose system is dark: paper, ink, grid, hues of Okabe & Ito.
@@ -105,6 +115,12 @@ def read_all(folder: pathlib.Path = RESULTS / "small_original") -> dict[str, lis
     return {arm: sorted(runs, key=lambda run: run.seed) for arm, runs in sorted(found.items())}
 
 
+def fixed() -> dict[str, list[Run]] | None:
+    """The runs of recipe fixed, where there are some."""
+    folder = RESULTS / "small_fixed"
+    return read_all(folder) if folder.exists() else None
+
+
 def table(runs: dict[str, list[Run]]) -> str:
     """The four arms as a table: mean over seeds, in brackets the range where there are several."""
     columns = " | ".join(f"PR {title}" for title in MEASURES.values())
@@ -123,11 +139,12 @@ def table(runs: dict[str, list[Run]]) -> str:
     return "\n".join(lines)
 
 
-def answer(runs: dict[str, list[Run]]) -> str:
+def answer(runs: dict[str, list[Run]], recipe: str) -> str:
     """What the finished runs say so far, in two sentences with their scope."""
+    by_optimizer = WORDS[recipe]
     metric = "pr/key/post_rope/raw"
     said = []
-    for optimizer, words in WORDS.items():
+    for optimizer, words in by_optimizer.items():
         ends = [
             f"{_cell([run.values[metric][-1] for run in runs[arm]], 1)} {how}"
             for arm, how in words.items()
@@ -136,7 +153,7 @@ def answer(runs: dict[str, list[Run]]) -> str:
         if ends:
             said.append(f"{optimizer}'s keys end at {', '.join(ends)}")
     missing = [arms_lib.label(arm) for arm in ARMS if arm not in runs]
-    named = {arm for words in WORDS.values() for arm in words} | set(ARMS)
+    named = {arm for words in by_optimizer.values() for arm in words} | set(ARMS)
     fewest = min(len(of_arm) for arm, of_arm in runs.items() if arm in named)
     tokens = drawing.count(max(int(run.tokens[-1]) for of in runs.values() for run in of))
     if missing or fewest < SEEDS:
@@ -144,22 +161,22 @@ def answer(runs: dict[str, list[Run]]) -> str:
     else:
         scope = f"{fewest} seeds"
     gaps = f"; not run yet: {' and '.join(missing)}" if missing else ""
-    return (
-        f"**So far** (PR after RoPE, out of {HEAD_DIM}): {'; '.join(said)}. The model has 4 layers "
-        f"(scale `small`, recipe `original`), and a run trains on {tokens} tokens of docstrings; "
-        f"{scope}{gaps}."
-    )
+    start = f"**So far** (PR after RoPE, out of {HEAD_DIM}): "
+    if recipe == "fixed":
+        start = "**With learning rates tuned and no decay of gamma**: "
+    return f"{start}{'; '.join(said)}. {HOW[recipe]} {tokens} tokens of docstrings; {scope}{gaps}."
 
 
-def block(runs: dict[str, list[Run]]) -> str:
-    """The text between the marks: the answer, the figure, the table."""
+def block(runs: dict[str, list[Run]], fixed: dict[str, list[Run]] | None = None) -> str:
+    """The text between the marks: the answer, the figure and table of recipe original."""
     picture = f"![{ALT}](docs/figures/{FIGURE.name})"
     note = (
         "Values are means over the seeds at the last step, with their range in brackets. In this "
         "recipe the gammas of an arm decay; the figure also shows controls without that decay."
     )
-    said, below = (textwrap.fill(words, 112) for words in (answer(runs), note))
-    return "\n\n".join((said, picture, table(runs), below))
+    said = [answer(runs, "original"), *([answer(fixed, "fixed")] if fixed else [])]
+    filled = [textwrap.fill(words, 112) for words in (*said, note)]
+    return "\n\n".join((*filled[:-1], picture, table(runs), filled[-1]))
 
 
 def _cell(values: list[float], digits: int) -> str:
@@ -235,11 +252,19 @@ def unpack(folder: pathlib.Path, workdir: pathlib.Path) -> None:
         shutil.copy(folder / name, workdir / name)
     if (folder / "surgery").exists():
         shutil.copytree(folder / "surgery", workdir / "surgery")
+    if (folder / "sweep").exists():
+        (workdir / "sweep").mkdir()
+        shutil.copy(folder / "sweep" / "learning_rates.json", workdir / "sweep")
+        _extract(folder / "sweep" / "runs.tar.gz", workdir / "sweep")
     for archive in sorted((folder / "runs").glob("*.tar.gz")):
         arm = archive.name.partition("_seed_")[0]
-        with tarfile.open(archive) as tar:
-            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 on
-            tar.extractall(workdir / "runs" / arm)
+        _extract(archive, workdir / "runs" / arm)
+
+
+def _extract(archive: pathlib.Path, into: pathlib.Path) -> None:
+    with tarfile.open(archive) as tar:
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 on
+        tar.extractall(into)
 
 
 def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
@@ -313,7 +338,7 @@ def with_block(page: str, name: str, written: str) -> str:
 def main() -> None:
     runs = read_all()
     FIGURE.write_text(svg(runs))
-    README.write_text(with_block(README.read_text(), "results", block(runs)))
+    README.write_text(with_block(README.read_text(), "results", block(runs, fixed())))
     for folder in studies():
         write_report(folder, folder)
         page = folder / "README.md"

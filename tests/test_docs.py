@@ -106,7 +106,9 @@ def test_the_first_screen_is_what_the_archives_say(generated):
     assert len(runs) > 2
     page = generated.README.read_text()
     again = "Run python docs/write_generated.py."
-    assert generated.with_block(page, "results", generated.block(runs)) == page, again
+    assert (
+        generated.with_block(page, "results", generated.block(runs, generated.fixed())) == page
+    ), again
     assert generated.svg(runs) == generated.FIGURE.read_text(), again
     assert all(hue in generated.FIGURE.read_text() for hue in generated.DARK.values())
 
@@ -184,10 +186,10 @@ def test_contrasts_use_the_seeds_that_their_arms_have(generated, tmp_path):
     arms = synthetic_study.arms(64, **changed)
     missing = [("adamw_qk_frozen", 137), *(("muon_noqk", seed) for seed in (42, 137))]
     options = {"seeds": (42, 137), "scale": "small", "noise": {PR: 0.1}, "missing": missing}
-    synthetic_study.write(tmp_path, arms, recipe="fixed", **options)
+    synthetic_study.write(tmp_path, arms, recipe="original", **options)
     study = results.load_study(tmp_path)
     rows = dict(_cells(generated.contrasts.contrasts(study)))
-    assert rows["AdamW: gamma does not decay - no QK-Norm"][0] == "42, 137"  # recipe fixed
+    assert rows["AdamW: gamma decays to 0 - no QK-Norm"][0] == "42, 137"
     assert (
         rows["AdamW: gamma stays 1 - no QK-Norm"][0] == "42"
         and "(" not in rows["AdamW: gamma stays 1 - no QK-Norm"][4]
@@ -202,6 +204,39 @@ def test_contrasts_use_the_seeds_that_their_arms_have(generated, tmp_path):
         cells[-1] == "needs two seeds"
         for _, cells in _cells(generated.contrasts.predictions(without))
     )
+
+
+def test_predictions_of_recipe_fixed(generated, tmp_path):
+    """Each of them true, then each of them false."""
+    true = {
+        "adamw_qk": {PR: 30.0, LOSS: 3.6},
+        "adamw_noqk": {PR: 28.0, PR_BEFORE: 22.0, LOSS: 3.6},
+        "muon_qk": {PR: 41.0},
+        "muon_noqk": {PR: 40.0, LOSS: 3.4},
+    }
+    false = {
+        "adamw_qk": {PR: 18.0, LOSS: 3.7},
+        "adamw_noqk": {PR: {122: 33.0, 244: 22.0, 1500: 20.0}, PR_BEFORE: 19.0, LOSS: 3.5},
+        "muon_qk": {PR: 35.0},
+        "muon_noqk": {PR: 40.0, LOSS: 3.49},
+    }
+    options = {"seeds": (42, 137, 256), "scale": "small", "recipe": "fixed"}
+    rates = {arm: {1.0: 3.6, 2.0: 3.5, 4.0: 3.7} for arm in true}
+    for name, changed, word in (("true", true, "held"), ("false", false, "refuted")):
+        arms = synthetic_study.arms(64, **changed)
+        directory = synthetic_study.write(
+            tmp_path / name, arms, noise={PR: 0.05, LOSS: 0.0005}, **options
+        )
+        if word == "refuted":
+            rates["muon_qk"] = {1.0: 3.4, 2.0: 3.5, 4.0: 3.7}
+        synthetic_study.write_sweep(directory, rates)
+        found = _cells(generated.contrasts.predictions(results.load_study(directory)))
+        assert [cells[-1] for _, cells in found] == [*[word] * 7, f"so far {word}"]
+    (tmp_path / "true" / "sweep" / "learning_rates.json").unlink()
+    none = dataclasses.replace(results.load_study(tmp_path / "true"), runs={})
+    found = _cells(generated.contrasts.predictions(none))
+    assert [name for name, _ in found] == [f"F{number}" for number in range(1, 9)]
+    assert {cells[-1] for _, cells in found} == {"needs two seeds"}
 
 
 def test_the_page_says_where_decay_is_not_the_cause(generated, tmp_path):

@@ -106,6 +106,13 @@ def test_what_cannot_be_compared_is_refused(studies, tmp_path):
     other = write(tmp_path / "other", fields={"optimizer__beta2": 0.9})
     with pytest.raises(errors.UsageError, match="other: adamw_qk/seed_42 has another config"):
         compared(published, other)
+    for study, rate in ((published, 1.0), (other, 2.0)):
+        synthetic_study.write_sweep(study, {arm: {rate: 3.5} for arm in ARMS})
+    with pytest.raises(errors.UsageError, match="has another config"):  # of equal rates
+        compared(published, other)
+    other = write(tmp_path / "chosen", fields={"optimizer__learning_rate": 0.002})
+    with pytest.raises(errors.UsageError, match=r"chosen: the sweep chose the rate 0\.002 for ad"):
+        compared(published, other)
     shutil.rmtree(again / "runs")
     with pytest.raises(errors.UsageError, match=r"again: no run in common .* adamw_qk/seed_42, "):
         compared(published, again)

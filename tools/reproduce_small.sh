@@ -2,6 +2,7 @@
 # Reproduces published runs of laptop size: their commit, its environment, the same commands, and the comparison.
 #
 #   bash tools/reproduce_small.sh original                         # every published run: AdamW 27 min of a core, Muon 47
+#   bash tools/reproduce_small.sh fixed                            # and the sweep of 20 short runs that chose its rates
 #   bash tools/reproduce_small.sh original adamw_noqk/seed_42 ...  # only these
 #
 # In reproduced/small_RECIPE; the same command, run again, resumes. Exit code 0: equal to the bit (P1), or as close as
@@ -18,6 +19,7 @@ shift
 out="$PWD/reproduced/small_$recipe"
 mkdir -p "$out/published/runs"
 cp -r "$published"/{study.json,dataset.json,surgery} "$out/published/"
+[ "$recipe" = original ] || cp -r "$published/sweep" "$out/published/"
 names=()
 for archive in "$published"/runs/*.tar.gz; do
   name="$(basename "$archive" .tar.gz)"
@@ -51,7 +53,10 @@ fi
 (cd "$out/code" && source tools/set_up.sh report)
 
 only="dataset"
-for name in "${names[@]}"; do only+=",runs/$name,surgery/$name"; done
+for name in "${names[@]}"; do
+  [ "$recipe" = original ] || only+=",sweep/${name%%/*}/*"
+  only+=",runs/$name,surgery/$name"
+done
 words="small$([ "$recipe" = fixed ] || echo ",$recipe")"
 (cd "$out/code" && .venv/bin/python tools/run_study.py "--config=configs/study.py:$words" --config.export=False \
   "--workdir=$out/study" "--only=$only")

@@ -54,6 +54,13 @@ def pairs(published: Study, again: Study) -> list[Pair]:
                 "packages. Install the versions of the commit's constraints.txt."
             )
         if run.config.fingerprinted() != other.config.fingerprinted():
+            ours, theirs = (r.config.optimizer.learning_rate for r in (other, run))
+            if ours != theirs and published.learning_rates:
+                raise errors.UsageError(
+                    f"{again.workdir}: the sweep chose the rate {ours:g} for {run.arm}, the "
+                    f"published one {theirs:g}, so that {name} is another run. Copy the published "
+                    "sweep/learning_rates.json to another --workdir and train there."
+                )
             raise errors.UsageError(
                 f"{again.workdir}: {name} has another config than the published run. Train it at "
                 "the published commit, with the published study's command."
