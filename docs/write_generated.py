@@ -4,7 +4,7 @@
 
 reads docs/results/small_original/runs/ARM_seed_N.tar.gz (`tools/airgapped/pack_results.py` made
 them), writes docs/figures/results.svg, and replaces the text between the two marks in README.md:
-the answer so far (also that of small_fixed), the figure and the table. In every folder of
+the answer so far (also that of small_fixed), figure, table and verdicts. In every folder of
 docs/results it writes the report of the study as it stands there (report.md, results.csv, figures/)
 and the tables of its page. The table of docs/deviations.md comes from the configs. Run it again
 when archives or configs change. Equal archives give equal bytes. Needs matplotlib.
@@ -29,7 +29,8 @@ from qkjax.report import arms as arms_lib  # noqa: E402
 from qkjax.report import drawing, report  # noqa: E402
 from qkjax.report.blocks import number  # noqa: E402
 from qkjax.study import plan_config, plan_cost  # noqa: E402
-from qkjax.verdicts import results  # noqa: E402
+from qkjax.verdicts import judge, results  # noqa: E402
+from qkjax.verdicts.judgement import LABELS  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 FIGURE = ROOT / "docs" / "figures" / "results.svg"
@@ -121,6 +122,13 @@ def fixed() -> dict[str, list[Run]] | None:
     return read_all(folder) if folder.exists() else None
 
 
+def first_screen() -> str:
+    """The text between the marks of the README."""
+    folders = {recipe: RESULTS / f"small_{recipe}" for recipe in ("original", "fixed")}
+    found = {recipe: load(folder) for recipe, folder in folders.items() if folder.exists()}
+    return block(read_all(), fixed(), verdicts(found))
+
+
 def table(runs: dict[str, list[Run]]) -> str:
     """The four arms as a table: mean over seeds, in brackets the range where there are several."""
     columns = " | ".join(f"PR {title}" for title in MEASURES.values())
@@ -167,16 +175,46 @@ def answer(runs: dict[str, list[Run]], recipe: str) -> str:
     return f"{start}{'; '.join(said)}. {HOW[recipe]} {tokens} tokens of docstrings; {scope}{gaps}."
 
 
-def block(runs: dict[str, list[Run]], fixed: dict[str, list[Run]] | None = None) -> str:
-    """The text between the marks: the answer, the figure and table of recipe original."""
-    picture = f"![{ALT}](docs/figures/{FIGURE.name})"
-    note = (
-        "Values are means over the seeds at the last step, with their range in brackets. In this "
-        "recipe the gammas of an arm decay; the figure also shows controls without that decay."
-    )
+def verdicts(by_recipe: dict[str, results.Study]) -> str:
+    """Every question with its verdict, by the rules of docs/statistics.md, for each recipe."""
+    judged = {recipe: judge.judge(study) for recipe, study in by_recipe.items()}
+    rows = {
+        f"{verdict.name}: {verdict.question}": [
+            each.verdict(verdict.name).headline for each in judged.values()
+        ]
+        for verdict in next(iter(judged.values())).verdicts
+        if not verdict.left_out
+    }
+    for optimizer, label in LABELS.items():
+        shares = [
+            next(a.share for a in each.attributions if a.optimizer == optimizer) or "not asked"
+            for each in judged.values()
+        ]
+        if set(shares) != {"not asked"}:
+            rows[f"What of the PR that QK-Norm costs {label} is the decay of gamma?"] = shares
+    head = ["verdict", *(f"recipe `{recipe}`" for recipe in judged)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [f"| {question} | {' | '.join(words)} |" for question, words in rows.items()]
+    return "\n".join(lines)
+
+
+def block(
+    runs: dict[str, list[Run]], fixed: dict[str, list[Run]] | None = None, judged: str = ""
+) -> str:
+    """The answer, the verdicts, and the figure and table of recipe original."""
     said = [answer(runs, "original"), *([answer(fixed, "fixed")] if fixed else [])]
-    filled = [textwrap.fill(words, 112) for words in (*said, note)]
-    return "\n\n".join((*filled[:-1], picture, table(runs), filled[-1]))
+    rules = (
+        "Verdicts follow [rules that were fixed before the data](docs/statistics.md) and are about "
+        "this scale alone."
+    )
+    note = (
+        "Values are means over the seeds at the last step, with their range in brackets. In recipe "
+        "`original` the gammas of an arm decay; the figure also shows controls without that decay."
+    )
+    parts = [textwrap.fill(words, 112) for words in said]
+    parts += [judged, textwrap.fill(rules, 112)] if judged else []
+    parts += [f"![{ALT}](docs/figures/{FIGURE.name})", table(runs), textwrap.fill(note, 112)]
+    return "\n\n".join(parts)
 
 
 def _cell(values: list[float], digits: int) -> str:
@@ -338,7 +376,7 @@ def with_block(page: str, name: str, written: str) -> str:
 def main() -> None:
     runs = read_all()
     FIGURE.write_text(svg(runs))
-    README.write_text(with_block(README.read_text(), "results", block(runs, fixed())))
+    README.write_text(with_block(README.read_text(), "results", first_screen()))
     for folder in studies():
         write_report(folder, folder)
         page = folder / "README.md"

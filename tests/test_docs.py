@@ -106,9 +106,7 @@ def test_the_first_screen_is_what_the_archives_say(generated):
     assert len(runs) > 2
     page = generated.README.read_text()
     again = "Run python docs/write_generated.py."
-    assert (
-        generated.with_block(page, "results", generated.block(runs, generated.fixed())) == page
-    ), again
+    assert generated.with_block(page, "results", generated.first_screen()) == page, again
     assert generated.svg(runs) == generated.FIGURE.read_text(), again
     assert all(hue in generated.FIGURE.read_text() for hue in generated.DARK.values())
 
@@ -128,6 +126,30 @@ def test_the_first_screen_names_seeds_and_what_is_missing(generated):
     assert "2 seeds of 3, so nothing is decided" in " ".join(generated.block(both).split())
     three = {arm: [first, other, other._replace(seed=256)] for arm in generated.ARMS}
     assert "3 seeds." in " ".join(generated.block(three).split())
+
+
+H1 = "H1: Does QK-Norm lower the dimensionality of attention keys?"
+
+
+def test_the_first_screen_has_the_verdicts_of_every_recipe(generated, tmp_path):
+    options = {"seeds": (42, 137, 256), "scale": "small", "noise": {PR: 0.1, PR_BEFORE: 0.1}}
+    controls = {f"adamw_qk_{word}": {PR: 40.0} for word in ("frozen", "undecayed")}
+    decays = synthetic_study.arms(64, adamw_qk={PR: 19.0}, **controls)
+    synthetic_study.write(tmp_path / "original", decays, recipe="original", **options)
+    alike = synthetic_study.arms(64)
+    synthetic_study.write(tmp_path / "fixed", alike, recipe="fixed", **options)
+    found = {name: results.load_study(tmp_path / name) for name in ("original", "fixed")}
+    rows = dict(_cells(generated.verdicts(found)))
+    assert [words.split(";")[0] for words in rows[H1]] == [
+        "post-RoPE raw: supported",
+        "post-RoPE raw: negligible",
+    ]
+    assert rows["What of the PR that QK-Norm costs AdamW is the decay of gamma?"] == [
+        "decay explains more than half",
+        "not asked",
+    ]
+    assert not any("Muon is the decay" in question for question in rows)
+    assert not any(question.startswith("H5") for question in rows)
 
 
 def test_published_numbers_are_those_of_the_archives(generated, tmp_path):

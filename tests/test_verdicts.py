@@ -478,6 +478,19 @@ def test_a_rule_that_one_seed_alone_breaks_says_so(judge: Judge):
     assert judged.verdict("H4").reason == "one seed: nothing is decided"
 
 
+def test_a_broken_rule_decides_nothing_before_two_seeds_have_every_arm(judge: Judge):
+    """An unfinished study is not decided by less than a finished one of one seed."""
+    absent = [("muon_qk", seed) for seed in (42, 43, 44)]
+    judged = judge(CLAIMED, diverged={("muon_noqk", 43): 300}, missing=absent, **LONG)
+    assert clause(judged, "H4 finishes").status == REFUTED
+    verdict = judged.verdict("H4")
+    assert verdict.word == INCONCLUSIVE and "no seed has every arm" in verdict.reason
+    assert (
+        judge(CLAIMED, missing=absent[:2], **LONG).verdict("H4").reason
+        == "one seed: nothing is decided"
+    )
+
+
 def test_muon_that_diverges_refutes_even_where_another_seed_is_missing(judge: Judge):
     judged = judge(CLAIMED, diverged={("muon_noqk", 43): 300}, missing=[("muon_noqk", 44)], **LONG)
     assert clause(judged, "H4 finishes").status == REFUTED

@@ -45,7 +45,7 @@ _TITLES = {
 
 def make(panel: Panel) -> list[Verdict]:
     """H1 to H5 of a study, each from its own clauses alone; `corrected` does the rest."""
-    left_out, one_seed = left_out_of(panel.study), len(panel.seeds) == 1
+    left_out, seeds = left_out_of(panel.study), len(panel.seeds)
     has_surgery = any(run.functional_rank is not None for run in panel.study.runs.values())
     verdicts = []
     for name in FAMILY:
@@ -55,9 +55,9 @@ def make(panel: Panel) -> list[Verdict]:
             clauses = [*_rules(panel.study), *(_with_sequences(panel, c) for c in clauses)]
         beside = (*SHOWN[name], *(FUNCTIONAL.get(name, ()) if has_surgery else ()))
         shown = [by_contrast(panel, prediction) for prediction in beside]
-        verdicts.append(combine(name, clauses, shown, left_out.get(name, ""), one_seed))
+        verdicts.append(combine(name, clauses, shown, left_out.get(name, ""), seeds))
     answers, beside_them = items.clauses(panel.study)
-    verdicts.append(combine("H5", answers, beside_them, left_out.get("H5", ""), one_seed))
+    verdicts.append(combine("H5", answers, beside_them, left_out.get("H5", ""), seeds))
     return verdicts
 
 
@@ -83,18 +83,18 @@ def combine(
     clauses: Sequence[Clause],
     shown: Sequence[Clause],
     left_out: str,
-    one_seed: bool,
+    seeds: int,
 ) -> Verdict:
     """All clauses supported: supported; a clause refuted at 97.5%: refuted; else inconclusive.
 
-    With one seed nothing is decided, a rule that it broke included.
+    With fewer than two seeds that have every arm nothing is decided, a broken rule included.
     """
     codes, strict = (
         np.array([rules.CODES[word] for word in words])
         for words in zip(*((c.word, c.word_at_975) for c in clauses), strict=True)
     )
     word = WORDS[int(rules.judge_hypothesis(codes, strict))]
-    if one_seed:
+    if seeds < 2:
         word = INCONCLUSIVE
     p_values = [clause.p for clause in clauses if clause.kind != RULE]
     known = [p for p in p_values if p is not None]
@@ -105,7 +105,7 @@ def combine(
         question=question,
         word=word,
         headline="",
-        reason=ONE_SEED if one_seed else _reason(word, clauses),
+        reason=ONE_SEED if seeds == 1 else _reason(word, clauses),
         p=max(known) if known and len(known) == len(p_values) else None,
         level=None,
         correction=_OUTSIDE,
@@ -121,7 +121,7 @@ def _reason(word: str, clauses: Sequence[Clause]) -> str:
         return _said(clauses)
     if word != INCONCLUSIVE:
         return _said([c for c in clauses if c.word_at_975.startswith(REFUTED)])
-    alone = [clause for clause in clauses if clause.status == REFUTED]
+    alone = [clause for clause in clauses if clause.status == REFUTED and clause.kind != RULE]
     undecided = [clause for clause in clauses if clause.word == INCONCLUSIVE]
     parts = [f"{c.name} refuted alone, at 95% but not at 97.5% ({c.reason})" for c in alone]
     return "; ".join([*parts, *([_said(undecided)] if undecided else [])])
