@@ -491,6 +491,19 @@ def test_a_broken_rule_decides_nothing_before_two_seeds_have_every_arm(judge: Ju
     )
 
 
+def test_a_rule_that_every_arm_breaks_says_so(judge: Judge):
+    """As batches of two sequences do, whose losses jump by more than the limit."""
+    arms = ("adamw_qk", "adamw_noqk", "muon_qk", "muon_noqk")
+    spikes = {(arm, seed): (300, 1.0) for arm in arms for seed in (42, 43, 44)}
+    words = "; so it is by every run of the other arms, which it does not tell apart"
+    found = clause(judge(CLAIMED, spikes=spikes, **LONG), "H4 spikes")
+    assert found.word == judgement.BY_RULE
+    assert found.reason == f"broken by seed 42 and seed 43 and seed 44{words}"
+    spikes.pop(("adamw_qk", 44))
+    found = clause(judge(CLAIMED, spikes=spikes, **LONG), "H4 spikes")
+    assert found.reason == "broken by seed 42 and seed 43 and seed 44"
+
+
 def test_muon_that_diverges_refutes_even_where_another_seed_is_missing(judge: Judge):
     judged = judge(CLAIMED, diverged={("muon_noqk", 43): 300}, missing=[("muon_noqk", 44)], **LONG)
     assert clause(judged, "H4 finishes").status == REFUTED

@@ -318,7 +318,8 @@ def by_rule(
 ) -> Clause:
     """A clause that every run of an arm has to satisfy: measure < limit.
 
-    It holds or fails, asks the runs of every seed, and enters no p.
+    It holds or fails, asks the runs of every seed, and enters no p. Where every run of the other
+    arms fails too, as small batches make every loss jump, the reason says so.
 
     Args:
         reaches: whether the limit itself is still allowed.
@@ -327,9 +328,11 @@ def by_rule(
     """
     per_seed = {run.seed: measure(run) for run in study.of_arm(arm)}
     known = {seed: value for seed, value in per_seed.items() if value is not None}
-    broken = [
-        seed for seed, value in known.items() if not (value < limit or (reaches and value == limit))
-    ]
+
+    def breaks(value: float) -> bool:
+        return not (value < limit or (reaches and value == limit))
+
+    broken = [seed for seed, value in known.items() if breaks(value)]
     worst = max(known.values(), default=math.nan)
     clause = Clause(
         name=name,
@@ -348,7 +351,14 @@ def by_rule(
     if broken:
         seeds = " and ".join(f"seed {seed}" for seed in broken)
         alone = " (by rule, one seed)" if len(per_seed) == 1 else ""
-        reason = f"broken by {seeds}{alone}"
+        others = [
+            measure(run)
+            for run in study.runs.values()
+            if run.arm != arm and run.arm in questions.ARMS
+        ]
+        shared = bool(others) and all(value is not None and breaks(value) for value in others)
+        common = "; so it is by every run of the other arms, which it does not tell apart" * shared
+        reason = f"broken by {seeds}{alone}{common}"
         return dataclasses.replace(clause, word=BY_RULE, word_at_975=BY_RULE, reason=reason)
     lacking = [f"{run.arm} seed {run.seed} ({run.why})" for run in study.missing if run.arm == arm]
     if lacking or not per_seed:
