@@ -102,10 +102,16 @@ class Run(NamedTuple):
     values: dict[str, np.ndarray]  # by metric, [evaluations]
 
 
-def read_all(folder: pathlib.Path = RESULTS / "small_original") -> dict[str, list[Run]]:
-    """By arm, the runs of a folder of docs/results by seed."""
+def published() -> dict[str, results.Study]:
+    """The small study by recipe, as far as docs/results has it."""
+    folders = {recipe: RESULTS / f"small_{recipe}" for recipe in WORDS}
+    return {recipe: load(folder) for recipe, folder in folders.items() if folder.exists()}
+
+
+def read_all(study: results.Study) -> dict[str, list[Run]]:
+    """By arm, the runs of a study by seed."""
     found: dict[str, list[Run]] = {}
-    for (arm, seed), run in load(folder).runs.items():
+    for (arm, seed), run in study.runs.items():
         values = {
             name: np.array([probe.metrics[name] for probe in run.probes], float)
             for name in (LOSS, *MEASURES)
@@ -116,17 +122,10 @@ def read_all(folder: pathlib.Path = RESULTS / "small_original") -> dict[str, lis
     return {arm: sorted(runs, key=lambda run: run.seed) for arm, runs in sorted(found.items())}
 
 
-def fixed() -> dict[str, list[Run]] | None:
-    """The runs of recipe fixed, where there are some."""
-    folder = RESULTS / "small_fixed"
-    return read_all(folder) if folder.exists() else None
-
-
-def first_screen() -> str:
+def first_screen(by_recipe: dict[str, results.Study]) -> str:
     """The text between the marks of the README."""
-    folders = {recipe: RESULTS / f"small_{recipe}" for recipe in ("original", "fixed")}
-    found = {recipe: load(folder) for recipe, folder in folders.items() if folder.exists()}
-    return block(read_all(), fixed(), verdicts(found))
+    runs = {recipe: read_all(study) for recipe, study in by_recipe.items()}
+    return block(runs["original"], runs.get("fixed"), verdicts(by_recipe))
 
 
 def table(runs: dict[str, list[Run]]) -> str:
@@ -374,9 +373,10 @@ def with_block(page: str, name: str, written: str) -> str:
 
 
 def main() -> None:
-    runs = read_all()
+    by_recipe = published()
+    runs = read_all(by_recipe["original"])
     FIGURE.write_text(svg(runs))
-    README.write_text(with_block(README.read_text(), "results", first_screen()))
+    README.write_text(with_block(README.read_text(), "results", first_screen(by_recipe)))
     for folder in studies():
         write_report(folder, folder)
         page = folder / "README.md"

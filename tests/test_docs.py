@@ -7,13 +7,16 @@ import importlib.util
 import json
 import pathlib
 import re
+import shutil
 import tarfile
 
+import packing
 import pytest
 import synthetic_study
 from synthetic_study import LOSS, PR, PR_BEFORE
 
 import qkjax
+from qkjax import files
 from qkjax.data import manifest as manifest_lib
 from qkjax.data import origins
 from qkjax.data import tokenizer as tokenizer_lib
@@ -102,17 +105,18 @@ def generated():
 
 def test_the_first_screen_is_what_the_archives_say(generated):
     """Figure, sentence and table: nobody writes them by hand."""
-    runs = generated.read_all()
+    by_recipe = generated.published()
+    runs = generated.read_all(by_recipe["original"])
     assert len(runs) > 2
     page = generated.README.read_text()
     again = "Run python docs/write_generated.py."
-    assert generated.with_block(page, "results", generated.first_screen()) == page, again
+    assert generated.with_block(page, "results", generated.first_screen(by_recipe)) == page, again
     assert generated.svg(runs) == generated.FIGURE.read_text(), again
     assert all(hue in generated.FIGURE.read_text() for hue in generated.DARK.values())
 
 
 def test_the_first_screen_names_seeds_and_what_is_missing(generated):
-    runs = generated.read_all()
+    runs = generated.read_all(generated.published()["original"])
     first = runs["adamw_qk"][0]
     other = first._replace(seed=137, values={k: v + 1 for k, v in first.values.items()})
     two = {arm: [first, other] if arm == "adamw_qk" else of[:1] for arm, of in runs.items()}
@@ -173,6 +177,24 @@ def test_published_numbers_are_those_of_the_archives(generated, tmp_path):
                 assert float(made[name]) == pytest.approx(float(value), rel=1e-9, nan_ok=True), name
             except ValueError:  # a word or a digest
                 assert made[name] == value, name
+
+
+def test_a_published_sweep_is_unpacked_with_its_runs(generated, tmp_path):
+    """As docs/results/small_fixed will hold it: the rates, and the short runs in one archive."""
+    study, folder, workdir = (tmp_path / name for name in ("study", "folder", "workdir"))
+    synthetic_study.write(study, synthetic_study.arms(64), seeds=(42, 137), scale="small")
+    rates = {arm: {0.5: 3.6, 1.0: 3.5} for arm in synthetic_study.ARMS}
+    prs = {"adamw_qk": {0.5: 30.0, 1.0: 20.0}}
+    synthetic_study.write_sweep(study, rates, prs=prs)
+    files.write_json(study / "dataset.json", {})
+    (archive,) = packing.pack(study / "sweep", tmp_path / "packed", spectra="last")
+    shutil.copytree(study, folder, ignore=shutil.ignore_patterns("lr_*", "runs"))
+    archive.rename(folder / "sweep" / "runs.tar.gz")
+    workdir.mkdir()
+    generated.unpack(folder, workdir)
+    found = material.gather(results.load_study(workdir))
+    assert found.sweep_prs == {"adamw_qk": {0.5: 30.0, 1.0: 20.0}}
+    assert found.study.learning_rates["muon_qk"]["chosen"] == 1.0
 
 
 def test_contrasts_and_predictions_of_a_study(generated, tmp_path):

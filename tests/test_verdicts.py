@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -1008,6 +1009,18 @@ def test_h5_of_a_better_arm(judge_items: Judge):
     assert sum("McNemar" in note for note in found.notes) == 3
     assert any("power: at " in note for note in found.notes)
     assert found.deciding == found.pooled == pytest.approx(found.paired)
+
+
+def test_h5_is_decided_by_its_own_two_arms(judge_items: Judge):
+    """No seed has every arm: what H1 to H4 lack takes nothing from it."""
+    scores = {"muon_noqk": 0.36, "adamw_qk": 0.28}
+
+    def lose(downstream: pathlib.Path) -> None:
+        shutil.rmtree(downstream.parent / "runs" / "adamw_noqk")
+
+    judged = judge_items(scores, items=2_000, edit=lose)
+    assert judged.seeds_used == () and judged.verdict("H5").status == SUPPORTED
+    assert judged.verdict("H4").status == INCONCLUSIVE
 
 
 def test_h5_of_equal_arms(judge_items: Judge):

@@ -87,14 +87,15 @@ def combine(
 ) -> Verdict:
     """All clauses supported: supported; a clause refuted at 97.5%: refuted; else inconclusive.
 
-    With fewer than two seeds that have every arm nothing is decided, a broken rule included.
+    With one seed that has every arm nothing is decided, a broken rule included; nor with none,
+    where there are rules: H5 needs only its own two arms.
     """
     codes, strict = (
         np.array([rules.CODES[word] for word in words])
         for words in zip(*((c.word, c.word_at_975) for c in clauses), strict=True)
     )
     word = WORDS[int(rules.judge_hypothesis(codes, strict))]
-    if seeds < 2:
+    if seeds == 1 or (not seeds and any(clause.kind == RULE for clause in clauses)):
         word = INCONCLUSIVE
     p_values = [clause.p for clause in clauses if clause.kind != RULE]
     known = [p for p in p_values if p is not None]
