@@ -32,7 +32,9 @@ _GONE_SECONDS = 20  # without a heartbeat; also what shutting down waits for oth
 _WAIT_MS = 30 * 24 * 3600 * 1000  # no limit of its own: a dead process is noticed by its heartbeat
 _POLL_SECONDS = 0.25
 _HEAR_SECONDS = 1.0
-_LINGER_SECONDS = 10.0  # that process 0 stays for the others to hear why all end
+# That process 0 stays for the others to hear why all end. It must be gone before the coordinator
+# misses a process that was killed, and jaxlib aborts process 0: half of _GONE_SECONDS at the least.
+_LINGER_SECONDS = 5.0
 _STATUS = re.compile(
     "(ABORTED|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN):"
 )
