@@ -204,15 +204,16 @@ def block(
     said = [answer(runs, "original"), *([answer(fixed, "fixed")] if fixed else [])]
     rules = (
         "Verdicts follow [rules that were fixed before the data](docs/statistics.md) and are about "
-        "this scale alone."
+        "this scale alone. "
     )
     note = (
         "Values are means over the seeds at the last step, with their range in brackets. In recipe "
         "`original` the gammas of an arm decay; the figure also shows controls without that decay."
     )
     parts = [textwrap.fill(words, 112) for words in said]
-    parts += [judged, textwrap.fill(rules, 112)] if judged else []
-    parts += [f"![{ALT}](docs/figures/{FIGURE.name})", table(runs), textwrap.fill(note, 112)]
+    parts += [judged] if judged else []
+    parts += [f"![{ALT}](docs/figures/{FIGURE.name})", table(runs)]
+    parts += [textwrap.fill(rules + note if judged else note, 112)]
     return "\n\n".join(parts)
 
 
