@@ -114,13 +114,16 @@ def _spelled(study: Study, arm: str) -> str:
 
 
 def _panel(study: Study, optimizer: str, *needed: str) -> Panel:
-    """The seeds that have the arms needed; in its family are all arms that have these seeds."""
+    """The seeds that have the arms needed; in its family are the optimiser's arms that have them.
+
+    Where only two of the study's four arms are left of an optimiser, as in H1 to H4 the family is
+    the four.
+    """
     seeds = [seed for seed in study.seeds if all((arm, seed) in study.runs for arm in needed)]
-    family = [
-        arm
-        for arm in (*_arms(optimizer).values(), *needed)
-        if seeds and all((arm, seed) in study.runs for seed in seeds)
-    ]
+    made = {arm for arm in study.arms if all((arm, seed) in study.runs for seed in seeds)}
+    family = [arm for arm in (*_arms(optimizer).values(), *needed) if seeds and arm in made]
+    if set(family) < set(ARMS) and set(ARMS) <= made:
+        family = list(ARMS)
     return dataclasses.replace(
         Panel.of(study, list(dict.fromkeys(family))), seeds=tuple(seeds), left_out=()
     )

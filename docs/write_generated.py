@@ -207,8 +207,9 @@ def block(
         "this scale alone. "
     )
     note = (
-        "Values are means over the seeds at the last step, with their range in brackets. In recipe "
-        "`original` the gammas of an arm decay; the figure also shows controls without that decay."
+        "Figure and table are of recipe `original`, in which the gammas of QK-Norm decay: means "
+        "over the seeds, at the last step in the table, with their range in brackets. The figure "
+        "also shows controls without that decay."
     )
     parts = [textwrap.fill(words, 112) for words in said]
     parts += [judged] if judged else []

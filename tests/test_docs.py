@@ -23,7 +23,7 @@ from qkjax.data import tokenizer as tokenizer_lib
 from qkjax.report import csv as report_csv
 from qkjax.report import material
 from qkjax.runs.directory import RunDirectory
-from qkjax.verdicts import results
+from qkjax.verdicts import judge, results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -248,6 +248,20 @@ def test_contrasts_use_the_seeds_that_their_arms_have(generated, tmp_path):
         cells[-1] == "needs two seeds"
         for _, cells in _cells(generated.contrasts.predictions(without))
     )
+
+
+def test_the_interval_of_two_of_the_four_arms_is_that_of_the_report(generated, tmp_path):
+    options = {"seeds": (42, 137, 256), "scale": "small", "recipe": "fixed"}
+    arms = synthetic_study.arms(64)
+    noise = {PR: {arm: 3.0 if "adamw" in arm else 0.1 for arm in arms}}
+    synthetic_study.write(tmp_path, arms, noise=noise, **options)
+    study = results.load_study(tmp_path)
+    clauses = {clause.name: clause for clause in judge.judge(study).verdict("H4").clauses}
+    low, high = clauses["H4 PR against Muon+QK"].deciding
+    row = dict(_cells(generated.contrasts.contrasts(study)))[
+        "Muon: gamma does not decay - no QK-Norm"
+    ]
+    assert row[4].endswith(f"({-high:+.1f} to {-low:+.1f})")
 
 
 def test_predictions_of_recipe_fixed(generated, tmp_path):
