@@ -116,8 +116,8 @@ def _spelled(study: Study, arm: str) -> str:
 def _panel(study: Study, optimizer: str, *needed: str) -> Panel:
     """The seeds that have the arms needed; in its family are the optimiser's arms that have them.
 
-    Where only two of the study's four arms are left of an optimiser, as in H1 to H4 the family is
-    the four.
+    An optimiser without controls has two of the study's four arms; the family is then these four,
+    as in H1 to H4.
     """
     seeds = [seed for seed in study.seeds if all((arm, seed) in study.runs for arm in needed)]
     made = {arm for arm in study.arms if all((arm, seed) in study.runs for seed in seeds)}

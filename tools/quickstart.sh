@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a bare machine with Python 3.11+ to a trained model, then to a small study of all four arms and
-# its report: 6 to 9 minutes on 2 CPU cores. A second call reuses everything that is there.
+# its report: 4 to 9 minutes on 2 CPU cores. A second call reuses everything that is there.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/set_up.sh" report
